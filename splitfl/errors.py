@@ -1,0 +1,84 @@
+"""Every error splitfl raises, on one page.
+
+Three questions order the tree: who can mend it (the user, this program, the peer), does the session survive, and what exit
+code does a command end with. A command prints the message of a :class:`SplitflError` as one sentence, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class SplitflError(Exception):
+    """The root. ``exit_code`` is what a command ends with when this error reaches the top."""
+
+    exit_code = 1
+
+
+# --- The user can mend it: one clear sentence that names the mend; exit code 2. -------------------------------------------------
+
+
+class UserError(SplitflError):
+    """A mistake in what the user gave: the message is one sentence with the mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is missing, unknown, or contradicts another."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, split or loaded; or the two sides hold different models."""
+
+
+class DataError(UserError):
+    """A data file cannot be read; the message names the file and the row."""
+
+
+class KeyFileError(UserError):
+    """A key or an ``authorized_clients`` file is missing, malformed or readable by others."""
+
+
+class CheckpointError(UserError):
+    """A run directory or checkpoint is missing, damaged or belongs to another model."""
+
+
+# --- Connecting: the user can mend it too, with the operator's help. -------------------------------------------------------------
+
+
+class ConnectError(UserError):
+    """No session could be opened: nothing listens there, the key is wrong, or the server stayed silent."""
+
+
+class Refused(ConnectError):
+    """The peer said no. ``code`` is a short machine-readable word (see ``splitfl.protocol.messages.RefusalCode``)."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+# --- The channel: either this program broke its own rules, or the peer did. ------------------------------------------------------
+
+
+class ChannelError(SplitflError):
+    """Something went wrong on an open channel."""
+
+
+class LocalProtocolError(ChannelError):
+    """This program asked the protocol for something its state forbids: a bug here, never the peer's doing."""
+
+
+class RemoteProtocolError(ChannelError):
+    """The peer sent bytes the protocol forbids: its session ends, nothing else does."""
+
+
+class SealError(RemoteProtocolError):
+    """A record's tag did not verify, or its header is not the expected one. The session cannot go on."""
+
+
+class SessionLost(ChannelError):
+    """The session ended before the work was done: the link broke, or the peer closed it. ``code`` says which."""
+
+    def __init__(self, text: str, code: str = "lost") -> None:
+        super().__init__(text)
+        self.code = code
