@@ -1,0 +1,321 @@
+"""Checkpoints: directories that exist whole or not at all, and that prove at loading that they are undamaged.
+
+A run directory holds ``checkpoints/step-00000042/``. Each checkpoint holds
+
+- ``trainables.safetensors``: the trained tensors by their names in the full model;
+- ``checkpoint.json``: what the caller wants known (step, model, cut, ...), and size and SHA-256 of every other file;
+- any further files the caller hands over as bytes: optimizer state, random state, data position.
+
+Nothing here is pickled: nested state (an optimizer's, a generator's) travels as one safetensors file whose header
+carries the structure as JSON (:func:`pack_state`), so that loading a checkpoint can never run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors_bytes
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_safetensors_bytes
+from torch import Tensor
+
+from splitfl.errors import CheckpointError
+
+FORMAT = 1
+TENSORS = "trainables.safetensors"
+DESCRIPTION = "checkpoint.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_STRUCTURE = "splitfl.structure"
+
+
+# --- Directories that appear whole or not at all. ---------------------------------------------------------------------
+
+
+@contextmanager
+def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` to write into; flush it to disk and rename it to ``path`` on success.
+
+    When the body raises, the temporary directory is removed and whatever was at ``path`` stays as it was. Raises
+    ``CheckpointError`` where ``path`` exists and is not an empty directory, unless ``overwrite``: then the old
+    directory is moved aside first and deleted after the new one is in place.
+    """
+    target = Path(path)
+    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if occupied and not overwrite:
+        raise CheckpointError(f"{target} exists already and is not empty: choose another directory or remove it first.")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, where a directory is to be written: choose another name.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        _make_default_mode(temporary)
+        for directory, _, names in os.walk(temporary):
+            for name in names:
+                _flush(Path(directory) / name)
+            _flush_directory(Path(directory))
+        if target.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            os.replace(target, aside / target.name)
+            os.replace(temporary, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+        _flush_directory(target.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_default_mode(directory: Path) -> None:
+    # mkdtemp creates 0700; a result that is handed on should have the mode any other new directory has.
+    if os.name == "posix":
+        mask = os.umask(0)
+        os.umask(mask)
+        directory.chmod(0o777 & ~mask)
+
+
+def _flush(file: Path) -> None:
+    # Windows flushes only handles that were opened for writing.
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _flush_directory(directory: Path) -> None:
+    if os.name != "posix":  # Windows has no handle to a directory that could be flushed
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- One checkpoint. --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    extra: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write one checkpoint directory, atomically; an older checkpoint of the same name is replaced.
+
+    ``tensors``: any device, any dtype, no two sharing memory. ``meta``: plain JSON values. ``extra``: content by
+    file name.
+    """
+    for name in extra or {}:
+        if name in (TENSORS, DESCRIPTION) or Path(name).name != name or name.startswith("."):
+            raise ValueError(f"{name!r} cannot be the name of a further file in a checkpoint")
+    text = json.dumps(meta, allow_nan=False, sort_keys=True)
+    with write_directory_atomically(directory, overwrite=True) as temporary:
+        save_tensors(temporary / TENSORS, tensors)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_bytes(content)
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            for file in sorted(temporary.iterdir())
+        }
+        description = {"format": FORMAT, "meta": meta, "files": files, "meta_sha256": _text_digest(text)}
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """Read one checkpoint directory: ``(tensors, meta, extra)`` as :func:`save_checkpoint` was given them.
+
+    Raises ``CheckpointError`` where a file is missing, of another size, or of another digest than at saving.
+    """
+    directory = Path(directory)
+    meta, files = _read_description(directory)
+    extra: dict[str, bytes] = {}
+    for name, stated in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"The checkpoint {directory} is incomplete, {name} is missing: use another one.")
+        if file.stat().st_size != stated["bytes"] or file_digest(file) != stated["sha256"]:
+            raise CheckpointError(
+                f"The checkpoint {directory} is damaged, {name} is not as it was saved: use another one."
+            )
+        if name != TENSORS:
+            extra[name] = file.read_bytes()
+    return load_tensors(directory / TENSORS), meta, extra
+
+
+def load_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Only the ``meta`` of a checkpoint: cheap, no tensor is read. Raises ``CheckpointError`` where it is damaged."""
+    return _read_description(Path(directory))[0]
+
+
+def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    file = directory / DESCRIPTION
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory} is no checkpoint, it has no {DESCRIPTION}: name a run or a checkpoint directory."
+        )
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"The checkpoint {directory} has format {description['format']}, this version reads {FORMAT}: "
+                "use the splitfl version that wrote it."
+            )
+        meta, files = description["meta"], description["files"]
+        intact = description["meta_sha256"] == _text_digest(json.dumps(meta, allow_nan=False, sort_keys=True))
+        names_ok = all(Path(name).name == name and {"bytes", "sha256"} <= set(entry) for name, entry in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {directory} is damaged, {DESCRIPTION} cannot be read: use another one."
+        ) from error
+    if not intact or not names_ok or TENSORS not in files:
+        raise CheckpointError(
+            f"The checkpoint {directory} is damaged, {DESCRIPTION} is not as it was saved: use another one."
+        )
+    return meta, files
+
+
+# --- The checkpoints of a run. ----------------------------------------------------------------------------------------
+
+
+def checkpoint_directory(run_dir: str | os.PathLike[str], step: int) -> Path:
+    """Where the checkpoint of ``step`` of a run lies."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
+    """The steps a run has checkpoints of, ascending; empty where it has none."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    matches = (_STEP.fullmatch(entry.name) for entry in folder.iterdir() if (entry / DESCRIPTION).is_file())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the highest step of a run, or None where it has none."""
+    steps = checkpoint_steps(run_dir)
+    return checkpoint_directory(run_dir, steps[-1]) if steps else None
+
+
+def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> list[int]:
+    """Delete all but the newest ``keep`` checkpoints of a run; return the deleted steps."""
+    if keep < 1:
+        raise ValueError("at least one checkpoint has to be kept")
+    gone = checkpoint_steps(run_dir)[:-keep]
+    for step in gone:
+        shutil.rmtree(checkpoint_directory(run_dir, step))
+    return gone
+
+
+# --- Tensors and nested state without pickle. -------------------------------------------------------------------------
+
+
+def save_tensors(
+    file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file of ``tensors``, in sorted order; views are made contiguous."""
+    plain = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    save_file(plain, file, metadata={"format": "pt"} | (metadata or {}))
+
+
+def load_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises ``CheckpointError`` where it is missing or damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({error}): the file is missing or damaged."
+        ) from error
+
+
+def pack_state(state: Any) -> bytes:
+    """Nested state, such as an optimizer's ``state_dict``, as safetensors bytes.
+
+    It may hold dict, list, tuple, tensor, str, int, float, bool and None; floats keep their bits, dictionary keys their
+    type (str or int). Raises ``TypeError`` on anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_flatten(state, tensors), allow_nan=True)
+    return save_safetensors_bytes(tensors, metadata={_STRUCTURE: structure})
+
+
+def unpack_state(content: bytes) -> Any:
+    """What :func:`pack_state` was given; tensors on the CPU. Raises ``CheckpointError`` on anything else."""
+    try:
+        tensors = load_safetensors_bytes(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return _unflatten(json.loads(header["__metadata__"][_STRUCTURE]), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"A saved state is damaged ({error}): use another checkpoint.") from error
+
+
+def _flatten(state: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for ``state``: containers become ``[tag, content]``, tensors go to ``tensors`` and leave their number."""
+    if isinstance(state, Tensor):
+        name = str(len(tensors))
+        # A clone: two entries of a state may share memory, which safetensors refuses.
+        tensors[name] = state.detach().to("cpu", copy=True).contiguous()
+        return ["tensor", name]
+    if isinstance(state, dict):
+        for key in state:
+            if type(key) not in (str, int):
+                raise TypeError(f"state keys are str or int, not {type(key).__name__}")
+        return ["dict", [[key, _flatten(value, tensors)] for key, value in state.items()]]
+    if isinstance(state, (list, tuple)):
+        return [type(state).__name__, [_flatten(value, tensors) for value in state]]
+    if state is None or type(state) in (str, int, float, bool):
+        return state
+    raise TypeError(f"a {type(state).__name__} cannot be part of a saved state")
+
+
+def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(node, list):
+        return node
+    tag, content = node
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "dict":
+        return {key: _unflatten(value, tensors) for key, value in content}
+    values = [_unflatten(value, tensors) for value in content]
+    if tag == "list":
+        return values
+    if tag == "tuple":
+        return tuple(values)
+    raise ValueError(f"unknown tag {tag!r}")
+
+
+def file_digest(file: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal, read in pieces."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+__all__ = [
+    "checkpoint_directory",
+    "checkpoint_steps",
+    "file_digest",
+    "load_checkpoint",
+    "load_meta",
+    "load_tensors",
+    "newest_checkpoint",
+    "pack_state",
+    "prune_checkpoints",
+    "save_checkpoint",
+    "save_tensors",
+    "unpack_state",
+    "write_directory_atomically",
+]

@@ -1,0 +1,166 @@
+import json
+import os
+
+import pytest
+import torch
+
+from splitfl.checkpoint import (
+    checkpoint_directory,
+    checkpoint_steps,
+    load_checkpoint,
+    load_meta,
+    newest_checkpoint,
+    pack_state,
+    prune_checkpoints,
+    save_checkpoint,
+    unpack_state,
+    write_directory_atomically,
+)
+from splitfl.errors import CheckpointError
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.layers.1.w": torch.randn(3, 4, generator=generator).to(torch.bfloat16),
+        "a.transposed": torch.randn(5, 2, generator=generator).t(),
+    }
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    meta = {"step": 7, "cut": [1, 1], "nested": {"x": 1.5, "y": None}}
+    save_checkpoint(tmp_path / "c", tensors(), meta, {"optimizer.safetensors": b"\x00\x01"})
+    loaded, loaded_meta, extra = load_checkpoint(tmp_path / "c")
+    assert loaded_meta == meta == load_meta(tmp_path / "c")
+    assert extra == {"optimizer.safetensors": b"\x00\x01"}
+    assert loaded.keys() == tensors().keys()
+    for name, value in tensors().items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.equal(loaded[name], value)
+
+
+@pytest.mark.parametrize("name", ["trainables.safetensors", "optimizer.bin", "checkpoint.json"])
+def test_one_flipped_bit_is_noticed(tmp_path, name):
+    save_checkpoint(tmp_path / "c", tensors(), {"step": 7}, {"optimizer.bin": bytes(100)})
+    file = tmp_path / "c" / name
+    content = bytearray(file.read_bytes())
+    position = content.index(b'"step": 7') + 8 if name == "checkpoint.json" else len(content) - 3
+    content[position] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "c", tensors(), {}, {"optimizer.bin": b"x"})
+    (tmp_path / "c" / "optimizer.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is missing"):
+        load_checkpoint(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "c" / "checkpoint.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_later_format_is_named(tmp_path):
+    save_checkpoint(tmp_path / "c", tensors(), {})
+    file = tmp_path / "c" / "checkpoint.json"
+    description = json.loads(file.read_text())
+    description["format"] = 99
+    file.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_description_cannot_point_outside(tmp_path):
+    (tmp_path / "secret").write_bytes(b"x")
+    save_checkpoint(tmp_path / "c", tensors(), {})
+    file = tmp_path / "c" / "checkpoint.json"
+    description = json.loads(file.read_text())
+    description["files"]["../secret"] = {"bytes": 1, "sha256": "0"}
+    file.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "a/b", "../x", ".hidden", "trainables.safetensors"])
+def test_further_files_have_plain_names(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be the name"):
+        save_checkpoint(tmp_path / "c", {}, {}, {name: b""})
+
+
+def test_a_failed_write_leaves_the_old_directory_and_no_rubbish(tmp_path):
+    save_checkpoint(tmp_path / "c", tensors(), {"step": 1})
+
+    def interrupted():
+        with write_directory_atomically(tmp_path / "c", overwrite=True) as temporary:
+            (temporary / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert load_meta(tmp_path / "c") == {"step": 1}
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_writing_again_replaces_the_whole_directory(tmp_path):
+    save_checkpoint(tmp_path / "c", tensors(), {"step": 1}, {"old": b""})
+    save_checkpoint(tmp_path / "c", {}, {"step": 2})
+    assert load_checkpoint(tmp_path / "c") == ({}, {"step": 2}, {})
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_results_are_never_overwritten_unasked(tmp_path):
+    (tmp_path / "c").mkdir()
+    with write_directory_atomically(tmp_path / "c") as temporary:
+        (temporary / "x").write_text("1")
+    with pytest.raises(CheckpointError, match="exists already"), write_directory_atomically(tmp_path / "c"):
+        pass
+    assert (tmp_path / "c" / "x").read_text() == "1"
+
+
+def test_newest_and_pruning(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (5, 20, 100_000_000, 10):
+        save_checkpoint(checkpoint_directory(tmp_path, step), {}, {"step": step})
+    (tmp_path / "checkpoints" / "step-00000099").mkdir()  # no description inside: an interrupted copy, not a checkpoint
+    (tmp_path / "checkpoints" / ".step-00000200.x.tmp").mkdir()
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert load_meta(newest) == {"step": 100_000_000}
+    assert prune_checkpoints(tmp_path, keep=2) == [5, 10]
+    assert checkpoint_steps(tmp_path) == [20, 100_000_000]
+
+
+def test_optimizer_state_survives_packing():
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([weight], lr=1 / 3, betas=(0.9, 0.95))
+    weight.sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    loaded = unpack_state(pack_state(state))
+    assert loaded["param_groups"] == state["param_groups"]
+    assert type(loaded["param_groups"][0]["betas"]) is tuple
+    assert loaded["state"].keys() == state["state"].keys() == {0}
+    for name, value in state["state"][0].items():
+        assert torch.equal(loaded["state"][0][name], value)
+        assert loaded["state"][0][name].dtype == value.dtype
+
+
+def test_shared_memory_and_plain_values_survive_packing():
+    shared = torch.arange(4)
+    state = {"a": shared, "b": shared[1:3], "rng": [1, (2, "x", None, True)], 3: 0.1, "empty": {}}
+    loaded = unpack_state(pack_state(state))
+    assert torch.equal(loaded.pop("a"), state.pop("a"))
+    assert torch.equal(loaded.pop("b"), state.pop("b"))
+    assert loaded == state
+
+
+def test_states_refuse_what_they_cannot_carry():
+    with pytest.raises(TypeError, match="cannot be part"):
+        pack_state({"a": object()})
+    with pytest.raises(TypeError, match="keys"):
+        pack_state({(1, 2): 1})
+    with pytest.raises(CheckpointError, match="damaged"):
+        unpack_state(b"not a state at all")
