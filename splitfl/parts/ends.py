@@ -1,0 +1,122 @@
+"""The ends: the full model's class with one module, the trunk slot, in place of the trunk's blocks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitfl.errors import ModelError
+from splitfl.parts.blocks import Layout, PassThrough, StandIn, hidden_argument
+from splitfl.parts.cut import Cut
+from splitfl.parts.segments import check_layout
+from splitfl.parts.trunk import TrunkCallable, TrunkPart, find_trunk
+
+
+class TrunkSlot(StandIn):
+    """The place of the trunk in the ends, at the index of the trunk's first block.
+
+    The trunk is a callable, not a submodule: its parameters, if it has any here, are not the ends' parameters.
+    """
+
+    def __init__(self, block: nn.Module, layout: Layout) -> None:
+        super().__init__(block, layout.tuple_length)
+        self.layout = layout
+        self.attention_mask: torch.Tensor | None = None
+        self.position_ids: torch.Tensor | None = None
+        self._trunk: tuple[TrunkCallable] | tuple[()] = ()
+
+    def attach(self, trunk: TrunkCallable | None) -> None:
+        # In a tuple, for a module assigned to a module becomes a submodule.
+        self._trunk = () if trunk is None else (trunk,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._trunk:
+            raise ModelError("these ends have no trunk yet: give them one with attach_trunk(ends, trunk)")
+        h = hidden_argument(args, kwargs)
+        y = self._trunk[0](h, self.attention_mask, self.position_ids)
+        if y.shape != h.shape:
+            raise ModelError(f"the trunk returned a hidden state of shape {tuple(y.shape)} for one of {tuple(h.shape)}")
+        return self.answer(y)
+
+
+class EndsPart:
+    """What loaded ends are besides a Hugging Face model. Mixed into the model's class by ``ends_class``."""
+
+    cut: Cut
+    layout: Layout
+
+    @property
+    def trunk_slot(self) -> TrunkSlot:
+        return cast(TrunkSlot, self.layout.block_list(cast(nn.Module, self))[self.cut.input_blocks])
+
+
+def ends_class(full: type[PreTrainedModel], layout: Layout, cut: Cut) -> type[PreTrainedModel]:
+    """A subclass of the model's own class, under its own name, that builds the ends alone."""
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        full.__init__(self, config, *args, **kwargs)
+        make_ends(self, layout, cut)
+
+    # The name and module stay the family's: Hugging Face keys weight conversions and output recorders by them.
+    body = {
+        "__init__": build,
+        "__module__": full.__module__,
+        "__qualname__": full.__qualname__,
+        "__doc__": f"The ends of {full.__name__}.",
+    }
+    return cast(type[PreTrainedModel], type(full.__name__, (EndsPart, full), body))
+
+
+def make_ends(model: Any, layout: Layout, cut: Cut) -> None:
+    """Puts the trunk slot and pass-throughs in the place of the trunk's blocks, in place."""
+    held_by_trunk = cut.trunk_range(layout.count)
+    blocks = layout.block_list(model)
+    slot = TrunkSlot(blocks[held_by_trunk[0]], layout)
+    for index in held_by_trunk:
+        blocks[index] = slot if index == held_by_trunk[0] else PassThrough(blocks[index], layout.tuple_length)
+    backbone = model.get_submodule(layout.backbone)
+    signature = inspect.signature(type(backbone).forward)
+
+    def take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = signature.bind_partial(module, *args, **kwargs).arguments
+        if given.get("past_key_values") is not None:
+            raise ModelError("the trunk keeps no key-value cache for these ends: pass use_cache=False to generate()")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        check_layout(mask, positions, packing=layout.packing, family=type(model).__name__)
+        slot.attention_mask, slot.position_ids = mask, positions
+        # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
+        if "use_cache" not in given or not given["use_cache"]:
+            kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"} | {"use_cache": False}
+        return args, kwargs
+
+    backbone.register_forward_pre_hook(take_layout, with_kwargs=True)
+    model.cut = cut
+    model.layout = layout
+    inside = "|".join(str(index) for index in held_by_trunk)
+    tail = layout.blocks.rsplit(".", 1)[-1]
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(.*\.)?{tail}\.({inside})\."}
+
+
+def attach_trunk(ends: Any, trunk: Any) -> None:
+    """Gives loaded ends, bare or wrapped by PEFT, their trunk.
+
+    ``trunk`` is a ``TrunkCallable`` or a model from ``load_trunk``, bare or wrapped by PEFT. It does not become a
+    submodule: the ends' parameter names and ``state_dict`` stay as they are. None detaches.
+    """
+    if isinstance(trunk, nn.Module) and any(isinstance(module, TrunkPart) for module in trunk.modules()):
+        trunk = find_trunk(trunk).trunk_forward
+    find_ends(ends).trunk_slot.attach(trunk)
+
+
+def find_ends(model: Any) -> EndsPart:
+    """The ends inside whatever wraps them: themselves, or the model under a PEFT model. Raises TypeError if none."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, EndsPart):
+                return module
+    raise TypeError(f"{type(model).__name__} is not, and does not hold, ends from load_ends")

@@ -1,0 +1,330 @@
+"""Can this architecture be split? Found out by running it small, before anything is loaded.
+
+The model's own class is built from its own config without storage; its blocks are replaced by parameterless probes that
+record their arguments and answer with fresh random numbers; what lies around the blocks gets small random weights. Then
+the full model and the trunk run in training mode, dropout on, on padded and packed rows. The trunk can stand in for the
+middle of the model if
+
+- nothing happens to the hidden state between one block and the next;
+- each block of the trunk receives the arguments it receives in the full model, to the bit, from ``(h, attention_mask,
+  position_ids)`` alone;
+- a trunk whose blocks pass everything through returns ``h`` to the bit.
+
+An architecture that fails is refused with a ModelError of one sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitfl.errors import ModelError
+from splitfl.parts.blocks import Layout, StandIn, find_blocks, hidden_argument
+from splitfl.parts.cut import Cut
+from splitfl.parts.trunk import make_trunk, trunk_class
+
+ROWS, TOKENS, RESTART, VOCABULARY = 2, 6, 4, 8
+RUN_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
+
+
+@dataclass
+class _Call:
+    """One block's arguments in one run."""
+
+    hidden: torch.Tensor
+    rest: dict[str, Any]
+
+
+class _ProbeBlock(StandIn):
+    """Records what it is given; answers with its own fixed random hidden state, or passes through."""
+
+    def __init__(self, block: nn.Module, calls: list[_Call]) -> None:
+        super().__init__(block, 0)
+        self.signature = inspect.signature(block.forward)
+        self.calls = calls
+        self.reply: torch.Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_argument(args, kwargs)
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
+        first = next(iter(bound))
+        bound.update(bound.pop("kwargs", {}))
+        self.calls.append(_Call(hidden, {name: value for name, value in bound.items() if name != first}))
+        return self.answer(hidden if self.reply is None else self.reply)
+
+
+def probe(full: type[PreTrainedModel], config: Any, cut: Cut) -> Layout:
+    """The layout of an architecture that can be cut there. Raises ModelError, in one sentence, for one that cannot."""
+    refuse_config(full.__name__, config)
+    text = config.get_text_config(decoder=True)
+    count = getattr(text, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise ModelError(f"{full.__name__} cannot be split: its config names no number of blocks (num_hidden_layers)")
+    cut.trunk_range(count)
+    with _quiet():
+        model, layout = skeleton(full, config, count)
+        return _probe(full, model, layout, cut)
+
+
+def refuse_config(name: str, config: Any) -> None:
+    """What a config alone rules out. Raises ModelError."""
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} cannot be split: it is an encoder-decoder, whose decoder blocks all read the encoder")
+    if getattr(text, "output_router_logits", False):
+        raise ModelError(
+            f"{name} cannot be split with output_router_logits=True: the auxiliary loss multiplies sums over all "
+            "blocks; set output_router_logits to false in the config"
+        )
+    for field in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text, field, 0.0):
+            value = getattr(text, field)
+            raise ModelError(f"{name} cannot be split with {field}={value}: blocks are skipped at random; set it to 0")
+
+
+def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None) -> tuple[PreTrainedModel, Layout]:
+    """The full model without storage (meta tensors), and where its blocks are."""
+    config = copy.deepcopy(config)
+    if count is None:
+        count = config.get_text_config(decoder=True).num_hidden_layers
+    with torch.device("meta"):
+        build: Any = full._from_config
+        model: PreTrainedModel = build(config)
+    path = find_blocks(model, count)
+    backbone = model.base_model_prefix
+    if not backbone or not hasattr(model, backbone):
+        raise ModelError(f"{full.__name__} cannot be split: it does not say where its backbone is (base_model_prefix)")
+    # The backbone of a model with more than text is the innermost module that still takes embeddings and a mask.
+    parameters = inspect.signature(type(model.get_submodule(backbone)).forward).parameters
+    for needed in ("inputs_embeds", "attention_mask"):
+        if needed not in parameters:
+            raise ModelError(f"{full.__name__} cannot be split: its backbone takes no {needed}")
+    layout = Layout(
+        blocks=path,
+        count=count,
+        backbone=backbone,
+        hidden_size=config.get_text_config(decoder=True).hidden_size,
+        positions="position_ids" in parameters,
+    )
+    return model, layout
+
+
+def _probe(full: type[PreTrainedModel], model: PreTrainedModel, layout: Layout, cut: Cut) -> Layout:
+    name = full.__name__
+    calls: list[_Call] = []
+    blocks = layout.block_list(model)
+    for index in range(layout.count):
+        blocks[index] = _ProbeBlock(blocks[index], calls)
+    backbone = model.get_submodule(layout.backbone)
+    _give_storage(backbone)
+    model.train()
+    trunk = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    probes: list[Any] = list(blocks)
+    for block in probes:
+        block.reply = torch.randn(ROWS, TOKENS, layout.hidden_size, generator=generator).to(model.dtype)
+    layout = replace(layout, tuple_length=_tuple_length(name, layout, backbone, probes, calls))
+    for block in (*probes, *layout.block_list(trunk)):
+        block.tuple_length = layout.tuple_length
+    trunk.__class__ = trunk_class(full, layout, cut)
+    make_trunk(trunk, layout, cut)
+    packing = False
+    for label, mask, positions in _layouts(layout.positions):
+        _run_full(name, layout, backbone, probes, calls, mask, positions)
+        _check_trunk(name, layout, cut, trunk, calls, mask, positions, label)
+        if label == "packed":
+            packing = all(_keeps_apart(call.rest) for call in calls)
+    return replace(layout, packing=packing)
+
+
+def _tuple_length(name: str, layout: Layout, backbone: nn.Module, probes: list[Any], calls: list[_Call]) -> int:
+    """How many items the backbone expects of a block, 0 for a bare tensor: the first form with which it runs."""
+    first: ModelError | None = None
+    for length in range(4):
+        for block in probes:
+            block.tuple_length = length
+        try:
+            _run_full(name, layout, backbone, probes, calls, None, None)
+        except ModelError as error:
+            first = first or error
+        else:
+            return length
+    assert first is not None
+    raise first
+
+
+def _run_full(
+    name: str,
+    layout: Layout,
+    backbone: nn.Module,
+    probes: list[Any],
+    calls: list[_Call],
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> None:
+    """Runs the full backbone; one of ``calls`` a block. Raises ModelError where they are no plain chain."""
+    calls.clear()
+    tokens = torch.randint(1, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(3))
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+    if positions is not None:
+        arguments["position_ids"] = positions
+    try:
+        with torch.no_grad():
+            out = backbone(**arguments, use_cache=False, return_dict=True).last_hidden_state
+    except RUN_ERRORS as error:
+        raise ModelError(f"{name} cannot be split: without its blocks it does not run ({_short(error)})") from error
+    if len(calls) != layout.count:
+        raise ModelError(f"{name} cannot be split: {layout.blocks} has {layout.count} blocks, but {len(calls)} are run")
+    for index, call in enumerate(calls):
+        if tuple(call.hidden.shape) != (ROWS, TOKENS, layout.hidden_size):
+            raise ModelError(
+                f"{name} cannot be split: its blocks pass on a hidden state of shape {tuple(call.hidden.shape)} for "
+                f"{ROWS} rows of {TOKENS} tokens, not (rows, tokens, {layout.hidden_size})"
+            )
+        if index and not torch.equal(call.hidden, probes[index - 1].reply):
+            raise ModelError(
+                f"{name} cannot be split: something is applied to the hidden state between blocks {index - 1} and "
+                f"{index}"
+            )
+    if tuple(out.shape[:2]) != (ROWS, TOKENS):
+        raise ModelError(f"{name} cannot be split: its last hidden state has shape {tuple(out.shape)}")
+
+
+def _layouts(positions: bool) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
+    """Masks (B, T) and positions (B, T) that between them use every way of laying out a batch."""
+    left = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    left[1, :2] = 0
+    yield "unpadded", None, None
+    yield "left-padded", left, None
+    yield "right-padded", left.flip(1), None
+    if positions:
+        plain = torch.arange(3, 3 + TOKENS).expand(ROWS, -1)
+        packed = torch.cat([torch.arange(RESTART), torch.arange(TOKENS - RESTART)]).expand(ROWS, -1)
+        yield "positioned", left, plain
+        yield "packed", None, packed
+
+
+def _check_trunk(
+    name: str,
+    layout: Layout,
+    cut: Cut,
+    trunk: Any,
+    calls: list[_Call],
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    label: str,
+) -> None:
+    """Runs the trunk with empty blocks and compares what each of its blocks is given with ``calls``."""
+    held = cut.trunk_range(layout.count)
+    own: list[_Call] = []
+    for index in held:
+        block: Any = layout.block_list(trunk)[index]
+        block.calls = own
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(ROWS, TOKENS, layout.hidden_size, generator=generator).to(calls[0].hidden.dtype)
+    try:
+        with torch.no_grad():
+            y = trunk.trunk_forward(h, mask, positions)
+    except RUN_ERRORS as error:
+        raise ModelError(
+            f"{name} cannot be split: its trunk does not run from a hidden state ({_short(error)})"
+        ) from error
+    if len(own) != len(held):
+        raise ModelError(f"{name} cannot be split: of the trunk's {len(held)} blocks {len(own)} are run")
+    for index, call in zip(held, own, strict=True):
+        if not torch.equal(call.hidden, h):
+            raise ModelError(
+                f"{name} cannot be split: the hidden state does not reach the trunk's block {index} unchanged"
+            )
+        differing = first_difference(calls[index].rest, call.rest)
+        if differing is not None:
+            raise ModelError(
+                f"{name} cannot be split: block {index} receives {differing}, which cannot be rebuilt from the hidden "
+                f"state, the mask and the positions ({label} rows)"
+            )
+    if not torch.equal(y, h):
+        raise ModelError(
+            f"{name} cannot be split: a trunk of empty blocks does not return the hidden state it is given"
+        )
+
+
+def first_difference(full: Any, trunk: Any, name: str = "") -> str | None:
+    """The name of the first tensor among ``full``'s arguments that ``trunk``'s lack or have with other content."""
+    if isinstance(full, torch.Tensor):
+        same = isinstance(trunk, torch.Tensor) and trunk.shape == full.shape and trunk.dtype == full.dtype
+        return None if same and torch.equal(full, trunk) else name
+    if isinstance(full, dict):
+        for key in full:
+            below = first_difference(full[key], trunk.get(key) if isinstance(trunk, dict) else None, name or str(key))
+            if below is not None:
+                return below
+        if isinstance(trunk, dict):
+            return next((str(key) for key in trunk if key not in full and isinstance(trunk[key], torch.Tensor)), None)
+        return None
+    if isinstance(full, (tuple, list)):
+        for index, item in enumerate(full):
+            other = trunk[index] if isinstance(trunk, (tuple, list)) and index < len(trunk) else None
+            below = first_difference(item, other, name)
+            if below is not None:
+                return below
+        return None
+    return name if isinstance(trunk, torch.Tensor) else None
+
+
+def _keeps_apart(rest: Any) -> bool:
+    """Whether a 4-D mask among a block's arguments hides the first sequence of a packed row from the second."""
+    if isinstance(rest, torch.Tensor):
+        if rest.dim() != 4 or tuple(rest.shape[-2:]) != (TOKENS, TOKENS):
+            return False
+        across = rest[0, 0, RESTART, RESTART - 1]
+        return not bool(across) if rest.dtype == torch.bool else bool(across < -1e4)
+    if isinstance(rest, dict):
+        return any(_keeps_apart(value) for value in rest.values())
+    return isinstance(rest, (tuple, list)) and any(_keeps_apart(value) for value in rest)
+
+
+def _give_storage(backbone: nn.Module) -> None:
+    """Small random weights for what is left beside the blocks; embeddings are cut to a few rows."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings > 64:
+            module.weight = nn.Parameter(module.weight[:64], requires_grad=False)
+            module.padding_idx = None
+    backbone.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*backbone.parameters(), *backbone.buffers()):
+            tensor.zero_()
+    for module in backbone.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    if isinstance(backbone, PreTrainedModel):
+        initialize: Any = backbone.initialize_weights
+        initialize()  # rotary tables and other buffers, by the family's own code
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hugging Face's warnings about a model that nobody will use would only confuse."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
