@@ -34,6 +34,12 @@ class Layout:
         assert isinstance(found, nn.ModuleList)
         return found
 
+    def callers(self, model: nn.Module) -> list[nn.Module]:
+        """The modules from the backbone inwards to the one that owns the block list, outermost first."""
+        names = self.blocks.split(".")[:-1]
+        depth = len(self.backbone.split("."))
+        return [model.get_submodule(".".join(names[:end])) for end in range(depth, len(names) + 1)]
+
 
 def find_blocks(model: nn.Module, count: int) -> str:
     """The dotted path of the one ModuleList that holds ``count`` blocks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,15 @@ from splitfl.parts.segments import check_layout
 from splitfl.parts.trunk import TrunkCallable, TrunkPart, find_trunk
 
 
+@dataclass
+class _Given:
+    """The 2-D mask and the positions (B, T) of the call in progress, and the module they were given to."""
+
+    module: nn.Module
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
 class TrunkSlot(StandIn):
     """The place of the trunk in the ends, at the index of the trunk's first block.
 
@@ -25,8 +35,7 @@ class TrunkSlot(StandIn):
     def __init__(self, block: nn.Module, layout: Layout) -> None:
         super().__init__(block, layout.tuple_length)
         self.layout = layout
-        self.attention_mask: torch.Tensor | None = None
-        self.position_ids: torch.Tensor | None = None
+        self.given: _Given | None = None
         self._trunk: tuple[TrunkCallable] | tuple[()] = ()
 
     def attach(self, trunk: TrunkCallable | None) -> None:
@@ -37,7 +46,8 @@ class TrunkSlot(StandIn):
         if not self._trunk:
             raise ModelError("these ends have no trunk yet: give them one with attach_trunk(ends, trunk)")
         h = hidden_argument(args, kwargs)
-        y = self._trunk[0](h, self.attention_mask, self.position_ids)
+        assert self.given is not None, "the backbone was not called through one of its own modules"
+        y = self._trunk[0](h, self.given.attention_mask, self.given.position_ids)
         if y.shape != h.shape:
             raise ModelError(f"the trunk returned a hidden state of shape {tuple(y.shape)} for one of {tuple(h.shape)}")
         return self.answer(y)
@@ -78,28 +88,44 @@ def make_ends(model: Any, layout: Layout, cut: Cut) -> None:
     slot = TrunkSlot(blocks[held_by_trunk[0]], layout)
     for index in held_by_trunk:
         blocks[index] = slot if index == held_by_trunk[0] else PassThrough(blocks[index], layout.tuple_length)
-    backbone = model.get_submodule(layout.backbone)
-    signature = inspect.signature(type(backbone).forward)
-
-    def take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = signature.bind_partial(module, *args, **kwargs).arguments
-        if given.get("past_key_values") is not None:
-            raise ModelError("the trunk keeps no key-value cache for these ends: pass use_cache=False to generate()")
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        check_layout(mask, positions, packing=layout.packing, family=type(model).__name__)
-        slot.attention_mask, slot.position_ids = mask, positions
-        # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
-        if "use_cache" not in given or not given["use_cache"]:
-            kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"} | {"use_cache": False}
-        return args, kwargs
-
-    backbone.register_forward_pre_hook(take_layout, with_kwargs=True)
+    for module in layout.callers(model):
+        _watch(module, slot, layout, type(model).__name__)
     model.cut = cut
     model.layout = layout
     inside = "|".join(str(index) for index in held_by_trunk)
     tail = layout.blocks.rsplit(".", 1)[-1]
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(.*\.)?{tail}\.({inside})\."}
+
+
+def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> None:
+    """Notes for the slot what mask and positions ``module`` is called with, unless a module around it was called first.
+
+    A family may enter its backbone at more than one level (OPT's language model calls the decoder inside the backbone),
+    and further in the mask may already be 4-D.
+    """
+    signature = inspect.signature(type(module).forward)
+
+    def take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if slot.given is not None:
+            return args, kwargs
+        given = signature.bind_partial(module, *args, **kwargs).arguments
+        if given.get("past_key_values") is not None:
+            raise ModelError("the trunk keeps no key-value cache for these ends: pass use_cache=False to generate()")
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        check_layout(mask, positions, packing=layout.packing, family=family)
+        slot.given = _Given(module, mask, positions)
+        # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
+        if "use_cache" not in given or not given["use_cache"]:
+            kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"} | {"use_cache": False}
+        return args, kwargs
+
+    def forget_layout(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if slot.given is not None and slot.given.module is module:
+            slot.given = None
+
+    module.register_forward_pre_hook(take_layout, with_kwargs=True)
+    module.register_forward_hook(forget_layout, always_call=True)
 
 
 def attach_trunk(ends: Any, trunk: Any) -> None:

@@ -19,7 +19,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from splitfl.errors import ModelError
 from splitfl.parts.blocks import Layout, StandIn, find_blocks, hidden_argument
 from splitfl.parts.cut import Cut
+from splitfl.parts.ends import ends_class, make_ends
 from splitfl.parts.trunk import make_trunk, trunk_class
 
 ROWS, TOKENS, RESTART, VOCABULARY = 2, 6, 4, 8
@@ -137,6 +138,7 @@ def _probe(full: type[PreTrainedModel], model: PreTrainedModel, layout: Layout, 
         block.tuple_length = layout.tuple_length
     trunk.__class__ = trunk_class(full, layout, cut)
     make_trunk(trunk, layout, cut)
+    _check_ends(full, layout, cut, model)
     packing = False
     for label, mask, positions in _layouts(layout.positions):
         _run_full(name, layout, backbone, probes, calls, mask, positions)
@@ -211,6 +213,41 @@ def _layouts(positions: bool) -> Iterator[tuple[str, torch.Tensor | None, torch.
         packed = torch.cat([torch.arange(RESTART), torch.arange(TOKENS - RESTART)]).expand(ROWS, -1)
         yield "positioned", left, plain
         yield "packed", None, packed
+
+
+class _ReachedError(Exception):
+    """Raised by the probe's trunk: what comes after it needs no probing."""
+
+
+def _check_ends(full: type[PreTrainedModel], layout: Layout, cut: Cut, model: PreTrainedModel) -> None:
+    """Calls the whole model as users do and sees whether the trunk slot is given their mask and positions."""
+    ends: Any = copy.deepcopy(model)
+    ends.__class__ = ends_class(full, layout, cut)
+    make_ends(ends, layout, cut)
+    seen: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+
+    def trunk(h: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        seen.append((mask, positions))
+        raise _ReachedError
+
+    ends.trunk_slot.attach(trunk)
+    for _, mask, positions in _layouts(layout.positions):
+        arguments: dict[str, Any] = {"input_ids": torch.ones(ROWS, TOKENS, dtype=torch.int64), "attention_mask": mask}
+        if positions is not None:
+            arguments["position_ids"] = positions
+        try:
+            with suppress(_ReachedError), torch.no_grad():
+                ends(**arguments)
+        except RUN_ERRORS as error:
+            raise ModelError(
+                f"{full.__name__} cannot be split: it does not run with a trunk slot ({_short(error)})"
+            ) from error
+        reached, counted = seen.pop() if seen else (None, positions)
+        # Some heads take no positions and drop them unread: the unsplit model then runs without them as well.
+        if first_difference(mask, reached, "mask") or (
+            counted is not None and first_difference(positions, counted, "positions")
+        ):
+            raise ModelError(f"{full.__name__} cannot be split: its mask and positions do not reach its blocks' owner")
 
 
 def _check_trunk(

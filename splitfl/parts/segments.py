@@ -1,8 +1,8 @@
 """Padding and packing: what travels is real tokens and, for each run of them, its length and first position.
 
 A *segment* is a run of real tokens in one row that attend to one another. Left or right padding makes one segment a
-row; packed rows, whose ``position_ids`` restart, one a sequence. The plain index operations here carry no gradient of their
-own: autograd is the remote node's concern.
+row; packed rows, whose ``position_ids`` restart, make one a sequence. The plain index operations here carry no gradient
+of their own: autograd is the remote node's concern.
 """
 
 from __future__ import annotations
