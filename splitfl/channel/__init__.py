@@ -1,0 +1,1 @@
+"""Channels: protocol and transport composed on one I/O thread. No torch here: payloads are buffers."""

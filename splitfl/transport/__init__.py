@@ -1,0 +1,1 @@
+"""What carries frames: ZeroMQ over TCP, and an in-memory twin for tests."""

@@ -1,0 +1,446 @@
+"""The client's channel: one session with a server, on one I/O thread that owns the connections and does all sealing."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from splitfl.channel.timing import Timing
+from splitfl.errors import ConnectError, LocalProtocolError, Refused, RemoteProtocolError, SessionLost, SplitflError
+from splitfl.protocol.assembly import Inbox, Outbox, byte_view
+from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
+from splitfl.protocol.credit import CreditAccount
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import Identity
+from splitfl.protocol.messages import (
+    PROTOCOL_VERSION,
+    Attach,
+    Attached,
+    Bye,
+    Closing,
+    ControlMessage,
+    Credit,
+    DataMessage,
+    Fault,
+    Heartbeat,
+    Hello,
+    Leave,
+    Opened,
+    OtherVersionError,
+    RefusalCode,
+    Welcome,
+)
+from splitfl.protocol.messages import Refused as RefusedMessage
+from splitfl.protocol.records import OVERHEAD_BYTES, Opener, Sealer
+from splitfl.protocol.session import ClientSession
+from splitfl.transport import wording
+from splitfl.transport.base import ClientFrame, ClientTransport, Endpoint
+from splitfl.transport.zmq_client import ZmqClientTransport
+
+_log = logging.getLogger(__name__)
+
+# Records sealed and handed over before the connections are read again.
+_RECORDS_A_TURN = 8
+
+
+@dataclass(frozen=True)
+class OpenTerms:
+    """What the client says of itself after it has checked the run's configuration; see
+    :class:`splitfl.protocol.messages.Open`.
+    """
+
+    model: dict[str, Any]
+    cut: tuple[int, int]
+
+
+class ClientChannel:
+    """An open session. Made by :meth:`open`; ``send``, ``tell`` and ``close`` may be called from any thread."""
+
+    welcome: Welcome
+    opened: Opened
+
+    @classmethod
+    def open(
+        cls,
+        join: JoinString,
+        identity: Identity,
+        *,
+        name: str,
+        libraries: dict[str, str],
+        answer: Callable[[Welcome], OpenTerms],
+        allocate: Callable[[DataMessage], tuple[Any, memoryview]],
+        on_data: Callable[[DataMessage, Any], None],
+        on_control: Callable[[ControlMessage], None],
+        on_lost: Callable[[SplitflError], None],
+        transport: ClientTransport | None = None,
+        timeout: float = 10.0,
+        timing: Timing | None = None,
+        aead_factory: AeadFactory = make_aead,
+    ) -> ClientChannel:
+        """Opens a session and returns when both connections stand and both sides have proven their keys.
+
+        ``answer`` runs on the caller's thread and may take its time; a SplitflError it raises is raised here.
+        ``allocate`` gives (object, writable view of exactly ``payload_bytes``); ``on_data`` gets that object once the
+        last tag has verified. These two, ``on_control`` (StepOpened, StepClosed, Fault that is not fatal) and
+        ``on_lost`` run on the I/O thread: they must not block. ``on_lost`` is called once, after it nothing is; never
+        after ``close``.
+
+        ``timeout``: seconds that any one answer of the server may take. ``aead_factory`` is for benchmarks and tests.
+        Raises Refused (the server said no), ConnectError (it could not be reached or is another), RemoteProtocolError.
+        """
+        channel = cls(
+            join,
+            identity,
+            name,
+            libraries,
+            allocate=allocate,
+            on_data=on_data,
+            on_control=on_control,
+            on_lost=on_lost,
+            transport=transport or ZmqClientTransport(),
+            timeout=timeout,
+            timing=timing or Timing(),
+            aead_factory=aead_factory,
+        )
+        channel._thread.start()
+        try:
+            # The connection may take one timeout, the answer to Hello another.
+            channel.welcome = channel._wait(channel._welcomed, 2 * timeout)
+            terms = answer(channel.welcome)
+            channel._ask_to_open(terms)
+            channel.opened = channel._wait(channel._attached, 3 * timeout)
+        except BaseException:
+            channel._quit()
+            raise
+        return channel
+
+    def __init__(
+        self,
+        join: JoinString,
+        identity: Identity,
+        name: str,
+        libraries: dict[str, str],
+        *,
+        allocate: Callable[[DataMessage], tuple[Any, memoryview]],
+        on_data: Callable[[DataMessage, Any], None],
+        on_control: Callable[[ControlMessage], None],
+        on_lost: Callable[[SplitflError], None],
+        transport: ClientTransport,
+        timeout: float,
+        timing: Timing,
+        aead_factory: AeadFactory,
+    ) -> None:
+        self._join, self._identity, self._name, self._libraries = join, identity, name, libraries
+        self._allocate, self._on_data, self._on_control, self._on_lost = allocate, on_data, on_control, on_lost
+        self._transport, self._timeout, self._timing, self._aead = transport, timeout, timing, aead_factory
+        # Guards the session and the two queues: a message's place in the state machine is its place on the wire.
+        self._lock = threading.Lock()
+        self._session = ClientSession()
+        self._control_queue: deque[bytes] = deque()
+        self._data_queue: deque[tuple[DataMessage, memoryview]] = deque()
+        self._error: SplitflError | None = None
+        self._closing: float | None = None  # when the flush gives up, monotonic seconds
+        self._leave = False
+        self._quitting = False
+        self._welcomed: Future[Welcome] = Future()
+        self._attached: Future[Opened] = Future()
+        self._opened: Opened | None = None
+        self._outbox: Outbox | None = None
+        self._inbox: Inbox | None = None
+        self._credit: CreditAccount | None = None
+        self._stuck: bytearray | None = None  # a sealed record the link had no room for
+        self._heard = self._beat = time.monotonic()
+        self._sent = self._received = 0
+        self._thread = threading.Thread(target=self._run, name=f"splitfl-client-{name}", daemon=True)
+
+    @property
+    def window(self) -> int:
+        """The credit granted, bytes of payload."""
+        return self.opened.window
+
+    @property
+    def max_message(self) -> int:
+        """The largest payload, bytes."""
+        return self.opened.max_message
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of frames sent so far, control and data, sealing included."""
+        return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of frames received so far."""
+        return self._received
+
+    # --- any thread -------------------------------------------------------------------------------------------------
+
+    def send(self, message: DataMessage, payload: Buffer) -> None:
+        """Queues a data message and returns at once. ``payload`` (any contiguous buffer) must not change until it is
+        sealed.
+
+        Raises LocalProtocolError (wrong size, wrong state, larger than ``max_message``), SessionLost when the session
+        is over.
+        """
+        if type(message) is Attach:
+            raise LocalProtocolError("Attach is the channel's own")
+        view = byte_view(payload)
+        if len(view) != message.payload_bytes:
+            raise LocalProtocolError(
+                f"{type(message).__name__} declares {message.payload_bytes} payload bytes, the buffer has {len(view)}"
+            )
+        if len(view) > self.max_message:
+            raise LocalProtocolError(
+                f"a payload of {len(view)} bytes exceeds the server's limit of {self.max_message}: "
+                "use smaller micro-batches"
+            )
+        with self._lock:
+            self._check_alive()
+            self._session.check_send(message)
+            self._data_queue.append((message, view))
+        self._transport.wake()
+
+    def tell(self, message: ControlMessage) -> None:
+        """Queues a control message. Raises LocalProtocolError when the state forbids it, SessionLost when the session
+        is over.
+        """
+        with self._lock:
+            self._check_alive()
+            self._control_queue.append(self._session.send(message))
+        self._transport.wake()
+
+    def close(self, *, leave: bool = True) -> None:
+        """Sends what is queued (bounded wait), then Leave if ``leave``, then Bye; joins the thread. A second call does
+        nothing.
+        """
+        with self._lock:
+            if self._closing is None:
+                self._leave = leave
+                self._closing = time.monotonic() + self._timing.flush
+        self._transport.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_alive(self) -> None:
+        if self._error is not None:
+            raise SessionLost(str(self._error), getattr(self._error, "code", "lost"))
+        if self._closing is not None:
+            raise SessionLost("the session is closed", "closed")
+
+    def _wait(self, future: Future[Any], timeout: float) -> Any:
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError:
+            raise wording.silent(self._join.host, self._join.port, self._timeout) from None
+
+    def _ask_to_open(self, terms: OpenTerms) -> None:
+        ciphers = pick_ciphers()
+        with self._lock:
+            self._check_alive()
+            message = self._session.make_open(ciphers=ciphers, model=terms.model, cut=terms.cut, name=self._name)
+            self._control_queue.append(self._session.send(message))
+        self._transport.wake()
+
+    def _quit(self) -> None:
+        self._quitting = True
+        self.close(leave=False)
+
+    # --- the I/O thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        linger = 0.0
+        try:
+            self._transport.connect_control(
+                self._join.host, self._join.port, self._join.key, self._identity, self._timeout
+            )
+            with self._lock:
+                hello = Hello(PROTOCOL_VERSION, self._join.run, self._libraries, platform.platform()[:200])
+                self._control_queue.append(self._session.send(hello))
+            self._heard = self._beat = time.monotonic()
+            while not self._closed():
+                self._turn()
+            linger = self._timing.linger
+        except SplitflError as error:
+            self._lose(error)
+        except Exception:
+            _log.exception("the client's I/O thread failed")
+            self._lose(SessionLost("the client's I/O thread failed: the log says where", "internal"))
+        finally:
+            self._transport.close(linger)
+            for future in (self._welcomed, self._attached):
+                if not future.done():
+                    future.set_exception(SessionLost("the session was closed", "closed"))
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        busy = self._stuck is None and self._pump_data()
+        self._pump_control()
+        for frame in self._transport.poll(0.0 if busy else self._patience(now)):
+            self._take(frame)
+        self._keep_alive()
+
+    def _patience(self, now: float) -> float:
+        until = min(self._beat + self._timing.heartbeat, self._heard + self._timing.silence)
+        if self._closing is not None:
+            until = min(until, self._closing)
+        return max(0.0, until - now)
+
+    def _closed(self) -> bool:
+        """Whether close() was asked for and all is sent that can be; then says goodbye."""
+        if self._closing is None:
+            return False
+        idle = not (self._control_queue or self._data_queue or self._outbox or self._stuck)
+        if not (idle or self._quitting or time.monotonic() >= self._closing):
+            return False
+        with self._lock:
+            for message in (Leave(), Bye()) if self._leave else (Bye(),):
+                try:
+                    self._control_queue.append(self._session.send(message))
+                except LocalProtocolError:
+                    continue  # the handshake had not come so far that the server would expect it
+        self._pump_control()
+        return True
+
+    def _pump_control(self) -> None:
+        while self._control_queue:
+            frame = self._control_queue.popleft()
+            self._transport.send_control(frame)
+            self._sent += len(frame)
+
+    def _pump_data(self) -> bool:
+        """Seals and sends a few records; True when there is more to do at once."""
+        if self._outbox is None:
+            return False
+        while self._data_queue:
+            self._outbox.add(*self._data_queue.popleft())
+        for _ in range(_RECORDS_A_TURN):
+            frame = self._stuck or self._outbox.next_frame()
+            self._stuck = None
+            if frame is None:
+                return False
+            if not self._transport.send_data(frame):
+                self._stuck = frame
+                return False
+            self._sent += len(frame)
+        return True
+
+    def _take(self, incoming: ClientFrame) -> None:
+        self._heard = time.monotonic()
+        self._received += len(incoming.frame)
+        if incoming.endpoint is Endpoint.CONTROL:
+            try:
+                with self._lock:
+                    message = self._session.receive(bytes(incoming.frame))
+            except OtherVersionError as error:
+                raise Refused(
+                    RefusalCode.PROTOCOL_VERSION,
+                    f"the server speaks protocol version {error.theirs}, this client {PROTOCOL_VERSION}: "
+                    "install the same splitfl version on both sides",
+                ) from None
+            if message is not None:
+                self._control(message)
+            return
+        if self._inbox is None:
+            raise RemoteProtocolError("the server sent data before the session was open")
+        done = self._inbox.receive(incoming.frame)
+        if done is None:
+            return
+        data, target = done
+        if isinstance(data, Attached):
+            assert self._opened is not None
+            if self._attached.done():
+                raise RemoteProtocolError("the server sent Attached twice")
+            # Read by send() through ``opened``, before open() returns to its caller.
+            self.opened = self._opened
+            self._attached.set_result(self._opened)
+        else:
+            self._on_data(data, target)
+
+    def _control(self, message: ControlMessage) -> None:
+        if isinstance(message, Welcome):
+            self._welcomed.set_result(message)
+        elif isinstance(message, Opened):
+            self._attach(message)
+        elif isinstance(message, RefusedMessage):
+            raise Refused(message.code, message.text)
+        elif isinstance(message, Credit):
+            if self._credit is None:
+                raise RemoteProtocolError("the server gave credit before the session was open")
+            self._credit.receive(message.bytes)
+        elif isinstance(message, Fault) and message.fatal:
+            raise SessionLost(message.text, message.code)
+        elif isinstance(message, Closing):
+            raise SessionLost(f"the server closed the session: {message.text}", "closing")
+        elif not isinstance(message, Heartbeat):
+            self._on_control(message)
+
+    def _attach(self, opened: Opened) -> None:
+        """Connects the data endpoint and proves our keys on it."""
+        try:
+            address = urlsplit(opened.data_address)
+            host, port = address.hostname or "", address.port
+        except ValueError:
+            raise RemoteProtocolError("the server gave a malformed data address") from None
+        if address.scheme != "tcp" or not port:
+            raise RemoteProtocolError("the server gave a malformed data address")
+        if opened.max_message > opened.window:
+            raise RemoteProtocolError("the server grants less credit than one message may need")
+        secrets = self._session.secrets
+        assert secrets is not None
+        self._opened = opened
+        self._credit = CreditAccount(opened.window)
+        sealer = Sealer(secrets.client, opened.cipher, aead_factory=self._aead)
+        self._outbox = Outbox(sealer, opened.record, self._credit)
+        self._inbox = Inbox(
+            Opener(secrets.server, opened.cipher, aead_factory=self._aead),
+            from_client=False,
+            record_bytes=opened.record,
+            max_message=opened.max_message,
+            allocate=self._allocate,
+            admit=self._admit,
+        )
+        self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
+        # An address without a host, or with the wildcard: the one the client dialled.
+        host = self._join.host if host in ("", "*") else host
+        self._transport.connect_data(host, port, opened.ticket, self._timeout)
+        self._outbox.add(Attach(), b"")
+
+    def _admit(self, message: DataMessage) -> None:
+        if not isinstance(message, Attached) and not self._attached.done():
+            raise RemoteProtocolError("the server sent data before Attached")
+
+    def _keep_alive(self) -> None:
+        now = time.monotonic()
+        if now - self._heard >= self._timing.silence:
+            raise SessionLost(f"the server has been silent for {self._timing.silence:g} s")
+        if now - self._beat >= self._timing.heartbeat:
+            self._beat = now
+            with self._lock:
+                # Between Hello and Welcome there is nobody to hear it yet.
+                if self._welcomed.done():
+                    self._control_queue.append(self._session.send(Heartbeat(time.time())))
+
+    def _lose(self, error: SplitflError) -> None:
+        with self._lock:
+            self._error = error
+            silent = self._closing is not None
+        if isinstance(error, SessionLost) and not self._attached.done():
+            error = error if isinstance(error, ConnectError) else ConnectError(f"no session was opened: {error}")
+        opening = not self._attached.done()
+        for future in (self._welcomed, self._attached):
+            if not future.done():
+                future.set_exception(error)
+        if not opening and not silent:
+            try:
+                self._on_lost(error)
+            except Exception:
+                _log.exception("on_lost failed")

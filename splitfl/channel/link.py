@@ -1,0 +1,35 @@
+"""What the server's I/O thread keeps of one client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from splitfl.channel.handler import Peer
+from splitfl.protocol.assembly import Inbox, Outbox
+from splitfl.protocol.credit import CreditAccount
+from splitfl.protocol.messages import Hello, Open
+from splitfl.protocol.session import ServerSession
+
+
+@dataclass(eq=False)
+class Link:
+    """One client from its Hello on. Times are the channel's clock, seconds."""
+
+    control_peer: bytes
+    peer: Peer
+    heard: float
+    deadline: float  # for the handshake: to be attached by then
+    beat: float = 0.0
+    session: ServerSession = field(default_factory=ServerSession)
+    hello: Hello | None = None
+    open: Open | None = field(default=None, repr=False)
+    # From Opened on:
+    id: str = ""
+    account: CreditAccount | None = None
+    credit_due: int = 0  # given back by the handler's owner, not yet told to the client
+    outbox: Outbox | None = None
+    inbox: Inbox | None = None
+    # From the first data frame on:
+    data_peer: bytes | None = None
+    attached: bool = False
+    stuck: bytearray | None = None  # a sealed record the peer's pipe had no room for

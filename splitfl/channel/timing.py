@@ -1,0 +1,17 @@
+"""The clocks of a channel: when to send a heartbeat, when silence means that the peer is gone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. ``heartbeat``: between two of ours. ``silence``: after which the peer counts as lost. ``flush``: how
+    long closing waits for what is queued. ``linger``: how long the sockets then have to send it.
+    """
+
+    heartbeat: float = 5.0
+    silence: float = 20.0
+    flush: float = 5.0
+    linger: float = 1.0

@@ -1,0 +1,300 @@
+"""Control messages: session open, step barriers, credits, heartbeats, faults. They travel inside CURVE, at most 64 KiB
+each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from splitfl.protocol.fields import (
+    MAX_INTEGER,
+    boolean,
+    integer,
+    number,
+    one_of,
+    optional,
+    pair,
+    plain,
+    raw,
+    sequence,
+    short_text,
+    texts,
+)
+from splitfl.protocol.message import Message
+
+MAX_STEP = MAX_INTEGER
+MAX_MICRO = 2**31 - 1
+MAX_COUNT = 2**31 - 1
+
+SECRET_BYTES = 32
+TICKET_BYTES = 32
+KEM_PUBLIC_BYTES = 1184  # ML-KEM-768 encapsulation key, FIPS 203 table 3
+KEM_CIPHERTEXT_BYTES = 1088
+
+
+class RefusalCode:
+    """The words of :class:`Refused` and :class:`Fault`. A peer may send others: they are text to show, not to act
+    on.
+    """
+
+    PROTOCOL_VERSION = "protocol-version"
+    UNKNOWN_RUN = "unknown-run"
+    MODEL_MISMATCH = "model-mismatch"
+    CUT_MISMATCH = "cut-mismatch"
+    NOT_AUTHORIZED = "not-authorized"
+    FULL = "full"
+    CIPHER = "cipher"
+    PROTOCOL = "protocol"
+    SEAL = "seal"
+    CREDIT = "credit"
+    STALE = "stale"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """The client's first message. ``libraries``: name to version; a difference is a warning, never a refusal."""
+
+    protocol: int
+    run: str
+    libraries: dict[str, str]
+    platform: str
+
+    TYPE: ClassVar[int] = 1
+    FIELDS: ClassVar = {
+        "protocol": integer(0, 2**16 - 1),
+        "run": short_text(64, empty=False),
+        "libraries": texts(64, 32),
+        "platform": short_text(256),
+    }
+
+
+@dataclass(frozen=True)
+class Open(Message):
+    """Opens the session: the client's secret, its ephemeral ML-KEM-768 key, its ciphers (best first), its model and
+    cut.
+
+    ``model`` is the model identity (plain msgpack values, opaque here); ``cut`` = (blocks in the input end, in the
+    output end).
+    """
+
+    client_secret: bytes = field(repr=False)
+    kem_public: bytes = field(repr=False)
+    ciphers: tuple[str, ...]
+    model: dict[str, Any]
+    cut: tuple[int, int]
+    name: str
+
+    TYPE: ClassVar[int] = 2
+    FIELDS: ClassVar = {
+        "client_secret": raw(SECRET_BYTES),
+        "kem_public": raw(KEM_PUBLIC_BYTES),
+        "ciphers": sequence(short_text(32, empty=False), 1, 8),
+        "model": plain(),
+        "cut": pair(integer(0, 65535), integer(0, 65535)),
+        "name": short_text(64),
+    }
+
+
+@dataclass(frozen=True)
+class Enrol(Message):
+    """Makes this session a participant of the next step to open."""
+
+    TYPE: ClassVar[int] = 3
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class StepDone(Message):
+    """Ends this client's part of a step. The counts let the server wait for data still under way on the other
+    connection.
+    """
+
+    step: int
+    forwards: int
+    backwards: int
+    then: str
+
+    TYPE: ClassVar[int] = 4
+    FIELDS: ClassVar = {
+        "step": integer(0, MAX_STEP),
+        "forwards": integer(0, MAX_COUNT),
+        "backwards": integer(0, MAX_COUNT),
+        "then": one_of(frozenset({"continue", "pause", "leave"})),
+    }
+
+
+@dataclass(frozen=True)
+class Pause(Message):
+    """Withdraws from the next step to open (and from an open one, if its part is not done). ``Enrol`` comes back."""
+
+    TYPE: ClassVar[int] = 5
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class Leave(Message):
+    """As :class:`Pause`, and the run need not wait for this client again."""
+
+    TYPE: ClassVar[int] = 6
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class Heartbeat(Message):
+    """I am here. ``time``: the sender's clock, seconds since the Unix epoch."""
+
+    time: float
+
+    TYPE: ClassVar[int] = 7
+    FIELDS: ClassVar = {"time": number()}
+
+
+@dataclass(frozen=True)
+class Bye(Message):
+    """The client ends the session in good order."""
+
+    TYPE: ClassVar[int] = 8
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """Answers :class:`Hello`: the run's configuration, which the client checks before it opens. ``time``: Unix
+    seconds.
+    """
+
+    protocol: int
+    run: str
+    config: dict[str, Any]
+    libraries: dict[str, str]
+    time: float
+
+    TYPE: ClassVar[int] = 33
+    FIELDS: ClassVar = {
+        "protocol": integer(0, 2**16 - 1),
+        "run": short_text(64, empty=False),
+        "config": plain(),
+        "libraries": texts(64, 32),
+        "time": number(),
+    }
+
+
+@dataclass(frozen=True)
+class Opened(Message):
+    """Answers :class:`Open`. Sizes in bytes: ``window`` the credit granted, ``max_message`` the largest payload,
+    ``record`` the plaintext of a full record. ``data_address``: ``tcp://host:port``; an empty host or ``*`` means the
+    host that was dialled.
+    """
+
+    session: str
+    ticket: bytes = field(repr=False)
+    ticket_seconds: int
+    data_address: str
+    server_secret: bytes = field(repr=False)
+    kem_ciphertext: bytes = field(repr=False)
+    cipher: str
+    window: int
+    max_message: int
+    record: int
+
+    TYPE: ClassVar[int] = 34
+    FIELDS: ClassVar = {
+        "session": short_text(64, empty=False),
+        "ticket": raw(TICKET_BYTES),
+        "ticket_seconds": integer(1, 3600),
+        "data_address": short_text(256, empty=False),
+        "server_secret": raw(SECRET_BYTES),
+        "kem_ciphertext": raw(KEM_CIPHERTEXT_BYTES),
+        "cipher": short_text(32, empty=False),
+        "window": integer(1, 2**40),
+        "max_message": integer(1, 2**40),
+        "record": integer(4096, 4 * 2**20),
+    }
+
+
+@dataclass(frozen=True)
+class Refused(Message):
+    """Answers Hello or Open with no. This message keeps its form in every protocol version."""
+
+    code: str
+    text: str
+
+    TYPE: ClassVar[int] = 35
+    FIELDS: ClassVar = {"code": short_text(64, empty=False), "text": short_text(4096)}
+
+
+@dataclass(frozen=True)
+class StepOpened(Message):
+    """Step ``step`` is open and this session takes part.
+
+    ``enrolment`` is filled in by the session when it is sent: the number of Enrol messages the server has seen from
+    this client. It lets the client tell a step opened before its Pause arrived from one opened after it enrolled again.
+    """
+
+    step: int
+    enrolment: int = 0
+
+    TYPE: ClassVar[int] = 36
+    FIELDS: ClassVar = {"step": integer(0, MAX_STEP), "enrolment": integer(0, MAX_COUNT)}
+
+
+@dataclass(frozen=True)
+class StepClosed(Message):
+    """The optimizer step is done. ``targets``: counted target tokens of all participants; ``grad_norm`` before
+    clipping.
+    """
+
+    step: int
+    targets: int
+    participants: int
+    learning_rate: float
+    grad_norm: float | None
+
+    TYPE: ClassVar[int] = 37
+    FIELDS: ClassVar = {
+        "step": integer(0, MAX_STEP),
+        "targets": integer(0),
+        "participants": integer(0, MAX_COUNT),
+        "learning_rate": number(0.0),
+        "grad_norm": optional(number(0.0)),
+    }
+
+
+@dataclass(frozen=True)
+class Credit(Message):
+    """Gives ``bytes`` of payload credit back to the client."""
+
+    bytes: int
+
+    TYPE: ClassVar[int] = 38
+    FIELDS: ClassVar = {"bytes": integer(1, 2**40)}
+
+
+@dataclass(frozen=True)
+class Fault(Message):
+    """Something went wrong. ``fatal`` ends the session; else ``micro`` names the micro-batch it is about."""
+
+    code: str
+    text: str
+    fatal: bool = True
+    micro: int | None = None
+
+    TYPE: ClassVar[int] = 40
+    FIELDS: ClassVar = {
+        "code": short_text(64, empty=False),
+        "text": short_text(4096),
+        "fatal": boolean,
+        "micro": optional(integer(0, MAX_MICRO)),
+    }
+
+
+@dataclass(frozen=True)
+class Closing(Message):
+    """The server stops, in good order."""
+
+    text: str
+
+    TYPE: ClassVar[int] = 41
+    FIELDS: ClassVar = {"text": short_text(4096)}

@@ -1,0 +1,169 @@
+"""Data messages: hidden states and gradients at the two cuts. Each carries one payload of ``payload_bytes`` raw bytes.
+
+A payload is a contiguous ``(rows, hidden)`` array of ``dtype``, little-endian, row by row, in the codec's encoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from splitfl.errors import LocalProtocolError
+from splitfl.protocol.control import MAX_COUNT, MAX_MICRO, MAX_STEP
+from splitfl.protocol.fields import boolean, integer, number, one_of, pair, sequence
+from splitfl.protocol.message import Message
+
+# Bytes of one element. A further dtype (float8) is a further row.
+DTYPES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+# Bytes on the wire as a function of (rows, hidden, dtype) belong to the codec; "raw" is the identity.
+CODECS = frozenset({"raw"})
+
+EVALUATION = -1  # the step of a forward that belongs to no step
+MAX_SEGMENTS = 8192
+MAX_ROWS = 2**31 - 1
+MAX_HIDDEN = 2**24
+MAX_PAYLOAD_BYTES = 2**40
+
+_step = integer(0, MAX_STEP)
+_step_or_evaluation = integer(EVALUATION, MAX_STEP)
+_micro = integer(0, MAX_MICRO)
+_rows = integer(1, MAX_ROWS)
+_hidden = integer(1, MAX_HIDDEN)
+_dtype = one_of(DTYPES)
+_codec = one_of(CODECS)
+
+
+@dataclass(frozen=True)
+class DataMessage(Message):
+    """What all data messages have: a payload."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the payload, bytes: exactly rows x hidden x item size."""
+        return 0
+
+    def check(self) -> None:
+        if self.payload_bytes > MAX_PAYLOAD_BYTES:
+            raise LocalProtocolError(f"{type(self).__name__}: a payload must have at most {MAX_PAYLOAD_BYTES} bytes")
+
+
+@dataclass(frozen=True)
+class Attach(DataMessage):
+    """First on a data connection: proves that this peer holds the session's keys. No payload."""
+
+    TYPE: ClassVar[int] = 64
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class Forward(DataMessage):
+    """Hidden states of one micro-batch at the first cut, client to server; payload ``(rows, hidden)``.
+
+    ``segments``: (length, start position) of each run of consecutive tokens; rows = sum of the lengths. ``train`` is
+    the mode of the trunk (dropout), ``grad`` keeps the graph for a Backward, ``adapter_on`` turns the trunk's adapter
+    on.
+    """
+
+    step: int
+    micro: int
+    segments: tuple[tuple[int, int], ...]
+    hidden: int
+    dtype: str
+    codec: str
+    train: bool
+    grad: bool
+    adapter_on: bool
+
+    TYPE: ClassVar[int] = 65
+    FIELDS: ClassVar = {
+        "step": _step_or_evaluation,
+        "micro": _micro,
+        "segments": sequence(pair(integer(1, MAX_ROWS), integer(0, MAX_COUNT)), 1, MAX_SEGMENTS),
+        "hidden": _hidden,
+        "dtype": _dtype,
+        "codec": _codec,
+        "train": boolean,
+        "grad": boolean,
+        "adapter_on": boolean,
+    }
+
+    @property
+    def rows(self) -> int:
+        """The real tokens of this micro-batch."""
+        return sum(length for length, _ in self.segments)
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.rows * self.hidden * DTYPES[self.dtype]
+
+    def check(self) -> None:
+        super().check()
+        if self.rows > MAX_ROWS:
+            raise LocalProtocolError(f"Forward.segments must have at most {MAX_ROWS} tokens")
+        if self.train and self.step == EVALUATION:
+            raise LocalProtocolError("Forward.step must name a step when train is set")
+
+
+@dataclass(frozen=True)
+class Tensor(DataMessage):
+    """What Backward, Hidden and Grad share."""
+
+    step: int
+    micro: int
+    rows: int
+    hidden: int
+    dtype: str
+    codec: str
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.rows * self.hidden * DTYPES[self.dtype]
+
+
+_TENSOR = {
+    "step": _step_or_evaluation,
+    "micro": _micro,
+    "rows": _rows,
+    "hidden": _hidden,
+    "dtype": _dtype,
+    "codec": _codec,
+}
+
+
+@dataclass(frozen=True)
+class Backward(Tensor):
+    """Gradient of the client's loss with respect to Hidden, at the second cut; payload ``(rows, hidden)``.
+
+    ``targets``: target tokens in this micro-batch; ``divisor``: what the client's loss was divided by.
+    """
+
+    targets: int
+    divisor: float
+
+    TYPE: ClassVar[int] = 66
+    FIELDS: ClassVar = {**_TENSOR, "step": _step, "targets": integer(0), "divisor": number(0.0, above=True)}
+
+
+@dataclass(frozen=True)
+class Attached(DataMessage):
+    """Answers :class:`Attach`: the server's side holds the same keys. No payload."""
+
+    TYPE: ClassVar[int] = 96
+    FIELDS: ClassVar = {}
+
+
+@dataclass(frozen=True)
+class Hidden(Tensor):
+    """The trunk's output for one Forward, server to client; payload ``(rows, hidden)``."""
+
+    TYPE: ClassVar[int] = 97
+    FIELDS: ClassVar = _TENSOR
+
+
+@dataclass(frozen=True)
+class Grad(Tensor):
+    """Gradient with respect to Forward's hidden states, unweighted, server to client; payload ``(rows, hidden)``."""
+
+    TYPE: ClassVar[int] = 98
+    FIELDS: ClassVar = _TENSOR

@@ -1,0 +1,39 @@
+"""The common ground of all messages: a frozen dataclass whose fields are checked whenever one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from splitfl.errors import LocalProtocolError
+from splitfl.protocol.fields import Check, FieldError
+
+PROTOCOL_VERSION = 1
+
+# One frame on the control endpoint, and the metadata of one data message.
+MAX_CONTROL_BYTES = 64 * 1024
+MAX_METADATA_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message that exists is valid: making one with a wrong field raises :class:`LocalProtocolError`."""
+
+    TYPE: ClassVar[int]
+    FIELDS: ClassVar[Mapping[str, Check]]
+
+    def __post_init__(self) -> None:
+        for name, check in self.FIELDS.items():
+            try:
+                object.__setattr__(self, name, check(getattr(self, name)))
+            except FieldError as error:
+                raise LocalProtocolError(f"{type(self).__name__}.{name} {error}") from None
+        self.check()
+
+    def check(self) -> None:
+        """What one field alone cannot tell. Raises LocalProtocolError."""
+
+    def to_map(self) -> dict[str, Any]:
+        """What is encoded: the type number and every field."""
+        return {"type": self.TYPE, **{name: getattr(self, name) for name in self.FIELDS}}

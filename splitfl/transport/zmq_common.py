@@ -1,0 +1,82 @@
+"""What both ends of the ZeroMQ transport share: socket options, the wake-up, and the allocator's thresholds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import socket
+import sys
+
+import zmq
+
+# Frames queued in one peer's pipe. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16
+# MiB.
+DATA_FRAMES_QUEUED = 16
+# Frames taken from one socket before the other sockets are looked at again.
+FRAMES_A_TURN = 32
+# A peer that has not finished its handshake by then is cut.
+HANDSHAKE_MILLISECONDS = 5000
+# ZMTP's own heartbeats only reap dead TCP connections; the channel's heartbeats decide when a session is lost.
+_HEARTBEAT_MILLISECONDS, _HEARTBEAT_TIMEOUT_MILLISECONDS = 10_000, 30_000
+
+PLAIN_USER = b"splitfl"
+
+
+def common_options(sock: zmq.Socket[bytes], *, max_frame: int, ipv6: bool) -> None:
+    """Options of every socket that faces the network."""
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.MAXMSGSIZE, max_frame)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MILLISECONDS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MILLISECONDS)
+    sock.setsockopt(zmq.IPV6, int(ipv6))
+
+
+def data_options(sock: zmq.Socket[bytes]) -> None:
+    """Options of the data sockets on top of the common ones."""
+    sock.setsockopt(zmq.SNDHWM, DATA_FRAMES_QUEUED)
+    sock.setsockopt(zmq.RCVHWM, DATA_FRAMES_QUEUED)
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in an address."""
+    return f"[{host}]" if ":" in host else host
+
+
+class Wake:
+    """Lets other threads end a poll. Plain sockets, since a ZeroMQ socket belongs to one thread."""
+
+    def __init__(self) -> None:
+        self.receiver, self._sender = socket.socketpair()
+        self.receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def set(self) -> None:
+        # A full buffer means that a wake-up is under way already; a closed socket, that nobody polls any more.
+        with contextlib.suppress(OSError):
+            self._sender.send(b"\0")
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(self.receiver.recv(4096)) == 4096:
+                pass
+
+    def close(self) -> None:
+        self.receiver.close()
+        self._sender.close()
+
+
+@functools.cache
+def keep_large_buffers() -> bool:
+    """Tells glibc to serve buffers below 32 MiB from its heap and to keep 128 MiB free: else every record of 1 MiB is
+    mapped, faulted in page by page, and unmapped again. Elsewhere there is nothing to tell; returns whether it took.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl has no mallopt
+        return False
+    return bool(mallopt(m_mmap_threshold, 32 * 2**20) and mallopt(m_trim_threshold, 128 * 2**20))
