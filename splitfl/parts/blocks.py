@@ -129,14 +129,18 @@ class NotHeld(nn.Module):
     to whatever it is added to. Neither ever reaches a block: see ``splitfl.parts.trunk``.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, path: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.path = path
+        self.dtype = dtype or torch.get_default_dtype()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                if value.is_floating_point() and value.dim() > 2:
-                    return value
-                return torch.zeros((), dtype=self.dtype or torch.get_default_dtype(), device=value.device)
-        return torch.zeros((), dtype=self.dtype or torch.get_default_dtype())
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        for value in tensors:
+            if value.is_floating_point() and value.dim() > 2:
+                return value
+        return torch.zeros((), dtype=self.dtype, device=tensors[0].device if tensors else None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is missing: hasattr still answers no.
+        raise AttributeError(f"{vars(self).get('path')}.{name} belongs to the client")

@@ -48,12 +48,11 @@ class Checkpoint:
 
     @property
     def sharded(self) -> bool:
-        return self.directory_has(INDEX) and not self.directory_has(SINGLE)
-
-    def directory_has(self, name: str) -> bool:
+        """Whether the weights lie in several files. As in from_pretrained, a single file is preferred to an index."""
         if self.directory is not None:
-            return (self.directory / name).is_file()
-        return self.find(name) is not None
+            return not (self.directory / SINGLE).is_file() and (self.directory / INDEX).is_file()
+        # Asked in the other order, for to ask for the single file is to download it.
+        return self.find(INDEX) is not None
 
     def find(self, name: str) -> Path | None:
         """The local path of a file, downloaded first if it is on the hub; None where the model has no such file."""
@@ -68,6 +67,18 @@ class Checkpoint:
         if found is not None:
             self._files[name] = found
         return found
+
+    def local(self, name: str) -> Path | None:
+        """The local path of a file that is here already; None where it is not. Downloads nothing."""
+        if name in self._files or self.directory is not None:
+            return self.find(name)
+        return _cached(self.path, name, self.commit)
+
+    def published_digests(self, names: list[str]) -> dict[str, str]:
+        """SHA-256 in hex of weight files as the hub records them; empty for a directory, or if it cannot be asked."""
+        if self.directory is not None:
+            return {}
+        return {name: digest for name, digest in _published(self.path, self.commit).items() if name in names}
 
     def require(self, name: str) -> Path:
         """Like ``find``. Raises ModelError where the model has no such file."""
@@ -203,6 +214,24 @@ def _download(repo: str, name: str, commit: str | None) -> Path | None:
         return None
     except OSError as error:
         raise ModelError(f"{name} of {repo} cannot be downloaded ({_first_line(error)})") from error
+
+
+def _cached(repo: str, name: str, commit: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, revision=commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _published(repo: str, commit: str | None) -> dict[str, str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(repo, revision=commit, files_metadata=True)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return {}
+    return {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
 
 
 def _first_line(error: BaseException) -> str:

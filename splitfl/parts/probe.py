@@ -10,7 +10,8 @@ middle of the model if
   position_ids)`` alone;
 - a trunk whose blocks pass everything through returns ``h`` to the bit.
 
-An architecture that fails is refused with a ModelError of one sentence.
+An architecture that fails is refused with a ModelError of one sentence. What a model's code raises when it is run this
+way may be anything, hence the broad ``except`` clauses.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
+from splitfl.parts.arguments import channel_between_blocks, contains, first_difference, keeps_apart
 from splitfl.parts.blocks import Layout, StandIn, find_blocks, hidden_argument
 from splitfl.parts.cut import Cut
 from splitfl.parts.ends import ends_class, make_ends
 from splitfl.parts.trunk import make_trunk, trunk_class
 
 ROWS, TOKENS, RESTART, VOCABULARY = 2, 6, 4, 8
-RUN_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
 
 @dataclass
@@ -53,14 +54,23 @@ class _ProbeBlock(StandIn):
         self.signature = inspect.signature(block.forward)
         self.calls = calls
         self.reply: torch.Tensor | None = None
+        self.extra: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_argument(args, kwargs)
+        if self.reply is not None and hidden.shape != self.reply.shape:
+            raise ModelError(
+                f"the hidden state between its blocks has shape {tuple(hidden.shape)} where {tuple(self.reply.shape)} "
+                "(rows, tokens, hidden size) is what can travel"
+            )
         bound = self.signature.bind_partial(*args, **kwargs).arguments
         first = next(iter(bound))
         bound.update(bound.pop("kwargs", {}))
         self.calls.append(_Call(hidden, {name: value for name, value in bound.items() if name != first}))
-        return self.answer(hidden if self.reply is None else self.reply)
+        answer = self.answer(hidden if self.reply is None else self.reply)
+        if self.extra is None or not isinstance(answer, tuple):
+            return answer
+        return (answer[0], *[self.extra] * (len(answer) - 1))
 
 
 def probe(full: type[PreTrainedModel], config: Any, cut: Cut) -> Layout:
@@ -97,18 +107,14 @@ def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None)
     config = copy.deepcopy(config)
     if count is None:
         count = config.get_text_config(decoder=True).num_hidden_layers
-    with torch.device("meta"):
-        build: Any = full._from_config
-        model: PreTrainedModel = build(config)
+    build: Any = full._from_config
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = build(config)
+    except Exception as error:
+        raise ModelError(f"{full.__name__} cannot be built from this config ({_short(error)})") from error
     path = find_blocks(model, count)
-    backbone = model.base_model_prefix
-    if not backbone or not hasattr(model, backbone):
-        raise ModelError(f"{full.__name__} cannot be split: it does not say where its backbone is (base_model_prefix)")
-    # The backbone of a model with more than text is the innermost module that still takes embeddings and a mask.
-    parameters = inspect.signature(type(model.get_submodule(backbone)).forward).parameters
-    for needed in ("inputs_embeds", "attention_mask"):
-        if needed not in parameters:
-            raise ModelError(f"{full.__name__} cannot be split: its backbone takes no {needed}")
+    backbone, parameters = _find_backbone(full.__name__, model, path)
     layout = Layout(
         blocks=path,
         count=count,
@@ -119,6 +125,17 @@ def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None)
     return model, layout
 
 
+def _find_backbone(name: str, model: PreTrainedModel, blocks: str) -> tuple[str, Any]:
+    """The outermost module around the blocks, inside the model, that takes embeddings and a mask; its parameters."""
+    names = blocks.split(".")[:-1]
+    for end in range(1, len(names) + 1):
+        path = ".".join(names[:end])
+        parameters = inspect.signature(type(model.get_submodule(path)).forward).parameters
+        if "inputs_embeds" in parameters and "attention_mask" in parameters:
+            return path, parameters
+    raise ModelError(f"{name} cannot be split: no module around its blocks takes inputs_embeds and an attention_mask")
+
+
 def _probe(full: type[PreTrainedModel], model: PreTrainedModel, layout: Layout, cut: Cut) -> Layout:
     name = full.__name__
     calls: list[_Call] = []
@@ -126,13 +143,14 @@ def _probe(full: type[PreTrainedModel], model: PreTrainedModel, layout: Layout, 
     for index in range(layout.count):
         blocks[index] = _ProbeBlock(blocks[index], calls)
     backbone = model.get_submodule(layout.backbone)
-    _give_storage(backbone)
+    _give_storage(backbone, blocks)
     model.train()
     trunk = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     probes: list[Any] = list(blocks)
     for block in probes:
         block.reply = torch.randn(ROWS, TOKENS, layout.hidden_size, generator=generator).to(model.dtype)
+        block.extra = torch.randn(1, generator=generator)
     layout = replace(layout, tuple_length=_tuple_length(name, layout, backbone, probes, calls))
     for block in (*probes, *layout.block_list(trunk)):
         block.tuple_length = layout.tuple_length
@@ -144,24 +162,28 @@ def _probe(full: type[PreTrainedModel], model: PreTrainedModel, layout: Layout, 
         _run_full(name, layout, backbone, probes, calls, mask, positions)
         _check_trunk(name, layout, cut, trunk, calls, mask, positions, label)
         if label == "packed":
-            packing = all(_keeps_apart(call.rest) for call in calls)
-    return replace(layout, packing=packing)
+            packing = all(keeps_apart(call.rest, RESTART) for call in calls)
+    # A recurrent block carries its state over a restart, whatever mask it is given.
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    recurrent = any("attention" not in kind or "linear" in kind for kind in kinds)
+    return replace(layout, packing=packing and not recurrent)
 
 
 def _tuple_length(name: str, layout: Layout, backbone: nn.Module, probes: list[Any], calls: list[_Call]) -> int:
     """How many items the backbone expects of a block, 0 for a bare tensor: the first form with which it runs."""
-    first: ModelError | None = None
+    furthest, refusal = -1, ModelError(f"{name} cannot be split")
     for length in range(4):
         for block in probes:
             block.tuple_length = length
         try:
             _run_full(name, layout, backbone, probes, calls, None, None)
         except ModelError as error:
-            first = first or error
+            # In a wrong form a run breaks off early and its reason says nothing: keep that of the longest run.
+            if len(calls) > furthest:
+                furthest, refusal = len(calls), error
         else:
             return length
-    assert first is not None
-    raise first
+    raise refusal
 
 
 def _run_full(
@@ -182,15 +204,19 @@ def _run_full(
     try:
         with torch.no_grad():
             out = backbone(**arguments, use_cache=False, return_dict=True).last_hidden_state
-    except RUN_ERRORS as error:
+    except ModelError as error:
+        raise ModelError(f"{name} cannot be split: {error}") from error
+    except Exception as error:
         raise ModelError(f"{name} cannot be split: without its blocks it does not run ({_short(error)})") from error
     if len(calls) != layout.count:
         raise ModelError(f"{name} cannot be split: {layout.blocks} has {layout.count} blocks, but {len(calls)} are run")
     for index, call in enumerate(calls):
-        if tuple(call.hidden.shape) != (ROWS, TOKENS, layout.hidden_size):
+        channel = channel_between_blocks(call.rest)
+        for other in probes[:index]:
+            channel = channel or contains(call.rest, other.extra)
+        if channel:
             raise ModelError(
-                f"{name} cannot be split: its blocks pass on a hidden state of shape {tuple(call.hidden.shape)} for "
-                f"{ROWS} rows of {TOKENS} tokens, not (rows, tokens, {layout.hidden_size})"
+                f"{name} cannot be split: its blocks hand each other more than the hidden state: {channel}"
             )
         if index and not torch.equal(call.hidden, probes[index - 1].reply):
             raise ModelError(
@@ -238,7 +264,7 @@ def _check_ends(full: type[PreTrainedModel], layout: Layout, cut: Cut, model: Pr
         try:
             with suppress(_ReachedError), torch.no_grad():
                 ends(**arguments)
-        except RUN_ERRORS as error:
+        except Exception as error:
             raise ModelError(
                 f"{full.__name__} cannot be split: it does not run with a trunk slot ({_short(error)})"
             ) from error
@@ -271,7 +297,7 @@ def _check_trunk(
     try:
         with torch.no_grad():
             y = trunk.trunk_forward(h, mask, positions)
-    except RUN_ERRORS as error:
+    except Exception as error:
         raise ModelError(
             f"{name} cannot be split: its trunk does not run from a hidden state ({_short(error)})"
         ) from error
@@ -294,43 +320,13 @@ def _check_trunk(
         )
 
 
-def first_difference(full: Any, trunk: Any, name: str = "") -> str | None:
-    """The name of the first tensor among ``full``'s arguments that ``trunk``'s lack or have with other content."""
-    if isinstance(full, torch.Tensor):
-        same = isinstance(trunk, torch.Tensor) and trunk.shape == full.shape and trunk.dtype == full.dtype
-        return None if same and torch.equal(full, trunk) else name
-    if isinstance(full, dict):
-        for key in full:
-            below = first_difference(full[key], trunk.get(key) if isinstance(trunk, dict) else None, name or str(key))
-            if below is not None:
-                return below
-        if isinstance(trunk, dict):
-            return next((str(key) for key in trunk if key not in full and isinstance(trunk[key], torch.Tensor)), None)
-        return None
-    if isinstance(full, (tuple, list)):
-        for index, item in enumerate(full):
-            other = trunk[index] if isinstance(trunk, (tuple, list)) and index < len(trunk) else None
-            below = first_difference(item, other, name)
-            if below is not None:
-                return below
-        return None
-    return name if isinstance(trunk, torch.Tensor) else None
-
-
-def _keeps_apart(rest: Any) -> bool:
-    """Whether a 4-D mask among a block's arguments hides the first sequence of a packed row from the second."""
-    if isinstance(rest, torch.Tensor):
-        if rest.dim() != 4 or tuple(rest.shape[-2:]) != (TOKENS, TOKENS):
-            return False
-        across = rest[0, 0, RESTART, RESTART - 1]
-        return not bool(across) if rest.dtype == torch.bool else bool(across < -1e4)
-    if isinstance(rest, dict):
-        return any(_keeps_apart(value) for value in rest.values())
-    return isinstance(rest, (tuple, list)) and any(_keeps_apart(value) for value in rest)
-
-
-def _give_storage(backbone: nn.Module) -> None:
+def _give_storage(backbone: nn.Module, blocks: nn.ModuleList) -> None:
     """Small random weights for what is left beside the blocks; embeddings are cut to a few rows."""
+    for owner in list(backbone.modules()):
+        for name, child in list(owner.named_children()):
+            # A whole other model in there, as for images: text never enters it.
+            if isinstance(child, PreTrainedModel) and not any(module is blocks for module in child.modules()):
+                setattr(owner, name, nn.Identity())
     for module in backbone.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings > 64:
             module.weight = nn.Parameter(module.weight[:64], requires_grad=False)
@@ -342,8 +338,10 @@ def _give_storage(backbone: nn.Module) -> None:
     for module in backbone.modules():
         vars(module).pop("_is_hf_initialized", None)
     if isinstance(backbone, PreTrainedModel):
+        # Rotary tables and other buffers by the family's own code; where that asks for the blocks, zeros will do.
         initialize: Any = backbone.initialize_weights
-        initialize()  # rotary tables and other buffers, by the family's own code
+        with suppress(Exception):
+            initialize()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in backbone.parameters():

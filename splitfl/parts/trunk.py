@@ -115,7 +115,7 @@ def make_trunk(model: Any, layout: Layout, cut: Cut) -> None:
     for index in range(layout.count):
         if index not in held:
             blocks[index] = PassThrough(blocks[index], layout.tuple_length)
-    _remove_rest(model, blocks, model.config.dtype)
+    _remove_rest(model, blocks, model.config.dtype, "")
     blocks[held[0]].register_forward_pre_hook(_enter, with_kwargs=True)
     blocks[held[-1]].register_forward_hook(_leave)
     model.cut = cut
@@ -127,15 +127,15 @@ def make_trunk(model: Any, layout: Layout, cut: Cut) -> None:
     model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?!(.*\.)?{tail}\.({inside})\.)"}
 
 
-def _remove_rest(module: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype | None) -> None:
+def _remove_rest(module: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype | None, path: str) -> None:
     """Replaces each module beside the blocks that owns parameters; goes into those the blocks lie in."""
     for name, child in list(module.named_children()):
         if child is blocks:
             continue
         if any(inner is blocks for inner in child.modules()):
-            _remove_rest(child, blocks, dtype)
+            _remove_rest(child, blocks, dtype, f"{path}{name}.")
         elif any(True for _ in child.parameters()):
-            setattr(module, name, NotHeld(dtype))
+            setattr(module, name, NotHeld(path + name, dtype))
     for name, _ in list(module.named_parameters(recurse=False)):
         setattr(module, name, None)
 
