@@ -1,0 +1,95 @@
+"""``splitfl train``: flags to settings, and one client's run. Imports torch only once it must."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from splitfl.errors import ConfigError
+
+__all__ = ["add_arguments", "run", "split_columns"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    joining = parser.add_argument_group("joining")
+    joining.add_argument("--trunk", required=True, metavar="JOIN", help="the join string, splitfl://KEY@host:port/RUN")
+    joining.add_argument("--identity", required=True, metavar="FILE", help="this client's secret key (splitfl keygen)")
+    joining.add_argument("--model", metavar="MODEL", help="directory or hub id (default: the hub model the run names)")
+    joining.add_argument("--revision", metavar="REV", help="hub revision")
+    joining.add_argument("--cut", metavar="A:B", help="insist on a cut (default: the run's)")
+    joining.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds to wait for the server (10)")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="FILE", help="txt, jsonl, csv or tsv; never leaves this machine")
+    data.add_argument("--columns", metavar="A=B,...", help="which columns to use, as in prompt=question,completion=answer")
+    data.add_argument("--data-format", choices=["txt", "jsonl", "csv", "tsv"], help="where the suffix does not say")
+    data.add_argument("--task", default="causal-lm", choices=["causal-lm", "sequence-classification"])
+    data.add_argument("--num-labels", type=int, metavar="N", help="classes of the whole task (default: those in the file)")
+    data.add_argument("--label-names", metavar="A,B,...", help="names of the classes, in their order")
+    data.add_argument("--max-length", type=int, default=512, metavar="N", help="longest row, in tokens (512)")
+    data.add_argument("--evaluate", type=float, default=0.05, metavar="X", help="held-out share, or rows if 1 or more (0.05)")
+
+    training = parser.add_argument_group("training the ends (what is not given is the run's own)")
+    training.add_argument("--ends", default="lora", choices=["lora", "full", "frozen"], help="what of the ends is trained")
+    training.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a batch (8)")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an optimizer step (1)")
+    training.add_argument("--epochs", type=float, default=1.0, metavar="X", help="passes over the data (1)")
+    training.add_argument("--steps", type=int, default=0, metavar="N", help="optimizer steps, in place of epochs")
+    training.add_argument("--lr", type=float, dest="learning_rate", metavar="X", help="learning rate of the ends")
+    training.add_argument("--weight-decay", type=float, metavar="X")
+    training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm of the ends (0: no clipping)")
+    training.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="steps between evaluations (0: none between)")
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, held-out part, fresh heads")
+
+    machine = parser.add_argument_group("this machine")
+    machine.add_argument("--out", default="", metavar="DIR", help="where results and the log go (default runs/RUN-ends)")
+    machine.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps between checkpoints (0: at the end)")
+    machine.add_argument("--device", default="auto", help="cuda, cuda:N, mps, cpu, or auto")
+    machine.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="insist on a precision (default: the run's)")
+    machine.add_argument("--attn", metavar="NAME", help="attention implementation, as transformers names it")
+    machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (0: torch's choice)")
+    machine.add_argument("--micro-batches", type=int, default=1, metavar="N", help="pieces a batch is cut into for slow links")
+    machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    machine.add_argument("--dump-hidden", default="", metavar="FILE", help="keep the first hidden state sent, to audit the wire")
+
+
+def split_columns(text: str | None) -> dict[str, str] | None:
+    """``"prompt=question,completion=answer"`` to a dict. Raises ConfigError."""
+    if not text:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(not name or not sign or not column for name, sign, column in pairs):
+        raise ConfigError(f"--columns {text!r}: write it as prompt=question,completion=answer")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def run(args: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(args).items() if name != "command"}
+    values["columns"] = split_columns(args.columns)
+    values["label_names"] = tuple(args.label_names.split(",")) if args.label_names else None
+    for name, low in (("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("micro_batches", 1), ("steps", 0)):
+        if values[name] < low:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
+    if not Path(args.data).is_file():
+        raise ConfigError(f"--data {args.data}: no such file")
+    from splitfl.protocol.join import JoinString
+    from splitfl.protocol.keys import read_identity
+
+    # Cheap checks first: a typo must not cost the import of torch.
+    join = JoinString.parse(args.trunk)
+    read_identity(args.identity)
+
+    from client_ends.progress import Progress
+    from client_ends.train import TrainSettings, train
+    from splitfl.runlog import RunLog
+
+    values["out"] = args.out or str(Path("runs") / f"{join.run}-ends")
+    log = RunLog(Path(values["out"]) / "log.jsonl", echo=None)
+    try:
+        result = train(TrainSettings(**values), log=log, progress=Progress())
+    finally:
+        log.close()
+    print(f"{result.steps} steps, loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}", file=sys.stderr)
+    print(f"ends kept in {result.checkpoint}", file=sys.stderr)
+    return 0

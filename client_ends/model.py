@@ -1,0 +1,243 @@
+"""The Hugging Face face: a client's model is an ordinary ``transformers`` model whose trunk happens to be elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from splitfl.channel.client import OpenTerms
+from splitfl.parts.identity import ModelIdentity, compare, model_identity
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from client_ends.objective import Objective, objective_of
+from client_ends.remote import RemoteTrunk
+from client_ends.session import TrunkSession
+from splitfl.errors import ModelError, UserError
+from splitfl.parts.cut import Cut
+from splitfl.parts.loading import attach_trunk, load_ends
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import read_identity
+from splitfl.protocol.messages import StepClosed, Welcome
+from splitfl.tensors import DTYPES, resolve_device
+
+__all__ = ["SplitModelForCausalLM", "SplitModelForSequenceClassification", "open_session"]
+
+
+def open_session(
+    path: str | None,
+    join: JoinString,
+    identity: Any,
+    *,
+    cut: Cut | None = None,
+    revision: str | None = None,
+    timeout: float = 10.0,
+    channel_options: dict[str, Any] | None = None,
+) -> tuple[TrunkSession, str, str | None]:
+    """Open a session for the model at ``path`` (None: the hub model the run names).
+
+    Returns the session, the model's path or hub id, and its revision. The server refuses another model, revision or cut.
+
+    Raises:
+        ModelError: no path given, and the run's model lies on the server's own disk.
+        ConnectError, Refused: no session could be opened; the message says why.
+    """
+    # Hashing a large checkpoint takes long; it is done before the server is made to wait for it.
+    mine = model_identity(path, revision=revision) if path is not None else None
+    chosen: dict[str, Any] = {"path": path, "revision": revision}
+
+    def answer(welcome: Welcome) -> OpenTerms:
+        terms, known = welcome.config, mine
+        if known is None:
+            if terms["model_is_local"]:
+                raise ModelError(f"the run's model {terms['model']!r} is no hub model: say where your copy lies with --model")
+            chosen["path"], chosen["revision"] = terms["model"], terms["revision"]
+            known = model_identity(terms["model"], revision=terms["revision"])
+        used = cut or Cut.parse(terms["cut"])
+        return OpenTerms(model=known.to_plain(), cut=(used.input_blocks, used.output_blocks))
+
+    session = TrunkSession.open(join, identity, answer, timeout=timeout, **(channel_options or {}))
+    if mine is not None:
+        # The server has compared as well; a client does not take its word for which model it trains.
+        difference = compare(mine, ModelIdentity.from_plain(session.terms["identity"]))
+        if difference:
+            session.close()
+            raise ModelError(f"your model is not the one this run trains: {difference}")
+    return session, chosen["path"], chosen["revision"]
+
+
+class _SplitModel:
+    """What a split model has beside its Hugging Face class. Instances come from :meth:`from_pretrained` alone."""
+
+    _task: ClassVar[str]
+    _remote: RemoteTrunk
+    _set_objective: Objective | None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None,
+        trunk: str,
+        identity: str | Path,
+        *,
+        cut: str | tuple[int, int] | None = None,
+        revision: str | None = None,
+        dtype: str | None = None,
+        device: str = "auto",
+        attn: str | None = None,
+        trust_remote_code: bool = False,
+        micro_batches: int = 1,
+        timeout: float = 10.0,
+        channel_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Join a run and load this client's ends.
+
+        Args:
+            path: directory or hub id of the model; None takes the hub id the run names.
+            trunk: the join string, ``splitfl://KEY@host:port/RUN``.
+            identity: this client's secret key file (``splitfl keygen``).
+            cut: ``"a:b"`` to insist on a cut; by default the run's own.
+            dtype: by default the run's own; another is refused by the server.
+            micro_batches: pieces one batch is cut into, so that network, trunk and ends overlap (helps on slow links).
+            kwargs: handed to Hugging Face's ``from_pretrained`` (``num_labels``, ``seed`` of a fresh head, ...).
+
+        Returns:
+            A model of the checkpoint's own Hugging Face class: ``forward``, ``backward``, ``generate(use_cache=False)``,
+            ``save_pretrained``, PEFT and optimizers work as on any other. When an optimizer that holds parameters of the ends
+            steps, the trunk's step ends too; with frozen ends call :meth:`step`.
+
+        Raises:
+            ConnectError, Refused, ModelError, KeyFileError: each one sentence with the mend.
+        """
+        asked = None if cut is None else Cut.parse(cut) if isinstance(cut, str) else Cut(*cut)
+        session, where, revision = open_session(
+            None if path is None else str(path),
+            JoinString.parse(trunk),
+            read_identity(identity),
+            cut=asked,
+            revision=revision,
+            timeout=timeout,
+            channel_options=channel_options,
+        )
+        try:
+            own = Cut.parse(session.terms["cut"])
+            ends = load_ends(
+                where,
+                (own.input_blocks, own.output_blocks),
+                task=cls._task,
+                revision=revision,
+                dtype=DTYPES[dtype or session.terms["dtype"]],
+                device=str(resolve_device(device)),
+                attn=attn,
+                trust_remote_code=trust_remote_code,
+                **kwargs,
+            )
+        except BaseException:
+            session.close()
+            raise
+        return cls._dress(ends, session, micro_batches)
+
+    @classmethod
+    def _dress(cls, ends: Any, session: TrunkSession, micro_batches: int) -> Any:
+        """Give loaded ends their remote trunk and this class's methods."""
+        base = type(ends)
+        remote = RemoteTrunk(session, micro_batches=micro_batches)
+        # The override is on the class, not a hook: PEFT calls the inner model's `forward` past its hooks.
+        ends.__class__ = type(base.__name__, (cls, base), {"forward": _observed(base.forward), "__module__": base.__module__})
+        object.__setattr__(ends, "_remote", remote)
+        object.__setattr__(ends, "_set_objective", None)
+        object.__setattr__(ends, "_step_hook", _step_with(weakref.ref(ends)))
+        attach_trunk(ends, remote)
+        return ends
+
+    @property
+    def trunk(self) -> RemoteTrunk:
+        """The remote trunk; ``trunk.session`` counts bytes and steps, ``trunk.adapter_on = False`` runs the base model."""
+        return self._remote
+
+    def step(self, then: str = "continue") -> None:
+        """End this client's part of the optimizer step. Called for you when an optimizer of the ends steps.
+
+        ``then="pause"`` withdraws from the next step (to evaluate), ``"leave"`` from all.
+        """
+        self._remote.session.step_done(then)
+
+    def wait_step(self) -> StepClosed:
+        """Wait until the last step this client took part in has closed at the server."""
+        session = self._remote.session
+        return session.wait_closed(session.step - 1)
+
+    @contextlib.contextmanager
+    def objective(self, targets: list[int], divisor: float) -> Iterator[None]:
+        """State the loss of forwards inside, where it is computed from logits and not by ``labels=``.
+
+        ``targets``: target tokens of each row; ``divisor``: what your loss divides its sum over targets by.
+        """
+        if divisor <= 0:
+            raise UserError("the divisor of a loss must be positive")
+        self._set_objective = Objective(tuple(targets), float(divisor))
+        try:
+            yield
+        finally:
+            self._set_objective = None
+
+    def close(self) -> None:
+        """Leave the run and end the session."""
+        self._step_hook.remove()  # type: ignore[attr-defined]
+        self._remote.session.close()
+
+
+class SplitModelForCausalLM(_SplitModel):
+    """A causal language model whose trunk is on a server. See :meth:`from_pretrained`."""
+
+    _task = "causal-lm"
+
+
+class SplitModelForSequenceClassification(_SplitModel):
+    """A sequence classifier whose trunk is on a server; labels and head stay here. See :meth:`from_pretrained`."""
+
+    _task = "sequence-classification"
+
+
+def _observed(forward: Any) -> Any:
+    """The family's forward, watched: it tells the remote trunk the mode, and what the labels say of the objective."""
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind_partial(self, *args, **kwargs).arguments
+        arguments = {**bound, **bound.get("kwargs", {})}
+        per_token = isinstance(self, SplitModelForCausalLM)
+        objective = self._set_objective or objective_of(arguments, per_token=per_token)
+        self._remote.training = self.training
+        self._remote.objective = objective
+        try:
+            out = forward(self, *args, **kwargs)
+        finally:
+            self._remote.objective = None
+        loss = out.get("loss") if hasattr(out, "get") else out[0] if objective and isinstance(out, tuple) else None
+        if objective is not None and isinstance(loss, torch.Tensor):
+            objective.watch(loss)
+        return out
+
+    return observed
+
+
+def _step_with(model: weakref.ref[Any]) -> Any:
+    """When an optimizer that holds parameters of the ends steps, the trunk's step ends."""
+
+    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        ends = model()
+        if ends is None or not ends._remote.session.contributed:
+            return
+        own = {id(parameter) for parameter in ends.parameters()}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            ends.step()
+
+    return register_optimizer_step_post_hook(stepped)

@@ -1,0 +1,65 @@
+"""How much of the shared objective a client's loss is: the number of targets, and what the loss was divided by.
+
+The trunk minimises ``sum_i n_i L_i / sum_i n_i`` over all clients. To weigh a client's gradient it must know how many target tokens stand
+behind it and what sum the client divided by; both follow from the labels and from how the loss is scaled before ``backward()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Objective", "objective_of"]
+
+IGNORED = -100  # PyTorch's and Hugging Face's label for "no target here"
+
+
+@dataclass(slots=True)
+class Objective:
+    """``targets``: target tokens of each batch row. ``divisor``: what the loss's sum over targets is divided by.
+
+    ``scale`` is what the loss was multiplied by before its backward, seen by a hook on the loss itself: 1/k in a loop that
+    accumulates k batches.
+    """
+
+    targets: tuple[int, ...]
+    divisor: float
+    scale: float = 1.0
+
+    def share(self, rows: range) -> tuple[int, float]:
+        """``(n, d)`` of the rows: their targets, and the divisor with the loss's scale in it."""
+        counted = sum(self.targets[row] for row in rows)
+        divisor = self.divisor / abs(self.scale) if self.scale else self.divisor
+        return counted, divisor if divisor > 0 else 1.0
+
+    def watch(self, loss: torch.Tensor) -> None:
+        """Learn the scale when ``loss`` (or a multiple of it) runs its backward."""
+
+        def saw(gradient: torch.Tensor) -> None:
+            self.scale = float(gradient)
+
+        if loss.requires_grad and loss.ndim == 0:
+            loss.register_hook(saw)
+
+
+def objective_of(arguments: Mapping[str, Any], *, per_token: bool) -> Objective | None:
+    """The objective behind a Hugging Face forward's arguments, or None where it has no labels.
+
+    ``per_token``: a causal language model, whose labels ``(B, T)`` are shifted by one inside; else one label a row, ``(B,)``.
+    """
+    shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
+    if isinstance(shifted, torch.Tensor):
+        counted = (shifted != IGNORED).reshape(shifted.shape[0], -1).sum(1)
+    elif not isinstance(labels, torch.Tensor):
+        return None
+    elif per_token:
+        counted = (labels[:, 1:] != IGNORED).sum(1)
+    else:
+        counted = (labels != IGNORED).reshape(labels.shape[0], -1).any(1)
+    targets = tuple(int(n) for n in counted.tolist())
+    items = arguments.get("num_items_in_batch")
+    divisor = float(items) if items is not None and per_token else float(sum(targets))
+    return Objective(targets, divisor)

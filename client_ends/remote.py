@@ -1,0 +1,167 @@
+"""The trunk as one module of the client's model: sending and receiving are two autograd nodes.
+
+Forward, all micro-batches of a call are sent, then each is awaited. Autograd runs the newest node first, so in backward every ``dy``
+is sent before any ``dh`` is awaited: while the trunk works on one micro-batch the next is already on its way, and the order falls
+out of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from client_ends.objective import Objective
+from client_ends.session import TrunkSession
+from splitfl.errors import UserError
+from splitfl.parts.segments import Segments, pack, segments_of, unpack
+
+__all__ = ["RemoteTrunk"]
+
+
+@dataclass(slots=True)
+class _Call:
+    """One micro-batch of one call. ``rows`` are the batch rows ``begin..end`` it covers."""
+
+    session: TrunkSession
+    number: int
+    objective: Objective | None
+    rows: range
+    device: torch.device
+
+
+class _Send(torch.autograd.Function):
+    """Forward: the hidden states leave. Backward: their gradient is awaited."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: torch.Tensor, call: _Call, send: Callable[[torch.Tensor], int]) -> torch.Tensor:
+        call.number = send(flat)
+        ctx.call = call
+        return flat.new_zeros(0)  # carries no number, only the order of the graph
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor, None, None]:
+        call: _Call = ctx.call
+        return call.session.await_grad(call.number).to(call.device), None, None
+
+
+class _Receive(torch.autograd.Function):
+    """Forward: the trunk's output is awaited. Backward: its gradient leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, link: torch.Tensor, call: _Call) -> torch.Tensor:
+        ctx.call = call
+        return call.session.await_hidden(call.number).to(call.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        call: _Call = ctx.call
+        if call.objective is None:
+            raise UserError("the loss of this forward is unknown: pass labels= to the model, or set model.objective(...)")
+        targets, divisor = call.objective.share(call.rows)
+        call.session.send_backward(call.number, gradients[0], targets=targets, divisor=divisor)
+        return gradients[0].new_zeros(0), None
+
+
+class RemoteTrunk:
+    """Callable ``(h: (B, T, hidden), attention_mask, position_ids) -> (B, T, hidden)`` whose work is done by the server.
+
+    ``micro_batches``: into how many pieces one call's rows are cut, so that network, trunk and the next piece overlap. Padding is
+    dropped: what travels is the real tokens and their segments.
+    """
+
+    def __init__(self, session: TrunkSession, *, micro_batches: int = 1) -> None:
+        self.session = session
+        self.micro_batches = micro_batches
+        self.training = True
+        self.adapter_on = True
+        self.objective: Objective | None = None
+        self.on_first_forward: Callable[[torch.Tensor], None] | None = None
+
+    def __call__(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, length = hidden_states.shape[:2]
+        segments = segments_of(attention_mask, position_ids, (batch, length))
+        if not len(segments):
+            return torch.zeros_like(hidden_states)  # nothing but padding: there is nothing to send
+        grad = torch.is_grad_enabled() and self.training
+        calls: list[tuple[_Call, torch.Tensor]] = []
+        for rows in self._cut_rows(segments, batch):
+            part = _of_rows(segments, rows)
+            if not len(part):
+                continue
+            call = _Call(self.session, -1, self.objective, rows, hidden_states.device)
+            calls.append((call, self._send(pack(hidden_states[rows.start : rows.stop], part), part, call, grad)))
+        outputs = [_Receive.apply(link, call) for call, link in calls]
+        if not grad:
+            for call, _ in calls:
+                self.session.forget(call.number)
+        flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if torch.is_grad_enabled() and not grad:
+            flat = _Refuse.apply(flat.requires_grad_())
+        return unpack(flat, segments, (batch, length))
+
+    def _send(self, flat: torch.Tensor, part: Segments, call: _Call, grad: bool) -> torch.Tensor:
+        if self.on_first_forward is not None:
+            self.on_first_forward(flat)
+            self.on_first_forward = None
+
+        def send(tensor: torch.Tensor) -> int:
+            return self.session.send_forward(
+                tensor, part.wire, train=self.training, grad=grad, adapter_on=self.adapter_on
+            )
+
+        if grad and flat.requires_grad:
+            link: torch.Tensor = _Send.apply(flat, call, send)
+            return link
+        call.number = send(flat)
+        # With a frozen input end nobody awaits dh here, yet the trunk must get its dy: a leaf of our own keeps the graph alive.
+        return flat.new_zeros(0).requires_grad_(grad)
+
+    def _cut_rows(self, segments: Segments, batch: int) -> list[range]:
+        """Cut the rows into ``micro_batches`` runs of about equal length, and further where one would not fit a message.
+
+        Raises:
+            UserError: a single row is longer than a message may be.
+        """
+        tokens = [0] * batch
+        for item in segments:
+            tokens[item.row] += item.length
+        limit = self.session.max_rows
+        longest = max(tokens, default=0)
+        if longest > limit:
+            raise UserError(
+                f"a row of {longest} tokens does not fit one message of the server ({limit} tokens); "
+                "use shorter rows, or ask the operator for a larger window"
+            )
+        wanted = -(-sum(tokens) // max(1, self.micro_batches))
+        parts: list[range] = []
+        begin = carried = 0
+        for row in range(batch):
+            if carried and carried + tokens[row] > min(limit, max(wanted, longest)):
+                parts.append(range(begin, row))
+                begin, carried = row, 0
+            carried += tokens[row]
+        parts.append(range(begin, batch))
+        return parts
+
+
+def _of_rows(segments: Segments, rows: range) -> Segments:
+    """The segments of some rows, counted from the first of them."""
+    items = tuple(item._replace(row=item.row - rows.start) for item in segments if item.row in rows)
+    return Segments(items, (len(rows), segments.shape[1]))
+
+
+class _Refuse(torch.autograd.Function):
+    """Stands where a graph would begin that the server does not keep, so that a backward through it is an error, not a silence."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UserError("this forward ran in evaluation mode, for which the server keeps no graph: call model.train() first")

@@ -1,0 +1,291 @@
+"""A client's session with the trunk: what was asked and is awaited, and where the client stands in the run's steps.
+
+The channel's I/O thread fills futures; the training thread sends and waits. Nothing here knows about autograd or models.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from splitfl.channel.client import ClientChannel, OpenTerms
+
+from splitfl.errors import LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError, UserError
+from splitfl.libraries import library_versions
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import Identity
+from splitfl.protocol.messages import (
+    Backward,
+    Enrol,
+    Fault,
+    Forward,
+    Hidden,
+    Leave,
+    Pause,
+    StepClosed,
+    StepDone,
+    StepOpened,
+    Welcome,
+)
+from splitfl.tensors import DTYPES, byte_view, dtype_name, receive_buffer
+
+__all__ = ["TrunkSession"]
+
+
+@dataclass(slots=True)
+class _Micro:
+    """One micro-batch under way: ``rows`` tokens went out, as many come back, twice."""
+
+    step: int
+    rows: int
+    hidden: int
+    dtype: str
+    y: Future[torch.Tensor] = field(default_factory=Future)
+    dh: Future[torch.Tensor] = field(default_factory=Future)
+
+
+class TrunkSession:
+    """One session. Made by :meth:`open`; ended by :meth:`close` or by the loss of the link, after which every call raises."""
+
+    def __init__(self) -> None:
+        self._channel: ClientChannel | None = None
+        self._micros: dict[int, _Micro] = {}
+        self._next_micro = 0
+        self._lock = threading.Condition()
+        self._lost: SplitflError | None = None
+        self._enrolled = False
+        self._opened: int | None = None
+        self._forwards = self._backwards = 0
+        self._closed: StepClosed | None = None
+        self.step = -1
+
+    @classmethod
+    def open(
+        cls,
+        join: JoinString,
+        identity: Identity,
+        answer: Callable[[Welcome], OpenTerms],
+        *,
+        timeout: float = 10.0,
+        **channel_options: Any,
+    ) -> TrunkSession:
+        """Connect and open a session. ``answer`` sees the run's terms and says what this client holds.
+
+        ``channel_options``: further arguments of :meth:`ClientChannel.open`, for tests and benchmarks.
+
+        Raises:
+            ConnectError, Refused: with one sentence that says why and what to do.
+        """
+        session = cls()
+        session._channel = ClientChannel.open(
+            join,
+            identity,
+            name="",
+            libraries=library_versions(),
+            answer=answer,
+            allocate=session._allocate,
+            on_data=session._on_data,
+            on_control=session._on_control,
+            on_lost=session._on_lost,
+            timeout=timeout,
+            **channel_options,
+        )
+        return session
+
+    @property
+    def channel(self) -> ClientChannel:
+        assert self._channel is not None
+        return self._channel
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The run's terms, as the operator set them."""
+        return dict(self.channel.welcome.config)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.channel.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self.channel.bytes_received
+
+    @property
+    def max_rows(self) -> int:
+        """The most tokens one message can carry."""
+        return int(self.channel.max_message // (self.terms["hidden_size"] * DTYPES[self.terms["dtype"]].itemsize))
+
+    # --- tensors out and in -------------------------------------------------------------------------------------------------------
+
+    def send_forward(
+        self, flat: torch.Tensor, segments: Sequence[tuple[int, int]], *, train: bool, grad: bool, adapter_on: bool = True
+    ) -> int:
+        """Send hidden states ``(tokens, hidden)`` and return the micro-batch's number. The tensor must not be changed afterwards."""
+        self._check()
+        if grad:
+            self._take_part()
+            self._forwards += 1
+        host = flat.detach().to("cpu").contiguous()
+        rows, hidden = host.shape
+        dtype = dtype_name(host.dtype)
+        with self._lock:
+            number, self._next_micro = self._next_micro, self._next_micro + 1
+            # Before this client has enrolled, a forward belongs to no step; in training mode it must still name one.
+            step = max(self.step, 0) if train else self.step
+            self._micros[number] = _Micro(step, rows, hidden, dtype)
+        self.channel.send(
+            Forward(step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host)
+        )
+        return number
+
+    def await_hidden(self, number: int) -> torch.Tensor:
+        """The trunk's ``y: (tokens, hidden)`` for a forward, in host memory."""
+        micro = self._micros[number]
+        return micro.y.result()
+
+    def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float) -> None:
+        """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by ``divisor``."""
+        self._check()
+        host = gradient.detach().to("cpu").contiguous()
+        micro = self._micros[number]
+        rows, hidden = host.shape
+        self._backwards += 1
+        self.channel.send(
+            Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor), byte_view(host)
+        )
+
+    def await_grad(self, number: int) -> torch.Tensor:
+        """The trunk's ``dh: (tokens, hidden)`` for a backward, in host memory."""
+        gradient = self._micros[number].dh.result()
+        self.forget(number)
+        return gradient
+
+    def forget(self, number: int) -> None:
+        """Nothing more is awaited of this micro-batch; what still comes of it is received and dropped."""
+        with self._lock:
+            self._micros.pop(number, None)
+
+    # --- steps --------------------------------------------------------------------------------------------------------------------
+
+    def _take_part(self) -> None:
+        """Enrol where that has not happened, and wait for the step to open."""
+        if self._enrolled:
+            return
+        total = self.terms["optimizer"]["steps"]
+        if total and self.step >= total:
+            raise UserError(f"the run has made its {total} steps; start a new run to train on")
+        self._opened = None
+        self.channel.tell(Enrol())
+        with self._lock:
+            self._lock.wait_for(lambda: self._opened is not None or self._lost is not None)
+            self._check()
+            assert self._opened is not None
+            self.step, self._enrolled = self._opened, True
+
+    def step_done(self, then: str = "continue") -> None:
+        """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``.
+
+        Returns at once; a forward of the next step waits at the server until the step has closed.
+        """
+        self._check()
+        if not self._enrolled:
+            raise LocalProtocolError("a step ends that this client takes no part in")
+        total = self.terms["optimizer"]["steps"]
+        if total and self.step + 1 >= total and then == "continue":
+            then = "leave"
+        self.channel.tell(StepDone(self.step, self._forwards, self._backwards, then))
+        with self._lock:
+            # Forwards whose loss was thrown away, and answers nobody awaits because the input end is frozen.
+            for number in [number for number, micro in self._micros.items() if micro.step <= self.step]:
+                del self._micros[number]
+        self.step += 1
+        self._forwards = self._backwards = 0
+        self._enrolled = then == "continue"
+
+    @property
+    def contributed(self) -> bool:
+        """Whether a backward went out since the last step ended."""
+        return self._backwards > 0
+
+    @property
+    def enrolled(self) -> bool:
+        return self._enrolled
+
+    def wait_closed(self, step: int) -> StepClosed:
+        """Wait until ``step`` has closed; returns the newest closed step's report."""
+        with self._lock:
+            self._lock.wait_for(lambda: (self._closed is not None and self._closed.step >= step) or self._lost is not None)
+            if self._closed is None or self._closed.step < step:
+                self._check()
+            assert self._closed is not None
+            return self._closed
+
+    def pause(self) -> None:
+        """Withdraw from the next step; the next training forward enrols again."""
+        if self._enrolled:
+            self.channel.tell(Pause())
+            self._enrolled = False
+
+    def leave(self) -> None:
+        """Take no part in further steps; evaluation goes on working."""
+        if self._enrolled:
+            self.channel.tell(Leave())
+            self._enrolled = False
+
+    def close(self) -> None:
+        """End the session, after what is queued has left."""
+        if self._channel is not None:
+            self._channel.close()
+        self._on_lost(SessionLost("the session was closed", "closed"))
+
+    # --- the I/O thread's side ------------------------------------------------------------------------------------------------------
+
+    def _allocate(self, message: Any) -> tuple[torch.Tensor, memoryview]:
+        if not 0 <= message.micro < self._next_micro:
+            raise RemoteProtocolError(f"an answer to micro-batch {message.micro}, which was never sent")
+        micro = self._micros.get(message.micro)
+        expected = (micro.step, micro.rows, micro.hidden, micro.dtype) if micro else None
+        if expected is not None and (message.step, message.rows, message.hidden, message.dtype) != expected:
+            raise RemoteProtocolError(f"an answer to micro-batch {message.micro} of another shape, step or dtype")
+        return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype])
+
+    def _on_data(self, message: Any, payload: torch.Tensor) -> None:
+        micro = self._micros.get(message.micro)
+        if micro is None:
+            return  # forgotten meanwhile: a forward whose loss was thrown away
+        future = micro.y if isinstance(message, Hidden) else micro.dh
+        if future.done():
+            raise RemoteProtocolError(f"a second answer to micro-batch {message.micro}")
+        future.set_result(payload)
+
+    def _on_control(self, message: Any) -> None:
+        with self._lock:
+            if isinstance(message, StepOpened):
+                self._opened = message.step
+            elif isinstance(message, StepClosed):
+                self._closed = message
+            elif isinstance(message, Fault) and message.micro is not None and message.micro in self._micros:
+                error = SessionLost(message.text, message.code)
+                for future in (self._micros[message.micro].y, self._micros[message.micro].dh):
+                    if not future.done():
+                        future.set_exception(error)
+            elif isinstance(message, Fault):
+                self._lost = self._lost or SessionLost(message.text, message.code)
+            self._lock.notify_all()
+
+    def _on_lost(self, error: SplitflError) -> None:
+        with self._lock:
+            self._lost = self._lost or error
+            for micro in self._micros.values():
+                for future in (micro.y, micro.dh):
+                    if not future.done():
+                        future.set_exception(self._lost)
+            self._lock.notify_all()
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost

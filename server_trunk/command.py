@@ -1,0 +1,61 @@
+"""``splitfl serve``: flags and file to a config, a server, and a clean end. Imports torch only once it must."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from typing import Any
+
+from splitfl.config import SETTINGS, RunConfig, build_config, read_toml, to_toml
+
+__all__ = ["add_arguments", "config_from", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id of the model (or `model` in --config)")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below; flags win over it")
+    defaults = RunConfig(model="")
+    for setting in SETTINGS:
+        section, _, leaf = setting.key.rpartition(".")
+        default = getattr(getattr(defaults, section) if section else defaults, leaf)
+        note = f" (default {default})" if default not in (None, "", 0, False) else ""
+        kind: dict[str, Any] = {"action": "store_const", "const": True} if setting.kind is bool else {"type": setting.kind}
+        if setting.kind is not bool:
+            kind["metavar"] = {int: "N", float: "X"}.get(setting.kind, "TEXT")
+        parser.add_argument(setting.option, dest=setting.key, default=None, help=setting.help + note, **kind)
+
+
+def config_from(args: argparse.Namespace) -> RunConfig:
+    """The config of a command line: the file's settings with the flags laid over them."""
+    values = read_toml(args.config) if args.config else {}
+    given = vars(args)
+    values |= {setting.key: given[setting.key] for setting in SETTINGS if given[setting.key] is not None}
+    if args.model:
+        values["model"] = args.model
+    return build_config(values)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from(args)
+    print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
+
+    from server_trunk.server import TrunkServer
+
+    server = TrunkServer(config, echo=sys.stderr)
+    server.start()
+    print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
+    stopping = threading.Event()
+
+    def ask_to_stop(*_: Any) -> None:
+        stopping.set()
+
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), ask_to_stop)
+    try:
+        while not stopping.is_set() and not server.wait(0.5):
+            pass
+    finally:
+        server.stop()
+    return 0

@@ -1,0 +1,119 @@
+"""Admission and the way in: what the I/O thread does with a client's messages before the trunk's thread sees them.
+
+Decides who may open a session and why not, checks every data message against the run before memory is allocated for it, and hands
+complete messages to the trunk's inbox. It never blocks and never computes.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any
+
+import torch
+from splitfl.parts.identity import ModelIdentity, compare
+
+from server_trunk.trunkloop import Event
+from splitfl import __version__
+from splitfl.config import RunConfig
+from splitfl.errors import Refused, RemoteProtocolError
+from splitfl.libraries import differences, library_versions
+from splitfl.parts.cut import Cut
+from splitfl.protocol.messages import PROTOCOL_VERSION, Forward, Hello, Open, Welcome
+from splitfl.runlog import RunLog
+from splitfl.tensors import DTYPES, receive_buffer
+
+__all__ = ["Gateway"]
+
+
+class Gateway:
+    """The server's side of every session. All methods run on the channel's I/O thread."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        identity: ModelIdentity,
+        hidden_size: int,
+        inbox: queue.Queue[Event | None],
+        log: RunLog,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self._config, self._identity, self._hidden = config, identity, hidden_size
+        self._inbox, self._log, self._pin = inbox, log, pin
+        self._cut = Cut.parse(config.cut)
+        self._libraries = library_versions()
+        self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
+        self.joined = 0
+        self.present = 0
+
+    # --- admission --------------------------------------------------------------------------------------------------------------
+
+    def welcome(self, peer: Any, hello: Hello) -> Welcome:
+        if hello.protocol != PROTOCOL_VERSION:
+            raise Refused(
+                "protocol-version",
+                f"this server speaks protocol {PROTOCOL_VERSION} (splitfl {__version__}), your client protocol "
+                f"{hello.protocol}; install the same splitfl on both sides",
+            )
+        if hello.run != self._config.run:
+            raise Refused(
+                "unknown-run",
+                f"this server runs {self._config.run!r}, not {hello.run!r}; ask the operator for the present join string",
+            )
+        for library, (theirs, mine) in differences(hello.libraries, self._libraries).items():
+            self._log.write("version-differs", client=peer.name, library=library, client_has=theirs, server_has=mine)
+        return Welcome(PROTOCOL_VERSION, self._config.run, self._terms, self._libraries, time.time())
+
+    def admit(self, peer: Any, message: Open) -> None:
+        if tuple(message.cut) != (self._cut.input_blocks, self._cut.output_blocks):
+            theirs = f"{message.cut[0]}:{message.cut[1]}"
+            raise Refused("cut-mismatch", f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}")
+        try:
+            identity = ModelIdentity.from_plain(message.model)
+        except (ValueError, KeyError, TypeError):
+            raise RemoteProtocolError("a model identity that is none") from None
+        difference = compare(identity, self._identity)
+        if difference:
+            raise Refused("model-mismatch", f"your model is not the one this run trains: {difference}")
+
+    def on_opened(self, session: Any) -> None:
+        self.joined += 1
+        self.present += 1
+        self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
+        self._inbox.put(Event(session.session, opened=True, name=session.peer.name))
+
+    def on_refused(self, who: str, code: str, text: str) -> None:
+        self._log.write("refused", who=who, code=code, why=text)
+
+    def on_closed(self, session: str, reason: str) -> None:
+        self.present -= 1
+        self._log.write("left", session=session[:8], why=reason)
+        # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
+        self._inbox.put(Event(session))
+
+    # --- messages ---------------------------------------------------------------------------------------------------------------
+
+    def allocate(self, session: str, message: Any) -> tuple[torch.Tensor, memoryview]:
+        """Host memory for a payload ``(rows, hidden)``, after everything the message claims was held against the run."""
+        if message.hidden != self._hidden:
+            raise RemoteProtocolError(f"hidden size {message.hidden}, where the model has {self._hidden}")
+        if message.dtype != self._config.dtype:
+            raise RemoteProtocolError(f"dtype {message.dtype}, where the run uses {self._config.dtype}")
+        if message.codec != "raw":
+            raise RemoteProtocolError(f"codec {message.codec!r}, where the run uses raw")
+        if isinstance(message, Forward) and message.grad and not message.train:
+            raise RemoteProtocolError("a graph to keep for an evaluation forward")
+        return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype], pin=self._pin)
+
+    def on_data(self, session: str, message: Any, payload: torch.Tensor) -> None:
+        self._put(Event(session, message, payload))
+
+    def on_control(self, session: str, message: Any) -> None:
+        self._put(Event(session, message))
+
+    def _put(self, event: Event) -> None:
+        try:
+            self._inbox.put_nowait(event)
+        except queue.Full:
+            raise RemoteProtocolError("more messages than the trunk can take in") from None

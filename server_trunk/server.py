@@ -1,0 +1,239 @@
+"""The trunk server as one object: loads the trunk, opens the endpoints, runs the loop, keeps the run.
+
+    config = build_config({"model": "path", "clients": 3, ...})
+    server = TrunkServer(config)
+    server.start()
+    print(server.join)
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from splitfl.channel.server import ServerChannel
+from splitfl.parts.identity import model_identity
+
+from server_trunk.engine import Engine
+from server_trunk.gateway import Gateway
+from server_trunk.scheduler import Scheduler
+from server_trunk.steps import Steps
+from server_trunk.trunkloop import TrunkLoop
+from splitfl.adapters import attach_lora, set_trainable
+from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
+from splitfl.config import RunConfig, to_toml
+from splitfl.errors import ConfigError, SplitflError
+from splitfl.libraries import library_versions
+from splitfl.parts.cut import Cut
+from splitfl.parts.loading import load_trunk
+from splitfl.protocol.join import JoinString
+
+from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
+from splitfl.runlog import RunLog
+from splitfl.transport.zmq_server import ZmqServerTransport
+from splitfl.tensors import DTYPES, byte_view, resolve_device
+
+__all__ = ["TrunkServer"]
+
+
+class TrunkServer:
+    """One run's server. ``start`` returns when clients can join; ``wait`` when the run has ended."""
+
+    def __init__(self, config: RunConfig, *, echo: Any = None, transport: Any = None, **channel_options: Any) -> None:
+        """Load everything, open nothing.
+
+        ``echo``: a text stream for readable log lines. ``transport``: in place of sockets. ``channel_options``: further arguments
+        of :class:`ServerChannel`, for tests and benchmarks.
+
+        Raises:
+            ModelError, ConfigError, KeyFileError: each one sentence with the mend.
+        """
+        self.config = config
+        out = config.out_dir
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        try:
+            self._device = resolve_device(config.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.identity = server_identity(config)
+        self.authorized = AuthorizedClients(authorized_file(config))
+        self._log = RunLog(out / "log.jsonl", echo=echo)
+        self._model_identity = model_identity(config.model, revision=config.revision)
+        self._model = load_run_trunk(config, self._device)
+        self._engine = Engine(self._model, config.optimizer, self._device)
+        self._done = threading.Event()
+        self._saved = -1
+        self._channel: ServerChannel | None = None
+        self._transport = transport
+        self._channel_options = channel_options
+        self.join: JoinString | None = None
+
+    def start(self) -> None:
+        """Open the endpoints and start both threads; :attr:`join` is what clients need.
+
+        Raises:
+            ConfigError: an address cannot be bound.
+        """
+        config = self.config
+        self._loop = TrunkLoop(
+            self._engine,
+            Steps(clients=config.clients, last=config.optimizer.steps),
+            Scheduler(config.batch_tokens),
+            self,
+            self._log,
+            client_tokens=config.client_tokens,
+            payload_of=byte_view,
+            on_step=self._after_step,
+            on_idle=self._when_idle,
+        )
+        hidden = self._model.config.get_text_config().hidden_size
+        self._gateway = Gateway(
+            config, self._model_identity, hidden, self._loop.inbox, self._log, pin=self._device.type == "cuda"
+        )
+        host, port = config.address
+        self._transport = self._transport or ZmqServerTransport(
+            self.identity, host=host, port=port, data_port=config.data_port, advertise=config.advertise or None
+        )
+        self._channel = ServerChannel(
+            self._transport,
+            self._gateway,
+            authorized=self.authorized,
+            window=config.window,
+            max_message=config.window,
+            **self._channel_options,
+        )
+        self._channel.start()
+        self._loop.start()
+        # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
+        reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
+        self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
+        self._log.write("serving", quiet=True, join=str(self.join))
+
+    # --- the outlet of the trunk's thread -----------------------------------------------------------------------------------------
+
+    @property
+    def _open_channel(self) -> ServerChannel:
+        assert self._channel is not None
+        return self._channel
+
+    def send(self, session: str, message: Any, payload: Any) -> None:
+        self._open_channel.send(session, message, payload)
+
+    def tell(self, session: str, message: Any) -> None:
+        self._open_channel.tell(session, message)
+
+    def credit(self, session: str, n: int) -> None:
+        self._open_channel.credit(session, n)
+
+    def end(self, session: str, fault: Any) -> None:
+        self._open_channel.end(session, fault)
+
+    # --- the run's life -----------------------------------------------------------------------------------------------------------
+
+    def _after_step(self, step: int) -> None:
+        every = self.config.checkpoint_every
+        last = self.config.optimizer.steps
+        if (every and (step + 1) % every == 0) or (last and step + 1 == last):
+            self.save(step)
+        self._last_step = step
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
+        config = self.config
+        directory = checkpoint_directory(config.out_dir, step)
+        tensors, extra = self._engine.state()
+        terms = config.terms()
+        meta = {
+            "part": "trunk",
+            "base": config.model,
+            "revision": config.revision,
+            "identity": self._model_identity.to_plain(),
+            "cut": config.cut,
+            "trainables": config.trainables,
+            "lora": terms["lora"] if config.trainables == "lora" else None,
+            "task": None,
+            "run": config.run,
+            "seed": config.seed,
+            "step": step,
+            "libraries": library_versions(),
+        }
+        save_checkpoint(directory, tensors, meta, extra)
+        prune_checkpoints(config.out_dir, config.checkpoint_keep)
+        self._saved = step
+        self._log.write("checkpoint", step=step, directory=str(directory))
+        return directory
+
+    _last_step = -1
+
+    def _when_idle(self) -> None:
+        if self.config.until_done and self._gateway.joined and not self._gateway.present:
+            self._done.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end of the run (``until_done``) or the failure of the trunk; True once it has ended.
+
+        Raises:
+            SplitflError: the trunk's thread failed.
+        """
+        waited = 0.0
+        while timeout is None or waited < timeout:
+            if self._done.wait(0.1):
+                return True
+            waited += 0.1
+            if self._loop.failure is not None:
+                raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
+        return False
+
+    def stop(self, text: str = "the server is stopping") -> None:
+        """Finish the batch under way, write a last checkpoint, tell the clients, close."""
+        if self._channel is None:
+            return
+        self._loop.stop()
+        if self._last_step > self._saved:
+            self.save(self._last_step)
+        self._channel.stop(text)
+        self._channel = None
+        self._log.close()
+
+
+def load_run_trunk(config: RunConfig, device: torch.device) -> Any:
+    """The trunk of a run with its trainables attached, in evaluation mode."""
+    model = load_trunk(
+        config.model,
+        Cut.parse(config.cut),
+        revision=config.revision,
+        dtype=DTYPES[config.dtype],
+        device=str(device),
+        attn=config.attn or None,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.trainables == "lora":
+        return attach_lora(model, config.lora, seed=config.seed)
+    set_trainable(model, config.trainables)  # type: ignore[arg-type]
+    return model
+
+
+def server_identity(config: RunConfig) -> Identity:
+    """The server's key pair: of the file the config names, or the run's own, made on first use."""
+    path = Path(config.identity or config.out_dir / "server.key")
+    if path.exists():
+        return read_identity(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_identity(path)
+
+
+def authorized_file(config: RunConfig) -> Path:
+    """The file of admitted clients. Raises ConfigError, with the mend, where there is none."""
+    path = Path(config.authorized_clients or config.out_dir / "authorized_clients")
+    if not path.exists():
+        raise ConfigError(
+            f"{path} does not exist, so nobody could join: put one line per client into it, its public key and a name "
+            "(each client makes its key with `splitfl keygen`)"
+        )
+    return path

@@ -1,0 +1,277 @@
+"""The trunk's thread: receive, process, schedule, compute, reply. The only owner of the engine, the scheduler and the steps.
+
+Events come in from the gateway's thread through one bounded queue; answers leave through an :class:`Outlet`, whose methods may be
+called from any thread. A session that breaks a rule is ended; nothing it does ends the loop.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server_trunk.engine import Engine
+from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
+from server_trunk.steps import Ledger, Steps
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import (
+    Backward,
+    Enrol,
+    Fault,
+    Forward,
+    Grad,
+    Hidden,
+    Leave,
+    Pause,
+    StepClosed,
+    StepDone,
+    StepOpened,
+)
+from splitfl.runlog import RunLog
+
+__all__ = ["Event", "Outlet", "TrunkLoop"]
+
+
+class Outlet(Protocol):
+    """Where answers go. Thread-safe; a session that is gone swallows what is sent to it."""
+
+    def send(self, session: str, message: Any, payload: Any) -> None: ...
+    def tell(self, session: str, message: Any) -> None: ...
+    def credit(self, session: str, n: int) -> None: ...
+    def end(self, session: str, fault: Fault) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What the gateway hands over: a message of a session, or (``message`` None) the news that it is open or gone."""
+
+    session: str
+    message: Any = None
+    payload: Any = None
+    opened: bool = False
+    name: str = ""
+
+
+#: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
+INBOX_EVENTS = 65536
+
+
+class TrunkLoop:
+    """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        steps: Steps,
+        scheduler: Scheduler,
+        outlet: Outlet,
+        log: RunLog,
+        *,
+        client_tokens: int,
+        payload_of: Callable[[Any], Any],
+        on_step: Callable[[int], None] = lambda step: None,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._steps, self._scheduler = engine, steps, scheduler
+        self._outlet, self._log = outlet, log
+        self._client_tokens = client_tokens
+        self._payload_of = payload_of
+        self._on_step, self._on_idle = on_step, on_idle
+        self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
+        self._names: dict[str, str] = {}
+        self._gone: dict[str, str] = {}  # names of sessions lost since the last step closed, for its log line
+        self._busy = 0.0
+        self._step_began = time.monotonic()
+        self._tokens = 0
+        self._stopping = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the batch under way, then end."""
+        self._stopping = True
+        self.inbox.put(None)
+        self._thread.join()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread; True once it has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # --- the loop ---------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive()
+                work = self._scheduler.next(self._may_run)
+                if isinstance(work, ForwardBatch):
+                    self._forward(work)
+                elif isinstance(work, BackwardBatch):
+                    self._backward(work)
+                self._turn_steps()
+        except BaseException as error:
+            # A failure of the trunk itself ends the run; whoever started the loop looks at `failure`.
+            self.failure = error
+            self._log.write("failed", error=f"{type(error).__name__}: {error}")
+
+    def _receive(self) -> None:
+        """Take in all that has come; sleep only where nothing could run."""
+        block = not self._scheduler.has_work(self._may_run)
+        while True:
+            try:
+                event = self.inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if event is None:
+                return
+            try:
+                self._process(event)
+            except RemoteProtocolError as error:
+                self._end(event.session, "protocol", str(error))
+
+    def _may_run(self, member: Member) -> bool:
+        if member.forward.grad:
+            return self._steps.is_running(member.session, member.forward.step)
+        return self._steps.may_evaluate(member.forward.step)
+
+    # --- process ----------------------------------------------------------------------------------------------------------------
+
+    def _process(self, event: Event) -> None:
+        session, message = event.session, event.message
+        if message is None:
+            if event.opened:
+                self._names[session] = event.name
+            else:
+                self._forget(session)
+            return
+        if session not in self._names:
+            return  # ended meanwhile; what was still on its way is dropped
+        if isinstance(message, Forward):
+            self._take_forward(session, message, event.payload)
+        elif isinstance(message, Backward):
+            # The rows' graph is already paid for, so the credit goes back on arrival: two micro-batches that share a trunk batch
+            # can then never wait for each other's credit.
+            self._scheduler.add_backward(session, message, event.payload)
+            self._outlet.credit(session, message.payload_bytes)
+            self._abandon_if_all_arrived(session)
+        elif isinstance(message, Enrol):
+            if self._steps.complete:
+                self._outlet.tell(session, Fault("run-complete", "the run has made all its steps", False, None))
+            else:
+                self._steps.enrol(session)
+        elif isinstance(message, StepDone):
+            self._steps.done(session, message)
+            self._abandon_if_all_arrived(session)
+        elif isinstance(message, Pause | Leave):
+            if self._scheduler.waits(session):
+                raise RemoteProtocolError("left the step while forwards of it are under way")
+            self._steps.pause(session)
+
+    def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
+        if forward.grad:
+            self._steps.may_train(session, forward.step)
+            if self._scheduler.kept_tokens(session) + forward.rows > self._client_tokens:
+                text = (
+                    f"more than {self._client_tokens} tokens of this client would wait in the trunk at once; "
+                    "use a smaller batch, or ask the operator to raise client_tokens"
+                )
+                self._end(session, "too-many-tokens", text)
+                return
+        self._scheduler.add_forward(session, forward, hidden)
+
+    def _abandon_if_all_arrived(self, session: str) -> None:
+        """Once all announced backwards are here, the other forwards of the step will never get one."""
+        left = self._steps.backwards_left(session)
+        if left is not None and left == self._scheduler.open_micros(session, self._steps.number):
+            self._scheduler.abandon(session, self._steps.number)
+
+    def _end(self, session: str, code: str, text: str) -> None:
+        self._outlet.end(session, Fault(code, text, True, None))
+        self._forget(session)
+
+    def _forget(self, session: str) -> None:
+        name = self._names.pop(session, None)
+        if name is not None:
+            self._gone[session] = name
+            self._scheduler.forget(session)
+            self._steps.lose(session)
+
+    # --- compute and reply --------------------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: ForwardBatch) -> None:
+        began = time.monotonic()
+        outputs = self._engine.forward(batch)
+        self._busy += time.monotonic() - began
+        for member, out in zip(batch.members, outputs, strict=True):
+            forward = member.forward
+            member.hidden = None  # the graph holds what it needs
+            self._tokens += member.tokens
+            if forward.grad:
+                self._steps.forward_ran(member.session)
+            reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
+            self._outlet.send(member.session, reply, self._payload_of(out))
+            self._outlet.credit(member.session, forward.payload_bytes)
+
+    def _backward(self, batch: BackwardBatch) -> None:
+        if batch.is_void:
+            self._engine.discard(batch.number)
+            return
+        began = time.monotonic()
+        gradients = self._engine.backward(batch)
+        self._busy += time.monotonic() - began
+        for member, gradient in zip(batch.members, gradients, strict=True):
+            back = member.backward
+            if back is None:
+                continue
+            self._steps.backward_ran(member.session, back.step, back.targets)
+            reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
+            self._outlet.send(member.session, reply, self._payload_of(gradient))
+
+    # --- steps ------------------------------------------------------------------------------------------------------------------
+
+    def _turn_steps(self) -> None:
+        ledger = self._steps.close()
+        if ledger is not None:
+            self._close(ledger)
+        for session in self._steps.open_next():
+            self._step_began = time.monotonic()
+            self._outlet.tell(session, StepOpened(self._steps.number))
+        if not self._names:
+            self._on_idle()
+
+    def _close(self, ledger: Ledger) -> None:
+        began = time.monotonic()
+        report = self._engine.close_step(ledger.step, ledger.targets)
+        now = time.monotonic()
+        self._busy += now - began
+        closed = StepClosed(ledger.step, ledger.targets, len(ledger.parts), report.learning_rate, report.grad_norm)
+        for session in ledger.parts:
+            self._outlet.tell(session, closed)
+        seconds = now - self._step_began
+        self._log.write(
+            "step",
+            step=ledger.step,
+            targets=ledger.targets,
+            learning_rate=report.learning_rate,
+            grad_norm=report.grad_norm,
+            skipped=report.skipped or None,
+            tokens=self._tokens,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(self._tokens / seconds, 1) if seconds > 0 else None,
+            busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
+            parts={
+                self._names.get(session) or self._gone.get(session, session): {"targets": part.targets, "dropped": part.dropped}
+                for session, part in ledger.parts.items()
+            },
+        )
+        self._step_began, self._busy, self._tokens = now, 0.0, 0
+        self._gone.clear()
+        self._on_step(ledger.step)

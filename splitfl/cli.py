@@ -1,0 +1,55 @@
+"""The ``splitfl`` command. Each subcommand is one module, imported only when it runs: ``--help`` must not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from splitfl import __version__
+from splitfl.errors import SplitflError
+
+__all__ = ["main"]
+
+#: Command: (its module, with `add_arguments(parser)` and `run(args) -> exit code`; one line of help). By name, not by import:
+#: the common ground imports neither side.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "keygen": ("splitfl.commands.keygen", "make a key pair"),
+    "plan": ("splitfl.commands.plan", "what each side of a cut holds and sends, before anything is loaded"),
+    "serve": ("server_trunk.command", "host the trunk of a model"),
+    "train": ("client_ends.command", "join a run and train on your own data"),
+    "doctor": ("client_ends.doctor", "check address, keys, clock, versions and model of a join string"),
+    "export": ("splitfl.commands.export", "write what a run trained as a portable part"),
+    "merge": ("splitfl.commands.merge", "join ends and trunk into one PEFT adapter or full weights"),
+    "demo": ("benchmarks.demo", "three clients and a server train one model on this machine, compared with central training"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A SplitflError ends it with one sentence and no traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="splitfl",
+        description="Fine-tune one language model together: text, labels and loss stay with each client.",
+    )
+    parser.add_argument("--version", action="version", version=f"splitfl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == chosen:
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(arguments)
+    try:
+        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+    except SplitflError as error:
+        print(f"splitfl {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"splitfl {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands both sides share, one a file."""

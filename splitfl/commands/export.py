@@ -1,0 +1,20 @@
+"""``splitfl export``: what a run trained, as a portable part: the ends' on a client, the trunk's on the server."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", help="a run's directory, or one of its checkpoints")
+    parser.add_argument("out", metavar="OUT_DIR", help="directory to write; must not exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    from splitfl.adapters.results import export_part
+
+    export_part(args.run, args.out)
+    print(f"written: {args.out}")
+    return 0

@@ -1,0 +1,299 @@
+"""The run config: the operator's word on everything that concerns the trunk, from a TOML file, from flags, or both.
+
+One table, :data:`SETTINGS`, names every setting once: its place in the file, its type, its default and one line of help. The
+command line, the file's checker and the printed config are all made from it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from splitfl.errors import ConfigError
+
+__all__ = [
+    "SETTINGS",
+    "LoraSettings",
+    "OptimizerSettings",
+    "RunConfig",
+    "Setting",
+    "build_config",
+    "read_toml",
+    "to_toml",
+]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adaptation (Hu et al., arXiv 2106.09685): ``W + alpha / rank * B A`` in each target.
+
+    ``targets`` is ``"all-linear"`` (every linear layer inside a block) or the last names of the modules, as PEFT takes them.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a schedule over optimizer steps. ``clip`` 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    steps: int = 0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything the server needs to know. Sizes are bytes or tokens as their names say, times are seconds."""
+
+    model: str
+    revision: str | None = None
+    cut: str = "1:1"
+    run: str = "run"
+    out: str = ""
+    seed: int = 0
+    clients: int = 1
+    trainables: str = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    device: str = "auto"
+    dtype: str = "float32"
+    attn: str = ""
+    threads: int = 0
+    trust_remote_code: bool = False
+    bind: str = "127.0.0.1:0"
+    data_port: int = 0
+    advertise: str = ""
+    identity: str = ""
+    authorized_clients: str = ""
+    window: int = 64 * MIB
+    batch_tokens: int = 16384
+    client_tokens: int = 262144
+    checkpoint_every: int = 100
+    checkpoint_keep: int = 3
+    until_done: bool = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the control endpoint; an IPv6 host without its brackets."""
+        host, _, port = self.bind.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.out or Path("runs") / self.run)
+
+    def terms(self) -> dict[str, Any]:
+        """What a client that joins is told: the part of the config that binds both sides. Plain values only."""
+        local = Path(self.model).exists()
+        lora = dataclasses.asdict(self.lora)
+        lora["targets"] = self.lora.targets if isinstance(self.lora.targets, str) else list(self.lora.targets)
+        return {
+            "model": Path(self.model).name if local else self.model,
+            "model_is_local": local,
+            "revision": self.revision,
+            "cut": self.cut,
+            "seed": self.seed,
+            "clients": self.clients,
+            "trainables": self.trainables,
+            "lora": lora,
+            "optimizer": dataclasses.asdict(self.optimizer),
+            "dtype": self.dtype,
+            "client_tokens": self.client_tokens,
+            "codec": "raw",
+        }
+
+
+# --- One table of settings --------------------------------------------------------------------------------------------------------
+
+Check = Callable[[Any], str | None]
+
+
+def _one_of(*allowed: str) -> Check:
+    return lambda value: None if value in allowed else f"must be one of {', '.join(allowed)}"
+
+
+def _at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be at least {low:g}"
+
+
+def _between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value < high else f"must lie in [{low:g}, {high:g})"
+
+
+def _host_and_port(value: str) -> str | None:
+    host, _, port = value.rpartition(":")
+    return None if host and port.isdigit() and int(port) < 65536 else "is no HOST:PORT"
+
+
+def _anything(_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row: ``key`` is the dotted place in the TOML file; the flag is its last word with dashes, unless ``flag`` says else."""
+
+    key: str
+    kind: type
+    help: str
+    check: Check = _anything
+    flag: str = ""
+
+    @property
+    def option(self) -> str:
+        return "--" + (self.flag or self.key.rsplit(".", 1)[-1].replace("_", "-"))
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("revision", str, "hub revision (branch, tag or commit) of the model"),
+    Setting("cut", str, "input blocks and output blocks that stay with each client, as a:b"),
+    Setting("run", str, "name of the run; part of the join string"),
+    Setting("out", str, "directory the run is kept in (default runs/RUN)"),
+    Setting("seed", int, "seed of the LoRA initialisation and of dropout", _at_least(0)),
+    Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
+    Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
+    Setting("lora.rank", int, "LoRA rank", _at_least(1), flag="lora-rank"),
+    Setting("lora.alpha", float, "LoRA alpha", _at_least(0), flag="lora-alpha"),
+    Setting("lora.dropout", float, "dropout before the LoRA matrices", _between(0, 1), flag="lora-dropout"),
+    Setting("lora.targets", str, "all-linear, or module names joined by commas (q_proj,v_proj)", flag="lora-targets"),
+    Setting("optimizer.learning_rate", float, "learning rate of the trunk", _at_least(0), flag="lr"),
+    Setting("optimizer.weight_decay", float, "AdamW's weight decay (matrices only)", _at_least(0)),
+    Setting("optimizer.beta1", float, "AdamW's beta 1", _between(0, 1)),
+    Setting("optimizer.beta2", float, "AdamW's beta 2", _between(0, 1)),
+    Setting("optimizer.eps", float, "AdamW's epsilon", _at_least(0)),
+    Setting("optimizer.schedule", str, "learning rate schedule", _one_of("constant", "linear", "cosine")),
+    Setting("optimizer.warmup_steps", int, "steps of linear warm-up", _at_least(0)),
+    Setting("optimizer.steps", int, "optimizer steps of the whole run (0: until the clients have no more data)", _at_least(0)),
+    Setting("optimizer.clip", float, "largest gradient norm of the trunk (0: no clipping)", _at_least(0)),
+    Setting("device", str, "cuda, cuda:N, mps, cpu, or auto"),
+    Setting("dtype", str, "weights and wire: float32, bfloat16", _one_of("float32", "bfloat16", "float64")),
+    Setting("attn", str, "attention implementation, as transformers names it: sdpa, eager, flash_attention_2 (default: the model's own)"),
+    Setting("threads", int, "CPU threads of the trunk (0: torch's own choice)", _at_least(0)),
+    Setting("trust_remote_code", bool, "run model code that comes with the checkpoint"),
+    Setting("bind", str, "HOST:PORT of the control endpoint (host * for all, port 0 for any free one)", _host_and_port),
+    Setting("data_port", int, "port of the data endpoint, on the same host (0: any free one)", _between(0, 65536)),
+    Setting("advertise", str, "HOST:PORT at which clients reach the data endpoint, where that differs from what is bound"),
+    Setting("identity", str, "the server's secret key file (made on first use)"),
+    Setting("authorized_clients", str, "file with one client key a line"),
+    Setting("window", int, "bytes a client may have in flight towards the server", _at_least(MIB)),
+    Setting("batch_tokens", int, "most tokens of one trunk batch", _at_least(1)),
+    Setting("client_tokens", int, "most tokens whose graph the trunk keeps for one client", _at_least(1)),
+    Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
+    Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
+    Setting("until_done", bool, "end when every client that joined has left"),
+)
+
+_BY_KEY = {setting.key: setting for setting in SETTINGS} | {"model": Setting("model", str, "directory or hub id of the model")}
+_SECTIONS = {"lora": LoraSettings, "optimizer": OptimizerSettings}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings of a TOML file, flat: ``{"optimizer.learning_rate": 1e-4, ...}``.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or names a setting that does not exist.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give an existing TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def build_config(values: Mapping[str, Any]) -> RunConfig:
+    """Check ``values`` (dotted keys, later sources already laid over earlier ones) and make the config of them.
+
+    Raises:
+        ConfigError: an unknown setting, a wrong type, a value out of range, or two settings that contradict each other.
+    """
+    if not values.get("model"):
+        raise ConfigError("no model: name a directory or a hub id, as in `splitfl serve MODEL`")
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    for key, value in values.items():
+        setting = _BY_KEY.get(key)
+        if setting is None:
+            raise ConfigError(f"unknown setting {key!r}{_nearest(key, _BY_KEY)}")
+        if value is None:
+            continue
+        section, _, leaf = key.rpartition(".")
+        (sections[section] if section else top)[leaf] = _typed(setting, value)
+    config = RunConfig(
+        **top, lora=LoraSettings(**sections["lora"]), optimizer=OptimizerSettings(**sections["optimizer"])
+    )
+    if config.optimizer.schedule != "constant" and config.optimizer.steps == 0:
+        raise ConfigError(f"the {config.optimizer.schedule} schedule needs its length: give --steps")
+    if config.optimizer.steps and config.optimizer.warmup_steps > config.optimizer.steps:
+        raise ConfigError("warmup_steps is larger than steps: warm up for fewer steps or train for more")
+    return config
+
+
+def _typed(setting: Setting, value: Any) -> Any:
+    if setting.key == "lora.targets":
+        names = value.split(",") if isinstance(value, str) else list(value)
+        names = [str(name).strip() for name in names if str(name).strip()]
+        return "all-linear" if names in ([], ["all-linear"]) else tuple(names)
+    fits = isinstance(value, setting.kind) and (setting.kind is bool or not isinstance(value, bool))
+    if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value, fits = float(value), True
+    if not fits:
+        raise ConfigError(f"{setting.key} must be a {setting.kind.__name__}, not {value!r}")
+    complaint = setting.check(value)
+    if complaint:
+        raise ConfigError(f"{setting.key} = {value!r}: it {complaint}")
+    return value
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; see `splitfl serve --help` for the settings"
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config as a TOML text that :func:`read_toml` reads back to the same config."""
+    lines, sections = [], []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name in _SECTIONS:
+            sections += ["", f"[{item.name}]"]
+            sections += [f"{leaf} = {_toml_value(inner)}" for leaf, inner in dataclasses.asdict(value).items()]
+        elif value is not None:
+            lines.append(f"{item.name} = {_toml_value(value)}")
+    return "\n".join(lines + sections) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

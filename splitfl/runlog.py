@@ -1,0 +1,52 @@
+"""A run's event log: one JSON object a line in a file, and the same in one readable line on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """Appends events; safe to call from any thread. Secrets and tensors have no business in an event."""
+
+    def __init__(self, path: Path | None, *, echo: IO[str] | None = sys.stderr) -> None:
+        """``path``: the JSON-lines file (None: no file). ``echo``: where the readable line goes (None: nowhere)."""
+        self._lock = threading.Lock()
+        self._echo = echo
+        self._file: IO[str] | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, *, quiet: bool = False, **fields: Any) -> None:
+        """Log ``event`` with its fields. ``quiet``: to the file only."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
+        with self._lock:
+            if self._file is not None:
+                self._file.write(line + "\n")
+                self._file.flush()
+            if self._echo is not None and not quiet:
+                words = "  ".join(f"{key}={_short(value)}" for key, value in fields.items() if value is not None)
+                self._echo.write(f"{time.strftime('%H:%M:%S')} {event}  {words}\n")
+                self._echo.flush()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    text = str(value)
+    return f'"{text}"' if " " in text else text

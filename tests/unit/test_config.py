@@ -1,0 +1,64 @@
+"""The run config: one table, checked; TOML and flags give the same; nothing is guessed."""
+
+import argparse
+
+import pytest
+
+from server_trunk.command import add_arguments, config_from
+from splitfl.config import build_config, read_toml, to_toml
+from splitfl.errors import ConfigError
+
+
+def parse(*words: str):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return config_from(parser.parse_args(words))
+
+
+def test_the_printed_config_reads_back_to_itself(tmp_path):
+    config = parse("some/model", "--cut", "2:1", "--lora-targets", "q_proj,v_proj", "--lr", "3e-4", "--until-done", "--revision", "a\"b")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert build_config(read_toml(file)) == config
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('model = "m"\nclients = 2\n[optimizer]\nlearning_rate = 1\n')
+    config = parse("--config", str(file), "--clients", "5")
+    assert (config.clients, config.optimizer.learning_rate) == (5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({}, "no model"),
+        ({"model": "m", "clinets": 3}, "did you mean 'clients'"),
+        ({"model": "m", "clients": 0}, "at least 1"),
+        ({"model": "m", "clients": "3"}, "must be a int"),
+        ({"model": "m", "clients": True}, "must be a int"),
+        ({"model": "m", "trainables": "some"}, "lora, full, none"),
+        ({"model": "m", "optimizer.schedule": "cosine"}, "give --steps"),
+        ({"model": "m", "optimizer.steps": 5, "optimizer.warmup_steps": 9}, "larger than steps"),
+        ({"model": "m", "lora.dropout": 1.0}, "[0, 1)"),
+    ],
+)
+def test_a_mistake_is_one_sentence(values, part):
+    with pytest.raises(ConfigError) as caught:
+        build_config(values)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["model = ", "\xff"])
+def test_a_file_that_is_no_toml(tmp_path, text):
+    file = tmp_path / "bad.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="not TOML"):
+        read_toml(file)
+
+
+def test_a_client_is_not_told_where_on_the_servers_disk_the_model_lies(tmp_path):
+    terms = build_config({"model": str(tmp_path)}).terms()
+    assert terms["model_is_local"]
+    assert str(tmp_path) not in repr(terms)
