@@ -1,8 +1,16 @@
 """What trains in a part of a model, and what becomes of it: LoRA, full weights, results, merging."""
 
 from splitfl.adapters.lora import attach_lora
+from splitfl.adapters.merge import merge
 from splitfl.adapters.names import full_name
-from splitfl.adapters.trainables import Trainables, classification_head, named_trainables, set_trainable
+from splitfl.adapters.results import describe_part, export_part, read_part, save_part
+from splitfl.adapters.trainables import (
+    Trainables,
+    classification_head,
+    load_trainables,
+    named_trainables,
+    set_trainable,
+)
 from splitfl.config import LoraSettings
 
 __all__ = [
@@ -10,7 +18,13 @@ __all__ = [
     "Trainables",
     "attach_lora",
     "classification_head",
+    "describe_part",
+    "export_part",
     "full_name",
+    "load_trainables",
+    "merge",
     "named_trainables",
+    "read_part",
+    "save_part",
     "set_trainable",
 ]

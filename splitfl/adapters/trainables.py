@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from splitfl.adapters.names import full_name
-from splitfl.errors import ConfigError
+from splitfl.errors import CheckpointError, ConfigError
 
 Trainables = Literal["lora", "full", "none"]
 
@@ -55,6 +57,26 @@ def named_trainables(model: nn.Module) -> dict[str, Parameter]:
     """
     trainables = {full_name(name): value for name, value in model.named_parameters() if value.requires_grad}
     return dict(sorted(trainables.items()))
+
+
+def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved values into the parameters that train. Raises ``CheckpointError`` where names or shapes differ."""
+    mine = named_trainables(model)
+    if mine.keys() != tensors.keys():
+        name = min(mine.keys() ^ tensors.keys())
+        where = "the checkpoint alone" if name in tensors else "the model alone"
+        raise CheckpointError(
+            f"The checkpoint does not fit what trains, {name} is in {where}: resume with the same cut and trainables."
+        )
+    for name, parameter in mine.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"The checkpoint does not fit what trains, {name} has the shape {list(tensors[name].shape)}, here "
+                f"{list(parameter.shape)}: resume with the same model and rank."
+            )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(tensors[name])
 
 
 def _unwrapped(model: Any) -> nn.Module:

@@ -44,6 +44,9 @@ def build_sample_model(
         num_key_value_heads=heads,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
+        # Wide enough to leave the plateau of letter frequencies within a demonstration's few steps: with the usual
+        # 0.02 the loss of 60 steps stays above 3, with this it falls to about 2.
+        initializer_range=0.02 if tied else 0.08,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -51,6 +54,8 @@ def build_sample_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        if not tied:
+            torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
     with write_directory_atomically(out_dir, overwrite=overwrite) as directory:
         model.save_pretrained(directory)
         byte_tokenizer(context).save_pretrained(directory)
