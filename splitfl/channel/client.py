@@ -282,7 +282,7 @@ class ClientChannel:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        busy = self._stuck is None and self._pump_data()
+        busy = self._pump_data()
         self._pump_control()
         for frame in self._transport.poll(0.0 if busy else self._patience(now)):
             self._take(frame)

@@ -30,6 +30,8 @@ from splitfl.transport.zmq_common import (
     keep_large_buffers,
 )
 
+_LAST_WORDS_MILLISECONDS = 250
+
 _HANDSHAKE_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -53,6 +55,7 @@ class ZmqClientTransport:
         self._monitors: list[zmq.Socket[bytes]] = []
         self._frame_limit = 0
         self._waits_for_room = False
+        self._broken = False
         keep_large_buffers()
 
     def set_record_limit(self, frame_bytes: int) -> None:
@@ -133,8 +136,8 @@ class ZmqClientTransport:
                 self._poller.modify(self._data, zmq.POLLIN)
             self._receive(self._data, Endpoint.DATA, frames)
         # Frames first: a server that says why it closes is heard before the closing is.
-        if not frames and any(monitor in ready for monitor in self._monitors):
-            self._check_links()
+        if not frames and (self._broken or any(monitor in ready for monitor in self._monitors)):
+            self._check_links(frames)
         return frames
 
     def wake(self) -> None:
@@ -191,12 +194,18 @@ class ZmqClientTransport:
                 raise SessionLost("the server sent a frame of more than one part")
             frames.append(ClientFrame(endpoint, frame.bytes if endpoint is Endpoint.CONTROL else frame.buffer))
 
-    def _check_links(self) -> None:
+    def _check_links(self, frames: list[ClientFrame]) -> None:
         for monitor in self._monitors:
             while monitor.poll(0):
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
-                if event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
-                    raise SessionLost("the connection to the server broke")
+                self._broken = self._broken or event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
+        if not self._broken:
+            return
+        # The data connection may break a moment before the control connection has brought the reason.
+        if self._control is not None and self._control.poll(_LAST_WORDS_MILLISECONDS):
+            self._receive(self._control, Endpoint.CONTROL, frames)
+        if not frames:
+            raise SessionLost("the connection to the server broke")
 
 
 def _reach(host: str, port: int, timeout: float) -> str:
