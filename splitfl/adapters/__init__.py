@@ -1,7 +1,7 @@
 """What trains in a part of a model, and what becomes of it: LoRA, full weights, results, merging."""
 
 from splitfl.adapters.lora import attach_lora
-from splitfl.adapters.merge import merge
+from splitfl.adapters.merging import merge
 from splitfl.adapters.names import full_name
 from splitfl.adapters.results import describe_part, export_part, read_part, save_part
 from splitfl.adapters.trainables import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,8 @@ from splitfl.checkpoint import (
     write_directory_atomically,
 )
 from splitfl.config import LoraSettings
-from splitfl.errors import CheckpointError
+from splitfl.errors import CheckpointError, ConfigError
+from splitfl.parts.cut import Cut
 
 FORMAT = 1
 DESCRIPTION = "splitfl.json"
@@ -38,9 +39,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "weights.safetensors"
 
-_FIELDS = {"part", "base", "identity", "cut", "trainables", "lora", "task", "step", "run"} | {
-    "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions",
-}  # fmt: skip
+# What a checkpoint has to say of itself to become a result, and what it may say: the rest is found in its tensors.
+_NEEDED = ("part", "base", "identity", "cut", "trainables", "lora", "task", "step")
+_MORE = ("revision", "run", "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions")
 
 
 def describe_part(
@@ -49,7 +50,7 @@ def describe_part(
     part: Literal["ends", "trunk"],
     base: str,
     identity: Mapping[str, Any],
-    cut: Sequence[int],
+    cut: Cut | str | tuple[int, int],
     trainables: Trainables,
     lora: LoraSettings | None,
     task: str,
@@ -58,7 +59,8 @@ def describe_part(
 ) -> dict[str, Any]:
     """All that a result says of itself, as plain values: the ``meta`` of a checkpoint that is to be exported.
 
-    ``base``: directory or hub id of the model; ``identity``: its plain form; ``cut``: input blocks, output blocks.
+    ``base``: directory or hub id of the model; ``identity``: a ``ModelIdentity`` in plain form. A checkpoint may say
+    less: ``part``, ``base``, ``identity``, ``cut``, ``trainables``, ``lora``, ``task`` and ``step`` are needed.
     """
     head = classification_head(model)
     config = model.config
@@ -71,11 +73,12 @@ def describe_part(
         "part": part,
         "base": base,
         "identity": dict(identity),
-        "cut": list(cut),
+        "cut": str(Cut.of(cut)),
         "trainables": trainables,
         "lora": settings,
         "task": task,
         "step": step,
+        "revision": identity.get("revision"),
         "run": run,
         "head": head,
         "num_labels": int(config.num_labels) if head else None,
@@ -93,7 +96,7 @@ def save_part(
     part: Literal["ends", "trunk"],
     base: str,
     identity: Mapping[str, Any],
-    cut: Sequence[int],
+    cut: Cut | str | tuple[int, int],
     trainables: Trainables,
     lora: LoraSettings | None,
     task: str,
@@ -137,9 +140,9 @@ def export_part(
             raise CheckpointError(f"{source} holds no checkpoint: name a run's directory or one of its checkpoints.")
         source = newest
     tensors, meta, _ = load_checkpoint(source)
-    _check(meta, source)
-    _write(out_dir, tensors, {name: meta[name] for name in sorted(_FIELDS)})
-    return meta
+    about = _complete(meta, tensors, source)
+    _write(out_dir, tensors, about)
+    return about
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,6 @@ def read_part(directory: str | os.PathLike[str]) -> Part:
         raise CheckpointError(f"{file} cannot be read: export the part again.") from error
     if written != FORMAT:
         raise CheckpointError(f"{directory} has format {written}, this version reads {FORMAT}: export it again.")
-    _check(about, directory)
     tensors: dict[str, Tensor] = {}
     if (directory / ADAPTER_WEIGHTS).is_file():
         found = load_tensors(directory / ADAPTER_WEIGHTS)
@@ -183,7 +185,7 @@ def read_part(directory: str | os.PathLike[str]) -> Part:
         tensors = load_tensors(directory / WEIGHTS)
     elif about.get("tensors"):
         raise CheckpointError(f"{directory} lacks its weights: export the part again.")
-    return Part(directory, about, tensors)
+    return Part(directory, _complete(about, tensors, directory), tensors)
 
 
 def write_adapter(
@@ -192,6 +194,7 @@ def write_adapter(
     *,
     alphas: Mapping[str, float],
     base: str,
+    revision: str | None,
     dropout: float,
     fan_in_fan_out: bool,
     head: str | None,
@@ -217,6 +220,7 @@ def write_adapter(
         modules_to_save=[head] if head else None,
         fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=base,
+        revision=revision,
         task_type={"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}.get(task or ""),
         inference_mode=True,
     )
@@ -239,7 +243,9 @@ def _write(out_dir: str | os.PathLike[str], tensors: Mapping[str, Tensor], about
                 alphas=dict.fromkeys(modules, about["lora"]["alpha"]),
                 base=about["base"],
                 dropout=about["lora"]["dropout"],
-                fan_in_fan_out=about["fan_in_fan_out"],
+                revision=about["revision"],
+                # Where it is not said, PEFT finds out at loading, with a warning.
+                fan_in_fan_out=bool(about["fan_in_fan_out"]),
                 head=about["head"],
                 # A trunk serves language models and classifiers alike: its adapter is for neither in particular.
                 task=about["task"] if about["part"] == "ends" else None,
@@ -250,9 +256,22 @@ def _write(out_dir: str | os.PathLike[str], tensors: Mapping[str, Tensor], about
         (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
-def _check(about: Any, source: Path) -> None:
-    if not isinstance(about, dict) or not set(about) >= _FIELDS or about["part"] not in ("ends", "trunk"):
+def _complete(meta: Any, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """A description with every field, of one that has at least the needed ones. Raises ``CheckpointError``."""
+    if not isinstance(meta, dict) or not set(meta) >= set(_NEEDED) or meta["part"] not in ("ends", "trunk"):
         raise CheckpointError(f"{source} does not describe a part of a model: name a checkpoint of a splitfl run.")
+    about = {name: meta[name] for name in _NEEDED} | {name: meta.get(name) for name in _MORE}
+    try:
+        about["cut"] = str(Cut.of(meta["cut"]))
+    except ConfigError as error:
+        raise CheckpointError(f"{source} is damaged: {error}.") from error
+    if about["head"] is None and about["trainables"] == "lora":
+        # Beside an adapter only a classification head trains.
+        about["head"] = next((name.rpartition(".")[0] for name in sorted(tensors) if lora_module(name) is None), None)
+    weight = tensors.get(f"{about['head']}.weight")
+    if about["num_labels"] is None and weight is not None:
+        about["num_labels"] = weight.shape[0]
+    return about
 
 
 def _commonest(values: list[Any]) -> Any:

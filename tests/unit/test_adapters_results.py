@@ -32,7 +32,7 @@ from splitfl.errors import CheckpointError, ConfigError, ModelError
 from splitfl.sample.model import byte_tokenizer
 
 CUT = (1, 1)
-IDENTITY = {"config_digest": "c", "index_digest": None, "shards": {"model.safetensors": "s"}, "revision": None}
+IDENTITY = {"config": "c" * 64, "index": None, "shards": {"model.safetensors": "5" * 64}, "revision": None}
 CONFIGS = {
     "llama": LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
@@ -230,7 +230,7 @@ def test_a_lone_part_loads_over_the_full_model_without_extra_modules(tmp_path, b
     held = {name for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(held) == 2 * 7 * 2
     about = json.loads((tmp_path / "t" / "splitfl.json").read_text())
-    assert (about["part"], about["cut"], about["step"], about["dtype"]) == ("trunk", [1, 1], 5, "float32")
+    assert (about["part"], about["cut"], about["step"], about["dtype"]) == ("trunk", "1:1", 5, "float32")
     assert about["versions"].keys() == {"splitfl", "torch", "transformers", "peft"}
 
 
@@ -271,6 +271,31 @@ def test_exporting_the_checkpoint_is_saving_the_part(tmp_path, bases):
         export_part(tmp_path / "other", tmp_path / "x")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_checkpoint_that_says_only_what_is_needed(tmp_path, bases, ids, family):
+    base = bases / family
+    ends = prepare(load_ends(base, CUT, task="sequence-classification", num_labels=3, seed=3), A, seed=11)
+    trunk = prepare(load_trunk(base, CUT), A, seed=12)
+    attach_trunk(ends, trunk)
+    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
+    for part, model, task in (("ends", ends, "sequence-classification"), ("trunk", trunk, None)):
+        meta = {
+            "part": part, "base": str(base), "identity": IDENTITY, "cut": "1:1", "trainables": "lora", "lora": settings,
+            "task": task, "step": 5, "libraries": {},
+        }  # fmt: skip
+        save_checkpoint(checkpoint_directory(tmp_path / part, 5), named_trainables(model), meta)
+        export_part(tmp_path / part, tmp_path / f"{part}-out")
+    merge(tmp_path / "ends-out", tmp_path / "trunk-out", tmp_path / "adapter")
+    merge(tmp_path / "ends-out", tmp_path / "trunk-out", tmp_path / "whole", full_weights=True)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        logits = ends(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, logits)
+        assert (whole(input_ids=ids).logits - logits).abs().max() < 1e-5
+
+
 def test_an_untrained_part_is_exported_as_such(tmp_path, bases):
     save(tmp_path / "e", prepare(load_ends(bases / "llama", CUT), "none"), "ends", bases / "llama", "none")
     assert [file.name for file in (tmp_path / "e").iterdir()] == ["splitfl.json"]
@@ -284,11 +309,12 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, bases):
     ends = prepare(load_ends(base, CUT), A)
     trunk = prepare(load_trunk(base, CUT), A)
     save(tmp_path / "ends", ends, "ends", base, A)
-    other_config = IDENTITY | {"config_digest": "d"}
-    other_shard = IDENTITY | {"shards": {"model.safetensors": "t"}}
+    other_config = IDENTITY | {"config": "d" * 64}
+    other_shard = IDENTITY | {"shards": {"model.safetensors": "6" * 64}}
     cases = {
-        "different models": {"identity": other_config},
-        "different models:": {"identity": other_shard},
+        "config.json differ.*merge parts of one run": {"identity": other_config},
+        "model.safetensors differ": {"identity": other_shard},
+        "does not say which model": {"identity": {}},
         "cut at 1:1, the trunk at 2:1": {"cut": (2, 1)},
         "from run r, the trunk from run s": {"run": "s"},
         "of step 5, the trunk of step 6": {"step": 6},
@@ -313,8 +339,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, bases):
 
 def test_sides_that_know_different_shards_belong_together(tmp_path, bases):
     base = bases / "llama"
-    mine = IDENTITY | {"shards": {"1.safetensors": "a", "2.safetensors": "b"}}
-    theirs = IDENTITY | {"shards": {"2.safetensors": "b", "3.safetensors": "c"}, "revision": "x"}
+    mine = IDENTITY | {"shards": {"1.safetensors": "a" * 64, "2.safetensors": "b" * 64}}
+    theirs = IDENTITY | {"shards": {"2.safetensors": "b" * 64, "3.safetensors": "c" * 64}, "revision": "x"}
     save(tmp_path / "ends", prepare(load_ends(base, CUT), A), "ends", base, A, identity=mine)
     save(tmp_path / "trunk", prepare(load_trunk(base, CUT), A), "trunk", base, A, identity=theirs, run=None)
     merge(tmp_path / "ends", tmp_path / "trunk", tmp_path / "out")

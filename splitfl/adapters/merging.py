@@ -13,7 +13,8 @@ from torch import Tensor
 from splitfl.adapters.names import lora_module
 from splitfl.adapters.results import Part, read_part, write_adapter
 from splitfl.checkpoint import write_directory_atomically
-from splitfl.errors import CheckpointError, ConfigError, ModelError
+from splitfl.errors import CheckpointError, ConfigError, ModelError, RemoteProtocolError
+from splitfl.parts.identity import ModelIdentity, compare
 
 
 def merge(
@@ -63,14 +64,12 @@ def _read(directory: str | os.PathLike[str] | None, side: str) -> Part | None:
 
 def _check_fit(ends: Part, trunk: Part) -> None:
     mine, theirs = ends.about, trunk.about
-    if not _same_model(mine["identity"], theirs["identity"]):
-        raise CheckpointError(
-            f"The ends belong to {mine['base']}, the trunk to {theirs['base']}, which are different models: "
-            "merge parts of one run."
-        )
+    difference = compare(_identity(ends), _identity(trunk))
+    if difference:
+        raise CheckpointError(f"Ends and trunk do not belong together, {difference}: merge parts of one run.")
     if mine["cut"] != theirs["cut"]:
         raise CheckpointError(
-            f"The ends were cut at {_cut(mine)}, the trunk at {_cut(theirs)}: merge parts with the same cut."
+            f"The ends were cut at {mine['cut']}, the trunk at {theirs['cut']}: merge parts with the same cut."
         )
     if mine["run"] and theirs["run"] and mine["run"] != theirs["run"]:
         raise CheckpointError(
@@ -85,16 +84,11 @@ def _check_fit(ends: Part, trunk: Part) -> None:
         raise CheckpointError(f"Both parts hold {min(shared)}, so they are no two sides of a cut: export them again.")
 
 
-def _same_model(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    # Each side may know only the shards it holds: what both know has to be equal.
-    shards, others = mine.get("shards") or {}, theirs.get("shards") or {}
-    return mine.get("config_digest") == theirs.get("config_digest") and all(
-        shards[name] == others[name] for name in shards.keys() & others.keys()
-    )
-
-
-def _cut(about: dict[str, Any]) -> str:
-    return ":".join(map(str, about["cut"]))
+def _identity(part: Part) -> ModelIdentity:
+    try:
+        return ModelIdentity.from_plain(part.about["identity"])
+    except RemoteProtocolError as error:
+        raise CheckpointError(f"{part.directory} does not say which model it belongs to: export it again.") from error
 
 
 def _task(parts: list[Part]) -> dict[str, Any]:
@@ -124,14 +118,17 @@ def _write_joint_adapter(parts: list[Part], out_dir: str | os.PathLike[str], bas
             tensors,
             alphas=alphas,
             base=base,
+            revision=about["revision"],
             dropout=max(part.about["lora"]["dropout"] for part in parts if part.lora),
-            fan_in_fan_out=any(part.about["fan_in_fan_out"] for part in parts if part.lora),
+            fan_in_fan_out=any(bool(part.about["fan_in_fan_out"]) for part in parts if part.lora),
             head=head if any(part.whole for part in parts) else None,
             task=about["task"],
         )
 
 
 def _write_model(parts: list[Part], out_dir: str | os.PathLike[str], base: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
     # Entered first: an occupied directory is refused before a large model is read for nothing.
     with write_directory_atomically(out_dir) as directory, torch.no_grad():
         model = _load_base(parts, base)
@@ -147,7 +144,8 @@ def _write_model(parts: list[Part], out_dir: str | os.PathLike[str], base: str) 
                 scaling = part.about["lora"]["alpha"] / a.shape[0]
                 delta = scaling * (b.float() @ a.float())
                 weight = _parameter(parameters, f"{module}.weight", base)
-                delta = delta.T if part.about["fan_in_fan_out"] else delta
+                # GPT-2's Conv1D holds its weight as (in, out).
+                delta = delta.T if isinstance(model.get_submodule(module), Conv1D) else delta
                 weight.copy_(weight.float() + delta)
         model.save_pretrained(directory)
         _copy_tokenizer(base, directory)
@@ -158,14 +156,18 @@ def _load_base(parts: list[Part], base: str) -> Any:
 
     about = _task(parts)
     # The widest dtype that trained: a model that ran in fp32 over a bf16 checkpoint is not rounded back.
-    dtypes = [getattr(torch, part.about["dtype"]) for part in parts]
-    options: dict[str, Any] = {"dtype": functools.reduce(torch.promote_types, dtypes)}
+    dtypes = [getattr(torch, part.about["dtype"]) for part in parts if part.about["dtype"]]
+    options: dict[str, Any] = {"dtype": functools.reduce(torch.promote_types, dtypes) if dtypes else "auto"}
+    if about["revision"] and not Path(base).exists():
+        options["revision"] = about["revision"]
     factory: Any = AutoModelForCausalLM
     if about["task"] == "sequence-classification":
         factory = AutoModelForSequenceClassification
         if about["label_names"]:
             options["id2label"] = dict(enumerate(about["label_names"]))
             options["label2id"] = {name: number for number, name in enumerate(about["label_names"])}
+        elif about["num_labels"]:
+            options["num_labels"] = about["num_labels"]
     try:
         return factory.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
