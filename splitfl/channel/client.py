@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConnectError, LocalProtocolError, Refused, RemoteProtocolError, SessionLost, SplitflError
-from splitfl.protocol.assembly import Inbox, Outbox, byte_view
+from splitfl.protocol.assembly import Inbox, Outbox, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.join import JoinString
@@ -193,11 +193,7 @@ class ClientChannel:
         """
         if type(message) is Attach:
             raise LocalProtocolError("Attach is the channel's own")
-        view = byte_view(payload)
-        if len(view) != message.payload_bytes:
-            raise LocalProtocolError(
-                f"{type(message).__name__} declares {message.payload_bytes} payload bytes, the buffer has {len(view)}"
-            )
+        view = payload_view(message, payload)
         if len(view) > self.max_message:
             raise LocalProtocolError(
                 f"a payload of {len(view)} bytes exceeds the server's limit of {self.max_message}: "
@@ -385,13 +381,7 @@ class ClientChannel:
 
     def _attach(self, opened: Opened) -> None:
         """Connects the data endpoint and proves our keys on it."""
-        try:
-            address = urlsplit(opened.data_address)
-            host, port = address.hostname or "", address.port
-        except ValueError:
-            raise RemoteProtocolError("the server gave a malformed data address") from None
-        if address.scheme != "tcp" or not port:
-            raise RemoteProtocolError("the server gave a malformed data address")
+        host, port = _data_address(opened.data_address, self._join.host)
         if opened.max_message > opened.window:
             raise RemoteProtocolError("the server grants less credit than one message may need")
         secrets = self._session.secrets
@@ -409,8 +399,6 @@ class ClientChannel:
             admit=self._admit,
         )
         self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
-        # An address without a host, or with the wildcard: the one the client dialled.
-        host = self._join.host if host in ("", "*") else host
         self._transport.connect_data(host, port, opened.ticket, self._timeout)
         self._outbox.add(Attach(), b"")
 
@@ -444,3 +432,15 @@ class ClientChannel:
                 self._on_lost(error)
             except Exception:
                 _log.exception("on_lost failed")
+
+
+def _data_address(text: str, dialled: str) -> tuple[str, int]:
+    """Host and port of ``tcp://host:port``; an empty host or ``*`` stands for the one the client dialled."""
+    try:
+        address = urlsplit(text)
+        host, port = address.hostname or "", address.port
+    except ValueError:
+        host, port = "", None
+    if not text.startswith("tcp://") or not port:
+        raise RemoteProtocolError("the server gave a malformed data address")
+    return dialled if host in ("", "*") else host, port

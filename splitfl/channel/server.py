@@ -5,20 +5,21 @@ sealing.
 from __future__ import annotations
 
 import logging
-import secrets as random
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from splitfl.channel.handler import Peer, ServerHandler, SessionInfo
+from splitfl.channel.admission import Admission
+from splitfl.channel.handler import ServerHandler, SessionInfo
 from splitfl.channel.link import Link
 from splitfl.channel.timing import Timing
-from splitfl.errors import ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SealError, SplitflError
-from splitfl.protocol.assembly import Inbox, Outbox, byte_view
+from splitfl.errors import ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SealError
+from splitfl.protocol.assembly import Inbox, Outbox, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, choose_cipher, make_aead, pick_ciphers
 from splitfl.protocol.credit import CreditAccount
-from splitfl.protocol.keys import AuthorizedClients, PublicKey
+from splitfl.protocol.keys import AuthorizedClients
 from splitfl.protocol.messages import (
     PROTOCOL_VERSION,
     Attach,
@@ -61,6 +62,8 @@ _RECORDS_A_TURN = 4
 _FULL_RETRY = 0.001
 _TICK = 0.25
 
+_REMOVED = "your key was removed from the server's list"
+
 
 class ServerChannel:
     """All sessions of one server. ``send``, ``tell``, ``credit`` and ``end`` may be called from any thread.
@@ -90,15 +93,15 @@ class ServerChannel:
             )
         if not MIN_RECORD_BYTES <= record <= MAX_RECORD_BYTES:
             raise ConfigError(f"a record has {MIN_RECORD_BYTES} to {MAX_RECORD_BYTES} bytes, not {record}")
-        self._transport, self._handler, self._authorized = transport, handler, authorized
+        self._transport, self._handler = transport, handler
         self._window, self._max_message, self._record = window, max_message, record
-        self._timing, self._ticket_seconds, self._clock = timing or Timing(), ticket_seconds, clock
+        self._timing, self._clock = timing or Timing(), clock
+        self._admission = Admission(authorized, ticket_seconds, clock)
         self._ciphers, self._aead = ciphers or pick_ciphers(), aead_factory
         # Guards each link's session and credit, and the tables of links.
         self._lock = threading.RLock()
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
-        self._tickets: dict[bytes, tuple[str, float]] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping: str | None = None
         self._started = threading.Event()
@@ -126,11 +129,7 @@ class ServerChannel:
 
         Raises LocalProtocolError when the buffer is not what the message declares.
         """
-        view = byte_view(payload)
-        if len(view) != message.payload_bytes:
-            raise LocalProtocolError(
-                f"{type(message).__name__} declares {message.payload_bytes} payload bytes, the buffer has {len(view)}"
-            )
+        view = payload_view(message, payload)
         self._do(lambda: self._add(session, message, view))
 
     def tell(self, session: str, message: ControlMessage) -> None:
@@ -168,23 +167,12 @@ class ServerChannel:
         self._commands.append(command)
         self._transport.wake()
 
-    # --- the gate: asked by the transport, on the I/O thread --------------------------------------------------------
-
-    def admit_key(self, key: PublicKey, address: str) -> str | None:
-        """See :class:`splitfl.transport.base.Gate`."""
-        return str(key) if self._authorized.lookup(key) is not None else None
-
-    def admit_ticket(self, ticket: bytes, address: str) -> str | None:
-        """See :class:`splitfl.transport.base.Gate`. A ticket works once."""
-        session, expires = self._tickets.pop(ticket, ("", 0.0))
-        return session if session and self._clock() < expires else None
-
     # --- the I/O thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         self._transport.on_refused(self._refusal)
         try:
-            self._transport.bind(self, self._record + OVERHEAD_BYTES)
+            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES)
         except BaseException as error:
             self._failure = error
             self._transport.close(0)
@@ -289,22 +277,17 @@ class ServerChannel:
 
     def _greet(self, frame: ServerFrame) -> Link | None:
         """A peer's first message. Its key was on the list when it connected; it must be still."""
-        try:
-            key = PublicKey.parse(frame.user)
-        except SplitflError:
+        found = self._admission.peer(frame.user, frame.address)
+        if found is None:
             return None
-        client = self._authorized.lookup(key)
-        name = client.name if client is not None else "NAME"
-        peer = Peer(key, name, frame.address, dict(client.limits) if client is not None else {})
+        peer, listed = found
         link = Link(frame.peer, peer, self._clock(), deadline=self._clock() + _OPENING_SECONDS)
-        underway = sum(other.peer.public_key == key and not other.attached for other in self._links.values())
-        if client is None or underway >= _HANDSHAKES_A_KEY:
-            code = RefusalCode.NOT_AUTHORIZED if client is None else RefusalCode.FULL
-            text = (
-                "your key was removed from the server's list"
-                if client is None
-                else "too many sessions of your key are opening"
-            )
+        underway = sum(
+            other.peer.public_key == peer.public_key and not other.attached for other in self._links.values()
+        )
+        if not listed or underway >= _HANDSHAKES_A_KEY:
+            code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
+            text = "too many sessions of your key are opening" if listed else _REMOVED
             self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
             self._refusal(peer.who, code, text)
             return None
@@ -346,12 +329,12 @@ class ServerChannel:
             )
         self._handler.admit(link.peer, message)
         link.open = message
-        session, ticket = random.token_hex(8), random.token_bytes(32)
+        session = secrets.token_hex(8)
         with self._lock:
             _, frame = link.session.send_opened(
                 session=session,
-                ticket=ticket,
-                ticket_seconds=self._ticket_seconds,
+                ticket=self._admission.ticket(session),
+                ticket_seconds=self._admission.ticket_seconds,
                 data_address=self._transport.data_address,
                 cipher=cipher,
                 window=self._window,
@@ -362,19 +345,21 @@ class ServerChannel:
             assert keys is not None
             link.id, link.account = session, CreditAccount(self._window)
             link.outbox = Outbox(Sealer(keys.server, cipher, aead_factory=self._aead), self._record)
-            link.inbox = Inbox(
-                Opener(keys.client, cipher, aead_factory=self._aead),
-                from_client=True,
-                record_bytes=self._record,
-                max_message=self._max_message,
-                allocate=lambda data: self._handler.allocate(session, data),
-                admit=lambda data: self._admit(link, data),
-                charge=lambda size: self._charge(link, size),
-            )
+            link.inbox = self._inbox(link, Opener(keys.client, cipher, aead_factory=self._aead))
             self._sessions[session] = link
-            link.deadline = self._clock() + self._ticket_seconds + self._timing.silence
-        self._tickets[ticket] = session, self._clock() + self._ticket_seconds
+            link.deadline = self._clock() + self._admission.ticket_seconds + self._timing.silence
         self._deliver(link, frame)
+
+    def _inbox(self, link: Link, opener: Opener) -> Inbox:
+        return Inbox(
+            opener,
+            from_client=True,
+            record_bytes=self._record,
+            max_message=self._max_message,
+            allocate=lambda message: self._handler.allocate(link.id, message),
+            admit=lambda message: self._admit(link, message),
+            charge=lambda size: self._charge(link, size),
+        )
 
     def _admit(self, link: Link, message: DataMessage) -> None:
         if isinstance(message, Attach) is link.attached:
@@ -468,13 +453,11 @@ class ServerChannel:
 
     def _tick(self) -> None:
         now = self._clock()
-        for ticket, (_, expires) in list(self._tickets.items()):
-            if now >= expires:
-                del self._tickets[ticket]
-        removed = self._authorized.refresh()
+        self._admission.expire()
+        edited = self._admission.changed()
         for link in list(self._links.values()):
-            if removed and self._authorized.lookup(link.peer.public_key) is None:
-                self._end(link, Fault(RefusalCode.NOT_AUTHORIZED, "your key was removed from the server's list"))
+            if edited and not self._admission.lists(link.peer):
+                self._end(link, Fault(RefusalCode.NOT_AUTHORIZED, _REMOVED))
             elif now - link.heard >= self._timing.silence:
                 self._drop(link, f"silent for {self._timing.silence:g} s")
             elif not link.attached and now >= link.deadline:

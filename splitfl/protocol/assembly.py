@@ -30,6 +30,16 @@ def byte_view(buffer: Any) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
+def payload_view(message: DataMessage, payload: Any) -> memoryview:
+    """The payload's bytes, when they are as many as the message declares; else LocalProtocolError."""
+    view = byte_view(payload)
+    if len(view) != message.payload_bytes:
+        raise LocalProtocolError(
+            f"{type(message).__name__} declares {message.payload_bytes} payload bytes, the buffer has {len(view)}"
+        )
+    return view
+
+
 class _Outgoing:
     __slots__ = ("id", "metadata", "offset", "payload")
 
@@ -60,11 +70,7 @@ class Outbox:
 
     def add(self, message: DataMessage, payload: Buffer) -> None:
         """Queues a message; its payload is referenced, not copied, until sealed."""
-        view = byte_view(payload)
-        if len(view) != message.payload_bytes:
-            raise LocalProtocolError(
-                f"{type(message).__name__} declares {message.payload_bytes} payload bytes, the buffer has {len(view)}"
-            )
+        view = payload_view(message, payload)
         self._waiting.append(_Outgoing(encode(message), view))
         self.pending += len(view)
 

@@ -156,7 +156,7 @@ class ClientSession(_Session):
             raise LocalProtocolError(f"a client does not send {type(message).__name__}")
         frame = encode(message)
         if not self._advance(message):
-            raise LocalProtocolError(f"{event_of(message)} cannot be sent while the session is {self.state.value}")
+            raise LocalProtocolError(f"{event_of(message)} cannot be sent: the session is {self.state.value}")
         if type(message).__name__ in _HANDSHAKE:
             self._record(frame)
         return frame
@@ -194,11 +194,12 @@ class ClientSession(_Session):
     def check_send(self, message: DataMessage) -> None:
         """Raises LocalProtocolError when the state forbids this data message."""
         if not self.is_open:
-            raise LocalProtocolError(f"{type(message).__name__} cannot be sent while the session is {self.state.value}")
+            raise LocalProtocolError(f"{type(message).__name__} cannot be sent: the session is {self.state.value}")
         step = _training_step(message)
         if step is None:
             return
-        # A forward of the next step may leave before that step has opened: it waits at the server, which saves a round trip.
+        # A forward of the next step may leave before that step has opened: it waits at the server, which saves a round
+        # trip.
         ahead = isinstance(message, Forward) and self.newest_step >= 0 and self.state in (State.DONE, State.ENROLLED)
         if step > self.newest_step + ahead:
             raise LocalProtocolError(f"{type(message).__name__} for step {step}, which has not opened")
@@ -230,7 +231,7 @@ class ServerSession(_Session):
             message = replace(message, enrolment=self.enrolments)
         frame = encode(message)
         if not self._advance(message):
-            raise LocalProtocolError(f"{event_of(message)} cannot be sent while the session is {self.state.value}")
+            raise LocalProtocolError(f"{event_of(message)} cannot be sent: the session is {self.state.value}")
         if type(message).__name__ in _HANDSHAKE:
             self._record(frame)
         return frame

@@ -31,6 +31,8 @@ from splitfl.transport.zmq_common import (
 )
 
 _LAST_WORDS_MILLISECONDS = 250
+# Not -1, which also means never: with it a broken link takes frames along that have arrived and are not read yet.
+_NEVER_MILLISECONDS = 24 * 3600 * 1000
 
 _HANDSHAKE_EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -159,7 +161,7 @@ class ZmqClientTransport:
     def _socket(self, address: str, *, affinity: int, max_frame: int) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
         common_options(sock, max_frame=max_frame, ipv6=":" in address)
-        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MILLISECONDS)
         # Control and data on an I/O thread of their own: a bulk write never delays a credit or a heartbeat.
         sock.setsockopt(zmq.AFFINITY, affinity)
         return sock
