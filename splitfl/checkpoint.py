@@ -16,8 +16,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,16 +56,15 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, where a directory is to be written: choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    temporary = _sibling(target, "tmp")
     try:
         yield temporary
-        _make_default_mode(temporary)
         for directory, _, names in os.walk(temporary):
             for name in names:
                 _flush(Path(directory) / name)
             _flush_directory(Path(directory))
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            aside = _sibling(target, "old")
             os.replace(target, aside / target.name)
             os.replace(temporary, target)
             shutil.rmtree(aside, ignore_errors=True)
@@ -77,12 +76,11 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make_default_mode(directory: Path) -> None:
-    # mkdtemp creates 0700; a result that is handed on should have the mode any other new directory has.
-    if os.name == "posix":
-        mask = os.umask(0)
-        os.umask(mask)
-        directory.chmod(0o777 & ~mask)
+def _sibling(target: Path, suffix: str) -> Path:
+    # Not tempfile's: its directories are for the owner alone, a result has the mode any new directory has.
+    path = target.parent / f".{target.name}.{secrets.token_hex(4)}.{suffix}"
+    path.mkdir()
+    return path
 
 
 def _flush(file: Path) -> None:
@@ -208,12 +206,18 @@ def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> list[int]:
-    """Delete all but the newest ``keep`` checkpoints of a run; return the deleted steps."""
+    """Delete all but the newest ``keep`` checkpoints of a run and what interrupted writes left; return the steps gone.
+
+    Not to be called while another thread writes a checkpoint of the same run.
+    """
     if keep < 1:
         raise ValueError("at least one checkpoint has to be kept")
     gone = checkpoint_steps(run_dir)[:-keep]
     for step in gone:
         shutil.rmtree(checkpoint_directory(run_dir, step))
+    folder = Path(run_dir) / "checkpoints"
+    for leftover in folder.glob(".step-*") if folder.is_dir() else ():
+        shutil.rmtree(leftover, ignore_errors=True)
     return gone
 
 

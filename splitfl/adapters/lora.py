@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +56,9 @@ def attach_lora(model: Any, settings: LoraSettings, *, seed: int, full_name_pref
         task_type=_task_type(model, head),
     )
     # PEFT draws first values that are replaced below: the caller's generator shall not notice.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed: nothing a user could mend.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     # PEFT shortens long lists to suffixes that are unique in what it sees, a part: in the full model they match more.
     config.target_modules = set(names)  # type: ignore[assignment]

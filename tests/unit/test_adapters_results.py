@@ -5,14 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from splitfl import attach_trunk, load_ends, load_trunk
 from splitfl.adapters import (
@@ -29,38 +22,15 @@ from splitfl.adapters import (
 )
 from splitfl.checkpoint import checkpoint_directory, save_checkpoint
 from splitfl.errors import CheckpointError, ConfigError, ModelError
-from splitfl.sample.model import byte_tokenizer
+from tests.unit.adapter_models import CONFIGS, save_bases
 
 CUT = (1, 1)
 IDENTITY = {"config": "c" * 64, "index": None, "shards": {"model.safetensors": "5" * 64}, "revision": None}
-CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, pad_token_id=0,
-    ),
-    "llama-tied": LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        tie_word_embeddings=True, pad_token_id=0,
-    ),
-    "gpt2": GPT2Config(
-        vocab_size=40, n_positions=32, n_embd=16, n_layer=4, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        pad_token_id=0,
-    ),
-    "mixtral": MixtralConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, pad_token_id=0,
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for name, config in CONFIGS.items():
-        torch.manual_seed(1)
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
-    return root
+    return save_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="module")

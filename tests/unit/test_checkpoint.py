@@ -3,6 +3,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitfl.checkpoint import (
     checkpoint_directory,
@@ -131,6 +133,29 @@ def test_newest_and_pruning(tmp_path):
     assert load_meta(newest) == {"step": 100_000_000}
     assert prune_checkpoints(tmp_path, keep=2) == [5, 10]
     assert checkpoint_steps(tmp_path) == [20, 100_000_000]
+    assert not list((tmp_path / "checkpoints").glob(".step-*"))
+    assert prune_checkpoints(tmp_path / "nothing", keep=1) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_a_directory_has_the_mode_of_any_new_directory(tmp_path):
+    (tmp_path / "plain").mkdir()
+    save_checkpoint(tmp_path / "c", {}, {})
+    assert (tmp_path / "c").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_any_plain_state_survives_packing(state):
+    loaded = unpack_state(pack_state(state))
+    assert loaded == state
+    assert repr(loaded) == repr(state)  # True is not 1, a tuple no list, and -0.0 keeps its sign
 
 
 def test_optimizer_state_survives_packing():
