@@ -83,7 +83,7 @@ class Central:
                     weighted = gradient * (count / sum(counts))
                     held = total[index]
                     total[index] = weighted if held is None else held + weighted
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         for side, own in moves:
             side.move(own, self._step)
         self._trunk_side.move(total, self._step)

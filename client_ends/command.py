@@ -82,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
 
     from client_ends.progress import Progress
     from client_ends.train import TrainSettings, train
+    from splitfl.libraries import quiet_libraries
     from splitfl.runlog import RunLog
 
+    quiet_libraries()
     values["out"] = args.out or str(Path("runs") / f"{join.run}-ends")
     log = RunLog(Path(values["out"]) / "log.jsonl", echo=None)
     try:

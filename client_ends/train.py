@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ from client_ends.data import Batches, TokenizedDataset, load_examples, pad_token
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
 from client_ends.progress import Progress
 from splitfl.adapters import attach_lora, named_trainables, set_trainable
+from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import checkpoint_directory, pack_state, prune_checkpoints, save_checkpoint
 from splitfl.config import LoraSettings, OptimizerSettings
 from splitfl.errors import ConfigError, ModelError
@@ -259,17 +261,17 @@ class _Run:
                     self.session.pause()
                     self._evaluate(f"step {step + 1}")
                 if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
-                    self._save(step)
+                    self._save()
             # The trunk must have made its last step before the held-out part is judged with it.
             self.split.wait_step()
         except BaseException:
             if self.losses:
-                self._save(len(self.losses) - 1)
+                self._save()
             raise
         finally:
             self.progress.end()
         after = self._evaluate("after")
-        checkpoint = self._save(total - 1)
+        checkpoint = self._save()
         sent, received = self.session.bytes_sent, self.session.bytes_received
         self.log.write("done", steps=total, bytes_sent=sent, bytes_received=received, checkpoint=str(checkpoint))
         return TrainResult(total, self.losses, before, after, checkpoint, sent, received)
@@ -327,35 +329,31 @@ class _Run:
     def _dump_hidden(self, flat: torch.Tensor) -> None:
         Path(self.settings.dump_hidden).write_bytes(flat.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
-    def _save(self, step: int) -> Path:
-        """Keep the ends as they are after ``step``: weights, optimizer, random state, data position."""
+    def _save(self) -> Path:
+        """Keep the ends as they are after the last step: weights, optimizer, random state, data position.
+
+        The checkpoint bears the run's own step number, so that it finds the trunk's of the same step.
+        """
+        step = self.session.step - 1
         directory = checkpoint_directory(self.out, step)
         trained = {"lora": "lora", "full": "full", "frozen": "none"}[self.settings.ends]
-        meta = {
-            "part": "ends",
-            "base": self.settings.model or self.terms["model"],
-            "revision": self.settings.revision,
-            "identity": self._identity(),
-            "cut": self.terms["cut"],
-            "trainables": trained,
-            "lora": self.terms["lora"] if trained == "lora" else None,
-            "task": self.settings.task,
-            "num_labels": getattr(self.split.config, "num_labels", None)
-            if self.settings.task == "sequence-classification"
-            else None,
-            "run": self.session.channel.welcome.run,
-            "seed": self.terms["seed"],
-            "step": step,
-            "trunk_step": self.session.step,
-            "libraries": library_versions(),
-        }
+        cut = Cut.parse(self.terms["cut"])
+        path = self.settings.model or self.terms["model"]
+        meta = describe_part(
+            self.model,
+            part="ends",
+            base=path,
+            identity=model_identity(path, revision=self.settings.revision).to_plain(),
+            cut=(cut.input_blocks, cut.output_blocks),
+            trainables=trained,  # type: ignore[arg-type]
+            lora=self.lora if trained == "lora" else None,
+            task=self.settings.task,
+            step=step,
+            run=self.session.channel.welcome.run,
+        )
         extra = {"generator": pack_state(torch.get_rng_state()), "data": pack_state(self.batches.state_dict())}
         if self.optimizer is not None:
             extra["optimizer"] = pack_state(self.optimizer.state_dict())
         save_checkpoint(directory, {name: p.detach() for name, p in self.trainables.items()}, meta, extra)
         prune_checkpoints(self.out, 3)
         return directory
-
-    def _identity(self) -> dict[str, Any]:
-        path = self.settings.model or self.terms["model"]
-        return model_identity(path, revision=self.settings.revision).to_plain()

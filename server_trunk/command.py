@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
 
     from server_trunk.server import TrunkServer
+    from splitfl.libraries import quiet_libraries
 
+    quiet_libraries()
     server = TrunkServer(config, echo=sys.stderr)
     server.start()
     print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)

@@ -23,10 +23,10 @@ from server_trunk.scheduler import Scheduler
 from server_trunk.steps import Steps
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
+from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, SplitflError
-from splitfl.libraries import library_versions
 from splitfl.parts.cut import Cut
 from splitfl.parts.loading import load_trunk
 from splitfl.protocol.join import JoinString
@@ -148,21 +148,19 @@ class TrunkServer:
         config = self.config
         directory = checkpoint_directory(config.out_dir, step)
         tensors, extra = self._engine.state()
-        terms = config.terms()
-        meta = {
-            "part": "trunk",
-            "base": config.model,
-            "revision": config.revision,
-            "identity": self._model_identity.to_plain(),
-            "cut": config.cut,
-            "trainables": config.trainables,
-            "lora": terms["lora"] if config.trainables == "lora" else None,
-            "task": None,
-            "run": config.run,
-            "seed": config.seed,
-            "step": step,
-            "libraries": library_versions(),
-        }
+        cut = Cut.parse(config.cut)
+        meta = describe_part(
+            self._model,
+            part="trunk",
+            base=config.model,
+            identity=self._model_identity.to_plain(),
+            cut=(cut.input_blocks, cut.output_blocks),
+            trainables=config.trainables,  # type: ignore[arg-type]
+            lora=config.lora if config.trainables == "lora" else None,
+            task="causal-lm",
+            step=step,
+            run=config.run,
+        )
         save_checkpoint(directory, tensors, meta, extra)
         prune_checkpoints(config.out_dir, config.checkpoint_keep)
         self._saved = step

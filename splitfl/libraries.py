@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 
-__all__ = ["differences", "library_versions"]
+__all__ = ["differences", "library_versions", "quiet_libraries"]
 
 #: Only what can change a number or a byte on the wire.
 _LIBRARIES = ("splitfl", "torch", "transformers", "peft", "pyzmq", "cryptography")
@@ -34,3 +34,20 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str
 
 def _minor(version: str) -> list[str]:
     return version.split("+")[0].split(".")[:2]
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and deprecation notices off a command's screen; errors and real warnings stay."""
+    import os
+    import warnings
+
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    # A notice of transformers to its callers, here PEFT.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    if not os.isatty(2):
+        disable_progress_bars()

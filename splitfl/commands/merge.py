@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from splitfl.adapters.results import merge
+    from splitfl.adapters.merging import merge
 
     merge(args.ends, args.trunk, args.out, full_weights=args.full_weights, base=args.base)
     print(f"written: {args.out}")

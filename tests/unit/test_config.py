@@ -16,7 +16,18 @@ def parse(*words: str):
 
 
 def test_the_printed_config_reads_back_to_itself(tmp_path):
-    config = parse("some/model", "--cut", "2:1", "--lora-targets", "q_proj,v_proj", "--lr", "3e-4", "--until-done", "--revision", "a\"b")
+    config = parse(
+        "some/model",
+        "--cut",
+        "2:1",
+        "--lora-targets",
+        "q_proj,v_proj",
+        "--lr",
+        "3e-4",
+        "--until-done",
+        "--revision",
+        'a"b',
+    )
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config))
     assert build_config(read_toml(file)) == config

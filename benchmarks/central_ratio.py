@@ -1,0 +1,253 @@
+"""How fast is training through the split, against the same training in one process on the same cores?
+
+N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches of all N
+clients at once; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the machine hits
+both; the figure is the median of the ratios of neighbouring blocks. Central runs with whichever thread count is faster for it.
+
+    python -m benchmarks.central_ratio [--clients 1 4] [--pairs 20] [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import emit, median_interval
+
+ROWS, LENGTH, VOCABULARY = 4, 128, 2048
+LEARNING_RATE = 1e-4
+
+
+def build_model(directory: Path, *, hidden: int, blocks: int) -> None:
+    """A Llama with random weights as a Hugging Face directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def _batch(seed: int, rows: int) -> dict[str, Any]:
+    import torch
+
+    ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _optimizer(parameters: Any) -> Any:
+    from splitfl.config import OptimizerSettings
+    from splitfl.optimizer import build_optimizer
+
+    return build_optimizer(parameters, OptimizerSettings(learning_rate=LEARNING_RATE))
+
+
+def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
+    """Worker: one process, whole model. Commands: (threads, steps) -> seconds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir).train()
+    optimizer = _optimizer(model.parameters())
+    batch = _batch(1, ROWS * clients)
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        threads, steps = command
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        pipe.send(time.perf_counter() - began)
+
+
+def run_server(pipe: Connection, model_dir: str, work: str, clients: int, threads: int, batch_tokens: int) -> None:
+    """Worker: the trunk server; sends its join string."""
+    from server_trunk.server import TrunkServer
+    from splitfl.config import build_config
+
+    config = build_config(
+        {
+            "model": model_dir,
+            "clients": clients,
+            "trainables": "full",
+            "optimizer.learning_rate": LEARNING_RATE,
+            "threads": threads,
+            "batch_tokens": batch_tokens,
+            "checkpoint_every": 0,
+            "out": f"{work}/server",
+            "authorized_clients": f"{work}/authorized_clients",
+        }
+    )
+    server = TrunkServer(config)
+    server.start()
+    pipe.send(str(server.join))
+    pipe.recv()
+    server.stop()
+
+
+def run_client(
+    pipe: Connection, model_dir: str, join: str, key: str, threads: int, micro_batches: int, seed: int
+) -> None:
+    """Worker: one client. Command: steps -> (wall clock at start, at end)."""
+    import torch
+
+    from client_ends import SplitModelForCausalLM
+    from splitfl.adapters import set_trainable
+
+    torch.set_num_threads(threads)
+    model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu", micro_batches=micro_batches)
+    set_trainable(model, "full")
+    model.train()
+    optimizer = _optimizer(model.parameters())
+    batch = _batch(seed, ROWS)
+    pipe.send("ready")
+    while (steps := pipe.recv()) is not None:
+        began = time.time()
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        model.wait_step()
+        pipe.send((began, time.time()))
+    model.close()
+
+
+class Workers:
+    """Processes with a pipe each, started afresh (`spawn`), ended by None."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._all: list[tuple[Any, Connection]] = []
+
+    def start(self, target: Any, *args: Any) -> Connection:
+        near, far = self._context.Pipe()
+        process = self._context.Process(target=target, args=(far, *args), daemon=True)
+        process.start()
+        self._all.append((process, near))
+        return near
+
+    def stop(self) -> None:
+        for _, pipe in reversed(self._all):
+            pipe.send(None)
+        for process, _ in reversed(self._all):
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+
+
+def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The ratio of tokens/s, split over central, for ``clients`` clients."""
+    from splitfl.protocol.keys import write_identity
+
+    server_threads, client_threads = (int(n) for n in (args.threads or ("2:2" if clients == 1 else "1:1")).split(":"))
+    with tempfile.TemporaryDirectory() as work:
+        model_dir = f"{work}/model"
+        build_model(Path(model_dir), hidden=args.hidden, blocks=args.blocks)
+        keys = [f"{work}/client{index}.key" for index in range(clients)]
+        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(keys)]
+        Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
+        workers = Workers()
+        try:
+            central = workers.start(run_central, model_dir, clients)
+            central.recv()
+            server = workers.start(run_server, model_dir, work, clients, server_threads, args.batch_tokens)
+            join = server.recv()
+            pipes = [
+                workers.start(run_client, model_dir, join, key, client_threads, args.micro_batches, index)
+                for index, key in enumerate(keys)
+            ]
+            for pipe in pipes:
+                pipe.recv()
+
+            def split(steps: int) -> float:
+                for pipe in pipes:
+                    pipe.send(steps)
+                spans = [pipe.recv() for pipe in pipes]
+                return max(end for _, end in spans) - min(begin for begin, _ in spans)
+
+            def alone(threads: int, steps: int) -> float:
+                central.send((threads, steps))
+                return float(central.recv())
+
+            split(2)
+            for threads in (1, 2):
+                alone(threads, 1)
+            trial = {threads: min(alone(threads, args.steps) for _ in range(3)) for threads in (1, 2)}
+            best = min(trial, key=lambda threads: trial[threads])
+            ratios, central_seconds, split_seconds = [], [], []
+            for pair in range(args.pairs):
+                # The order within a pair alternates too, so that neither always runs on the warmer caches.
+                if pair % 2:
+                    b = split(args.steps)
+                    a = alone(best, args.steps)
+                else:
+                    a = alone(best, args.steps)
+                    b = split(args.steps)
+                central_seconds.append(a)
+                split_seconds.append(b)
+                ratios.append(a / b)
+        finally:
+            workers.stop()
+    median, low, high = median_interval(ratios)
+    tokens = clients * ROWS * LENGTH * args.steps
+    result = {
+        "ratio": round(median, 4),
+        "interval_95": [round(low, 4), round(high, 4)],
+        "pairs": args.pairs,
+        "central_threads": best,
+        "server_threads": server_threads,
+        "client_threads": client_threads,
+        "central_tokens_per_second": round(tokens / median_interval(central_seconds)[0], 1),
+        "split_tokens_per_second": round(tokens / median_interval(split_seconds)[0], 1),
+    }
+    print(
+        f"{clients} client(s): {result['ratio']:.3f}  (95 % {low:.3f} to {high:.3f}, {args.pairs} pairs)   "
+        f"central {result['central_tokens_per_second']:.0f} tokens/s with {best} thread(s), "
+        f"split {result['split_tokens_per_second']:.0f} with {server_threads} (server) and {client_threads} (each client)",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=2, help="steps of one block")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--threads", help="server:client threads (default 2:2 for one client, 1:1 for more)")
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="few pairs, small model: shows that it runs, not how fast")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.pairs, args.hidden, args.blocks = 3, 128, 4
+    # Idle threads must sleep, not spin: five processes share the cores.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    results = {str(clients): measure(clients, args) for clients in args.clients}
+    emit({"ratio": {key: value["ratio"] for key, value in results.items()}, "details": results}, as_json=args.json)
+
+
+if __name__ == "__main__":
+    main()
