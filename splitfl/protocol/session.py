@@ -301,8 +301,9 @@ class ServerSession(_Session):
         crossed the closing of its step, and is the scheduler's to answer.
         """
         step = _training_step(message)
-        # The StepDone before it may still be under way, on the other connection.
-        ahead = isinstance(message, Forward) and self.state in (State.IN_STEP, State.DONE, State.ENROLLED)
+        # Whatever the state: the StepDone before it may still be under way on the other connection, or a Pause have
+        # come first.
+        ahead = isinstance(message, Forward) and self.newest_step >= 0
         if step is not None and step > self.newest_step + ahead:
             raise RemoteProtocolError(f"{type(message).__name__} for step {step}, which has not opened")
 
