@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ class Family:
     config: Callable[[], Any]
     packs: bool = True
     classifies: bool = True
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def _modern(name: str, **extra: Any) -> Any:
@@ -81,7 +80,7 @@ FAMILIES = (
     Family("glm", lambda: _modern("GlmConfig")),
     Family("glm4", lambda: _modern("Glm4Config")),
     Family("phi3", lambda: _without("Phi3Config")),
-    Family("olmo2", lambda: _without("Olmo2Config"), classifies=True),
+    Family("olmo2", lambda: _without("Olmo2Config")),
     Family("smollm3", lambda: _without("SmolLM3Config", no_rope_layer_interval=2)),
     Family("cohere", lambda: _without("CohereConfig"), classifies=False),
     Family(
@@ -166,7 +165,12 @@ def no_dropout(config: Any) -> Any:
 
 
 def save_family(
-    family: Family, directory: Path, *, task: str = "causal-lm", dtype: torch.dtype = torch.float32
+    family: Family,
+    directory: Path,
+    *,
+    task: str = "causal-lm",
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "40KB",
 ) -> Path:
     """Writes a checkpoint of the family, seeded random weights, several shards, as save_pretrained does."""
     factory = (
@@ -182,5 +186,5 @@ def save_family(
             if parameter.dim() == 1:  # norms and biases start at one and zero, where mistakes cancel
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    model.save_pretrained(directory, max_shard_size="40KB")
+    model.save_pretrained(directory, max_shard_size=shard_size)
     return directory

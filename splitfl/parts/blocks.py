@@ -67,7 +67,8 @@ def find_blocks(model: nn.Module, count: int) -> str:
         raise ModelError(f"{name} cannot be split: {' and '.join(outermost)} could each be its {count} blocks")
     path: str = outermost[0]
     owners: dict[int, int] = {}
-    for index, block in enumerate(model.get_submodule(path).children()):
+    blocks: Any = model.get_submodule(path)
+    for index, block in enumerate(blocks):  # not children(), which names a block that occurs twice once
         for parameter in block.parameters():
             if owners.setdefault(id(parameter), index) != index:
                 raise ModelError(

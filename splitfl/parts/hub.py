@@ -112,7 +112,10 @@ class Checkpoint:
         It holds the config files and an index whose entries are absolute paths of the shards: no links, no copies.
         """
         needed = {key: shard for key, shard in self.weight_map.items() if key in keep}
-        paths = {shard: str(self.require(shard).resolve()) for shard in sorted(set(needed.values()))}
+        for shard in sorted(set(needed.values())):
+            read_header(self.require(shard))  # a damaged file is better named here than deep in the loader
+        # Absolute but not resolved: in the hub's cache a shard is a link to a blob whose name lacks the suffix.
+        paths = {shard: os.path.abspath(self.require(shard)) for shard in sorted(set(needed.values()))}
         with tempfile.TemporaryDirectory(prefix="splitfl-") as name:
             directory = Path(name)
             for side in SIDE_FILES:
@@ -176,28 +179,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _resolve(repo: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    """The commit a revision names, from the hub or, offline, its cache: by fetching the config at that revision."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        sha = HfApi().model_info(repo, revision=revision).sha
-        if sha is None:
-            raise ModelError(f"the hub names no commit for {repo}")
-        return sha
-    except OfflineModeIsEnabled:
-        pass
+        config = hf_hub_download(repo, "config.json", revision=revision)
     except HFValidationError as error:
         raise ModelError(f"{repo} is neither a directory nor a hub id such as owner/name") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"{repo} is no directory, and the hub cannot be reached nor does its cache hold it") from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"{repo} on the hub holds no config.json, so it is not a Hugging Face model") from error
     except HfHubHTTPError as error:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(f"the hub has no model {repo}{at}, or asks for a login ({_first_line(error)})") from error
-    except OSError:
-        pass
-    try:
-        cached = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise ModelError(f"{repo} is no directory, and the hub cannot be reached nor does its cache hold it") from error
-    return Path(cached).parent.name
+    except OSError as error:
+        raise ModelError(f"the config of {repo} cannot be fetched ({_first_line(error)})") from error
+    return Path(config).parent.name
 
 
 def _download(repo: str, name: str, commit: str | None) -> Path | None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from splitfl.errors import ModelError
 from splitfl.parts.blocks import Layout
 from splitfl.parts.cut import Cut
 from splitfl.parts.ends import attach_trunk, ends_class
-from splitfl.parts.hub import Checkpoint, open_checkpoint
+from splitfl.parts.hub import Checkpoint, open_checkpoint, read_json
 from splitfl.parts.probe import probe, skeleton
 from splitfl.parts.trunk import TrunkCallable, trunk_class, trunk_forward
 
@@ -127,6 +128,11 @@ def find_model(
             source, revision=checkpoint.commit, trust_remote_code=trust_remote_code, **changes
         )
     except (ValueError, OSError, KeyError) as error:
+        if not trust_remote_code and "auto_map" in read_json(checkpoint.require("config.json")):
+            raise ModelError(
+                f"{path} comes with code of its own, which is not run unasked: read it, then say --trust-remote-code "
+                "(trust_remote_code=True)"
+            ) from error
         raise ModelError(f"the config of {path} cannot be read: {_sentence(error)}") from error
     return checkpoint, config, _class_of(config, task, source, checkpoint.commit, trust_remote_code)
 
@@ -194,7 +200,7 @@ def _load(
             torch.manual_seed(seed)
         try:
             model = part.from_pretrained(directory, **options)
-        except (ImportError, ValueError, OSError) as error:
+        except (ImportError, ValueError, OSError, SafetensorError) as error:
             raise ModelError(f"{checkpoint.path} cannot be loaded: {_sentence(error)}") from error
     # The view is gone; PEFT and the model card name the model by where it came from.
     model.name_or_path = model.config.name_or_path = checkpoint.path

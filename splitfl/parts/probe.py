@@ -109,7 +109,7 @@ def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None)
         count = config.get_text_config(decoder=True).num_hidden_layers
     build: Any = full._from_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _quiet():
             model: PreTrainedModel = build(config)
     except Exception as error:
         raise ModelError(f"{full.__name__} cannot be built from this config ({_short(error)})") from error
@@ -355,11 +355,12 @@ def _short(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hugging Face's warnings about a model that nobody will use would only confuse."""
+    """No warnings about a model that nobody will use, and the caller's random numbers as if there had been none."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         logger.setLevel(level)
