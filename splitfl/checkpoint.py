@@ -116,6 +116,8 @@ def save_checkpoint(
     for name in extra or {}:
         if name in (TENSORS, DESCRIPTION) or Path(name).name != name or name.startswith("."):
             raise ValueError(f"{name!r} cannot be the name of a further file in a checkpoint")
+    # As JSON gives it back (tuples as lists, every key a string): so the digest is that of what will be read.
+    meta = json.loads(json.dumps(meta, allow_nan=False))
     text = json.dumps(meta, allow_nan=False, sort_keys=True)
     with write_directory_atomically(directory, overwrite=True) as temporary:
         save_tensors(temporary / TENSORS, tensors)

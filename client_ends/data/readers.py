@@ -145,8 +145,18 @@ def _row(path: Path, number: int, raw: dict[str, Any], wanted: dict[str, str], k
             raise bad_row(path, number, f"{column!r} is no text but {kind_of_value}; write it as a string.")
         elif name in ("text", "completion") and not value.strip():
             raise bad_row(path, number, f"{column!r} is empty; fill it or remove the row.")
+        else:
+            _check_characters(path, number, value)
         row[name] = value
     return row
+
+
+def _check_characters(path: Path, number: int, value: str) -> None:
+    # JSON's escapes can write what no UTF-8 file may hold.
+    if "\x00" in value:
+        raise bad_row(path, number, "it holds a NUL character, so this is no text; remove it.")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise bad_row(path, number, "it holds half of a surrogate pair, which is no character; remove it.")
 
 
 def _check_messages(path: Path, number: int, messages: Any) -> None:
@@ -159,3 +169,4 @@ def _check_messages(path: Path, number: int, messages: Any) -> None:
             or not isinstance(turn.get("content"), str)
         ):
             raise bad_row(path, number, 'a turn without role and content as text; write {"role": ..., "content": ...}.')
+        _check_characters(path, number, turn["content"])

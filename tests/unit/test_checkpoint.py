@@ -41,6 +41,14 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         assert torch.equal(loaded[name], value)
 
 
+def test_meta_comes_back_as_json_has_it(tmp_path):
+    save_checkpoint(tmp_path / "c", {}, {"cut": (1, 2), "losses": {9: 0.1, 10: 1e300, 1: -0.0}})
+    assert load_meta(tmp_path / "c") == {"cut": [1, 2], "losses": {"9": 0.1, "10": 1e300, "1": -0.0}}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_checkpoint(tmp_path / "d", {}, {"loss": float("nan")})
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize("name", ["trainables.safetensors", "optimizer.bin", "checkpoint.json"])
 def test_one_flipped_bit_is_noticed(tmp_path, name):
     save_checkpoint(tmp_path / "c", tensors(), {"step": 7}, {"optimizer.bin": bytes(100)})

@@ -131,6 +131,23 @@ def test_what_cannot_be_batched():
         Batches(dataset(3), 4, seed=1, pad_token_id=0, drop_last=True)
 
 
+def test_rows_and_collate_serve_hugging_faces_trainer(tmp_path):
+    from functools import partial
+
+    from transformers import Trainer, TrainingArguments
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    collator = partial(collate, pad_token_id=0)
+    trainer = Trainer(LlamaForCausalLM(config), arguments, data_collator=collator, train_dataset=dataset())
+    assert trainer.train().global_step == 2
+
+
 def test_the_pad_token():
     class Plain:
         pad_token_id = None
