@@ -106,12 +106,12 @@ def save_checkpoint(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
-    extra: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one checkpoint directory, atomically; an older checkpoint of the same name is replaced.
 
     ``tensors``: any device, any dtype, no two sharing memory. ``meta``: plain JSON values. ``extra``: content by
-    file name.
+    file name; bytes as they are, anything else as :func:`pack_state` has it, but written without a copy in memory.
     """
     for name in extra or {}:
         if name in (TENSORS, DESCRIPTION) or Path(name).name != name or name.startswith("."):
@@ -122,7 +122,11 @@ def save_checkpoint(
     with write_directory_atomically(directory, overwrite=True) as temporary:
         save_tensors(temporary / TENSORS, tensors)
         for name, content in (extra or {}).items():
-            (temporary / name).write_bytes(content)
+            if isinstance(content, bytes):
+                (temporary / name).write_bytes(content)
+            else:
+                tensors_of_state, structure = _take_apart(content)
+                save_file(tensors_of_state, temporary / name, metadata=structure)
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
             for file in sorted(temporary.iterdir())
@@ -250,9 +254,8 @@ def pack_state(state: Any) -> bytes:
     It may hold dict, list, tuple, tensor, str, int, float, bool and None; floats keep their bits, dictionary keys their
     type (str or int). Raises ``TypeError`` on anything else.
     """
-    tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_flatten(state, tensors), allow_nan=True)
-    return save_safetensors_bytes(tensors, metadata={_STRUCTURE: structure})
+    tensors, structure = _take_apart(state)
+    return save_safetensors_bytes(tensors, metadata=structure)
 
 
 def unpack_state(content: bytes) -> Any:
@@ -265,12 +268,23 @@ def unpack_state(content: bytes) -> Any:
         raise CheckpointError(f"A saved state is damaged ({error}): use another checkpoint.") from error
 
 
+def _take_apart(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_flatten(state, tensors), allow_nan=True)
+    memories: set[int] = set()
+    for name, value in tensors.items():
+        memory = value.untyped_storage().data_ptr()
+        if memory in memories:  # two entries of a state may share memory, which safetensors refuses
+            tensors[name] = value.clone()
+        memories.add(memory)
+    return tensors, {_STRUCTURE: structure}
+
+
 def _flatten(state: Any, tensors: dict[str, Tensor]) -> Any:
     """JSON for ``state``: containers become ``[tag, content]``, tensors go to ``tensors`` and leave their number."""
     if isinstance(state, Tensor):
         name = str(len(tensors))
-        # A clone: two entries of a state may share memory, which safetensors refuses.
-        tensors[name] = state.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = state.detach().cpu().contiguous()
         return ["tensor", name]
     if isinstance(state, dict):
         for key in state:

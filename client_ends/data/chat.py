@@ -15,6 +15,7 @@ from client_ends.data.lines import bad_row
 from client_ends.data.readers import Examples
 from splitfl.errors import ConfigError
 
+# Hugging Face's mark of a position that carries no loss.
 IGNORE = -100
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

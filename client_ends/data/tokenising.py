@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from client_ends.data.chat import render_chat
+from client_ends.data.chat import IGNORE, render_chat
 from client_ends.data.lines import bad_row
 from client_ends.data.readers import Examples
 from splitfl.errors import ConfigError, DataError
 
-IGNORE = -100
 Task = Literal["causal-lm", "sequence-classification"]
 _CHUNK = 1000  # rows handed to the tokenizer at once: it works on them in parallel
 

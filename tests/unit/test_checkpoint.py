@@ -181,6 +181,23 @@ def test_optimizer_state_survives_packing():
         assert loaded["state"][0][name].dtype == value.dtype
 
 
+def test_state_handed_over_as_it_is_equals_packed_state(tmp_path):
+    whole = torch.arange(6, dtype=torch.float32)
+    state = {
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+        "a": whole,
+        "b": whole.view(2, 3),
+        "c": whole[::2],
+        "d": whole[:2],
+    }
+    save_checkpoint(tmp_path / "c", {}, {}, {"optimizer": state})
+    loaded = unpack_state(load_checkpoint(tmp_path / "c")[2]["optimizer"])
+    assert loaded["param_groups"] == state["param_groups"]
+    for name in "abcd":
+        assert torch.equal(loaded[name], state[name])
+        assert torch.equal(unpack_state(pack_state(state))[name], state[name])
+
+
 def test_shared_memory_and_plain_values_survive_packing():
     shared = torch.arange(4)
     state = {"a": shared, "b": shared[1:3], "rng": [1, (2, "x", None, True)], 3: 0.1, "empty": {}}
