@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from client_ends.data.tokenising import IGNORE, TokenizedDataset
+from client_ends.data.chat import IGNORE
+from client_ends.data.tokenising import TokenizedDataset
 from splitfl.errors import CheckpointError, ConfigError
 
 Side = Literal["left", "right"]
