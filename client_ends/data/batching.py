@@ -70,6 +70,8 @@ def collate(rows: Sequence[dict[str, Any]], *, pad_token_id: int, padding_side: 
         batch["attention_mask"][index, place] = 1
         if per_token:
             batch["labels"][index, place] = torch.tensor(row["labels"])
+            # Nothing stands before a row's first token to predict it from, on whichever side the padding is.
+            batch["labels"][index, place.start] = IGNORE
         else:
             batch["labels"][index] = row["labels"]
     return batch

@@ -22,13 +22,14 @@ def lengths(batches):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(side):
     batch = collate(
-        [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [8], "labels": [8]}],
+        [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [8, 4], "labels": [8, 4]}],
         pad_token_id=9,
         padding_side=side,
     )
-    short, mask, label = ([8, 9, 9], [1, 0, 0], [8, IGNORE, IGNORE])
+    short, mask, label = [8, 4, 9], [1, 1, 0], [IGNORE, 4, IGNORE]
     if side == "left":
-        short, mask, label = short[::-1], mask[::-1], label[::-1]
+        # A pad in front must not be asked to predict the row's first token.
+        short, mask, label = [9, 8, 4], [0, 1, 1], [IGNORE, IGNORE, 4]
     assert batch["input_ids"].tolist() == [[5, 6, 7], short]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], mask]
     assert batch["labels"].tolist() == [[IGNORE, 6, 7], label]
