@@ -15,7 +15,7 @@ from splitfl.protocol.data import MAX_SEGMENTS
 from splitfl.protocol.fields import MAX_INTEGER
 
 WORD = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=15)
-TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=60)
+TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=15)
 STEP, MICRO, COUNT = st.integers(0, MAX_INTEGER), st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 NOT_NEGATIVE = st.floats(0, 1e300)

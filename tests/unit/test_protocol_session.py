@@ -208,7 +208,7 @@ class Wire:
 ACTIONS = ["hear", "deliver", "open", "close", "continue", "pause", "leave", "enrol", "withdraw"]
 
 
-@settings(max_examples=400)
+@settings(max_examples=1000)
 @given(st.lists(st.sampled_from(ACTIONS), max_size=60))
 def test_whatever_crosses_neither_side_errs_and_both_end_up_agreeing(actions: list[Any]) -> None:
     wire = Wire()
