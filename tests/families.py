@@ -153,6 +153,11 @@ FAMILIES = (
         lambda: _without("GraniteConfig", embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0),
         classifies=False,
     ),
+    Family("phi", lambda: _without("PhiConfig")),
+    Family("stablelm", lambda: _without("StableLmConfig")),
+    Family("starcoder2", lambda: _without("Starcoder2Config", sliding_window=3)),
+    Family("exaone4", lambda: _without("Exaone4Config", sliding_window=3, sliding_window_pattern=2)),
+    Family("ernie4.5", lambda: _modern("Ernie4_5Config"), classifies=False),
 )
 
 

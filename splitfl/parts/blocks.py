@@ -18,7 +18,8 @@ class Layout:
     ``blocks``: dotted path of the block list. ``backbone``: dotted path of the module whose ``forward`` takes the 2-D
     mask and the positions. ``tuple_length``: how many items a block returns, 0 where it returns a bare tensor.
     ``positions``: whether the backbone takes ``position_ids``. ``packing``: whether a restart of ``position_ids`` keeps
-    two sequences of one row apart.
+    two sequences of one row apart. ``longest``: the last position plus one up to which the rotary table is the same for
+    every batch; None for most, whose table never changes.
     """
 
     blocks: str
@@ -28,6 +29,7 @@ class Layout:
     tuple_length: int = 0
     positions: bool = True
     packing: bool = True
+    longest: int | None = None
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         found = model.get_submodule(self.blocks)

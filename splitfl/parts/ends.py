@@ -114,6 +114,10 @@ def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> N
             raise ModelError("the trunk keeps no key-value cache for these ends: pass use_cache=False to generate()")
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         check_layout(mask, positions, packing=layout.packing, family=family)
+        if layout.longest is not None:
+            _check_length(given, positions, layout.longest)
+        if kwargs.get("output_router_logits") or given.get("output_router_logits"):
+            raise ModelError("the auxiliary loss multiplies sums over all blocks: leave out output_router_logits")
         slot.given = _Given(module, mask, positions)
         # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
         if "use_cache" not in given or not given["use_cache"]:
@@ -126,6 +130,16 @@ def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> N
 
     module.register_forward_pre_hook(take_layout, with_kwargs=True)
     module.register_forward_hook(forget_layout, always_call=True)
+
+
+def _check_length(given: dict[str, Any], positions: torch.Tensor | None, longest: int) -> None:
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    reached = int(positions.max()) + 1 if positions is not None else 0 if tokens is None else tokens.shape[1]
+    if reached > longest:
+        raise ModelError(
+            f"rows of more than {longest} tokens change this model's rotary table for all who share a batch with them: "
+            f"keep rows within {longest} tokens, or use a model whose table is fixed"
+        )
 
 
 def attach_trunk(ends: Any, trunk: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +40,7 @@ __all__ = [
     "trunk_forward",
 ]
 
+_P = ParamSpec("_P")
 Task = Literal["causal-lm", "sequence-classification"]
 CutLike = Cut | str | tuple[int, int] | list[int]
 
@@ -46,7 +49,21 @@ _FACTORIES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 
+_lock = threading.RLock()
 
+
+def _one_at_a_time(load: Callable[_P, PreTrainedModel]) -> Callable[_P, PreTrainedModel]:
+    """While it builds a model, Hugging Face patches what all threads share (initialisers, the default device)."""
+
+    @functools.wraps(load)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> PreTrainedModel:
+        with _lock:
+            return load(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def load_ends(
     path: str | os.PathLike[str],
     cut: CutLike = (1, 1),
@@ -82,6 +99,7 @@ def load_ends(
     return ends
 
 
+@_one_at_a_time
 def load_trunk(
     path: str | os.PathLike[str],
     cut: CutLike = (1, 1),

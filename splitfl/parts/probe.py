@@ -121,8 +121,21 @@ def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None)
         backbone=backbone,
         hidden_size=config.get_text_config(decoder=True).hidden_size,
         positions="position_ids" in parameters,
+        longest=_longest(config.get_text_config(decoder=True)),
     )
     return model, layout
+
+
+def _longest(text: Any) -> int | None:
+    """Up to where a rotary table that grows with the longest row of a batch stays as it is; None if it never grows."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    each = parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]
+    limits = [
+        one.get("original_max_position_embeddings") or text.max_position_embeddings
+        for one in each
+        if one.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(limits, default=None)
 
 
 def _find_backbone(name: str, model: PreTrainedModel, blocks: str) -> tuple[str, Any]:

@@ -162,7 +162,10 @@ class PaddedSegments(NamedTuple):
 
 
 def pad_segments(flat: torch.Tensor, wire: list[tuple[int, int]]) -> PaddedSegments:
-    """(tokens, H) and each segment's ``(length, start)`` to a right-padded batch. A pad's position goes on counting."""
+    """(tokens, H) and each segment's ``(length, start)`` to a right-padded batch.
+
+    A pad has the position of the last token before it, so that no row seems longer than it is.
+    """
     rows, longest = len(wire), max((length for length, _ in wire), default=0)
     starts = torch.tensor([start for _, start in wire], dtype=torch.int64, device=flat.device)
     position_ids = starts[:, None] + torch.arange(longest, device=flat.device)
@@ -170,6 +173,7 @@ def pad_segments(flat: torch.Tensor, wire: list[tuple[int, int]]) -> PaddedSegme
         return PaddedSegments(flat.reshape(rows, longest, flat.shape[-1]), None, position_ids)
     lengths = torch.tensor([length for length, _ in wire], device=flat.device)
     mask = torch.arange(longest, device=flat.device) < lengths[:, None]
+    position_ids = torch.minimum(position_ids, (starts + lengths - 1)[:, None])
     hidden_states = flat.new_zeros((rows, longest, flat.shape[-1]))
     hidden_states[mask] = flat
     return PaddedSegments(hidden_states, mask.to(torch.int64), position_ids)

@@ -5,7 +5,10 @@ The families are those of ``tests/families.py``. Same batch layout on both sides
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from splitfl.errors import ModelError
@@ -274,3 +278,63 @@ def test_two_threads_may_run_one_trunk(llama: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda h: trunk(h).detach(), inputs))
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_peft_on_all_linear_layers_with_checkpointing(llama: Path, tmp_path: Path) -> None:
+    """Adapters land in the held blocks alone, on both sides, and are saved without a look at what is not held."""
+    ends = get_peft_model(load_ends(llama), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trunk = get_peft_model(load_trunk(llama), LoraConfig(r=2, target_modules="all-linear"))
+    attach_trunk(ends, trunk)
+    for model in (ends, trunk):
+        model.train()
+        model.gradient_checkpointing_enable()
+    ends(input_ids=tokens(), labels=tokens()).loss.backward()
+    trained = {name for model in (ends, trunk) for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 5 * 7 * 2
+    assert all(p.grad is not None for model in (ends, trunk) for p in model.parameters() if p.requires_grad)
+    trunk.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved_adapter:
+        assert {name.split(".")[4] for name in saved_adapter.keys()} == {"1", "2", "3"}  # noqa: SIM118
+
+
+def test_the_auxiliary_loss_of_a_mixture_is_refused_at_call_time(tmp_path: Path) -> None:
+    save_family(next(family for family in FAMILIES if family.name == "mixtral"), tmp_path)
+    ends = load_ends(tmp_path)
+    attach_trunk(ends, load_trunk(tmp_path))
+    with pytest.raises(ModelError, match="auxiliary loss"):
+        ends(input_ids=tokens(), output_router_logits=True)
+
+
+def test_rows_that_would_change_everybodys_rotary_table_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = FAMILIES[0].config()
+    config.rope_parameters, config.max_position_embeddings = rope, 10
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ends, full = load_ends(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    attach_trunk(ends, load_trunk(tmp_path))
+    assert torch.equal(ends(input_ids=tokens()).logits, full(input_ids=tokens()).logits)
+    with pytest.raises(ModelError, match="more than 10 tokens"):
+        ends(input_ids=tokens().repeat(1, 2))
+
+
+def test_a_model_that_comes_with_its_own_code(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    custom = tmp_path / "custom"
+    shutil.copytree(llama, custom)
+    config = json.loads((llama / "config.json").read_text())
+    config |= {
+        "model_type": "odd",
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
+    }
+    (custom / "config.json").write_text(json.dumps(config))
+    (custom / "odd.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n\n\n"
+        "class OddForCausalLM(LlamaForCausalLM):\n    config_class = OddConfig\n"
+    )
+    ends, trunk = load_ends(custom, trust_remote_code=True), load_trunk(custom, trust_remote_code=True)
+    attach_trunk(ends, trunk)
+    assert type(ends).__name__ == "OddForCausalLM"
+    full = AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(ends(input_ids=tokens()).logits, full(input_ids=tokens()).logits)
