@@ -30,7 +30,7 @@ from splitfl.transport.zmq_common import (
     keep_large_buffers,
 )
 
-_LAST_WORDS_MILLISECONDS = 250
+_LAST_WORDS_SECONDS = 0.25
 # Not -1, which also means never: with it a broken link takes frames along that have arrived and are not read yet.
 _NEVER_MILLISECONDS = 24 * 3600 * 1000
 
@@ -57,7 +57,7 @@ class ZmqClientTransport:
         self._monitors: list[zmq.Socket[bytes]] = []
         self._frame_limit = 0
         self._waits_for_room = False
-        self._broken = False
+        self._broken: float | None = None  # when a connection broke, monotonic seconds
         keep_large_buffers()
 
     def set_record_limit(self, frame_bytes: int) -> None:
@@ -138,7 +138,7 @@ class ZmqClientTransport:
                 self._poller.modify(self._data, zmq.POLLIN)
             self._receive(self._data, Endpoint.DATA, frames)
         # Frames first: a server that says why it closes is heard before the closing is.
-        if not frames and (self._broken or any(monitor in ready for monitor in self._monitors)):
+        if self._broken is not None or any(monitor in ready for monitor in self._monitors):
             self._check_links(frames)
         return frames
 
@@ -200,11 +200,13 @@ class ZmqClientTransport:
         for monitor in self._monitors:
             while monitor.poll(0):
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
-                self._broken = self._broken or event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
-        if not self._broken:
+                if self._broken is None and event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                    self._broken = time.monotonic()
+        if self._broken is None or frames:
             return
         # The data connection may break a moment before the control connection has brought the reason.
-        if self._control is not None and self._control.poll(_LAST_WORDS_MILLISECONDS):
+        left = self._broken + _LAST_WORDS_SECONDS - time.monotonic()
+        if left > 0 and self._control is not None and self._control.poll(int(left * 1000) + 1):
             self._receive(self._control, Endpoint.CONTROL, frames)
         if not frames:
             raise SessionLost("the connection to the server broke")

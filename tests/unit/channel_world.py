@@ -186,7 +186,7 @@ class World:
             "timeout": 3.0,
             "timing": QUICK,
         }
-        join = changes.pop("join", self.join_string)
+        join = changes.pop("join", None) or self.join_string
         identity = changes.pop("identity", self.identity)
         arguments.update(changes)
         arguments["transport"] = arguments["transport"] or self.client_transport()
