@@ -15,7 +15,7 @@ from splitfl.channel.client import OpenTerms
 from splitfl.parts.identity import ModelIdentity, compare, model_identity
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from client_ends.objective import Objective, objective_of
+from client_ends.objective import Objective, objective_of, without_targets_after_padding
 from client_ends.remote import RemoteTrunk
 from client_ends.session import TrunkSession
 from splitfl.errors import ModelError, UserError
@@ -214,6 +214,9 @@ def _observed(forward: Any) -> Any:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
         arguments = {**bound, **bound.get("kwargs", {})}
         per_token = isinstance(self, SplitModelForCausalLM)
+        if per_token and isinstance(kwargs.get("labels"), torch.Tensor):
+            kwargs["labels"] = without_targets_after_padding(kwargs["labels"], arguments.get("attention_mask"))
+            arguments["labels"] = kwargs["labels"]
         objective = self._set_objective or objective_of(arguments, per_token=per_token)
         self._remote.training = self.training
         self._remote.objective = objective

@@ -6,13 +6,14 @@ behind it and what sum the client divided by; both follow from the labels and fr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["Objective", "objective_of"]
+__all__ = ["Objective", "objective_of", "without_targets_after_padding"]
 
 IGNORED = -100  # PyTorch's and Hugging Face's label for "no target here"
 
@@ -63,3 +64,23 @@ def objective_of(arguments: Mapping[str, Any], *, per_token: bool) -> Objective 
     items = arguments.get("num_items_in_batch")
     divisor = float(items) if items is not None and per_token else float(sum(targets))
     return Objective(targets, divisor)
+
+
+def without_targets_after_padding(labels: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+    """``labels (B, T)`` without the targets that a padding position would have to predict, with one warning.
+
+    With left padding and no care, the first real token of a row is such a target. Padding does not travel, so nothing stands there
+    to predict from; the whole model would predict it from an empty context, which teaches it nothing either.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
+        return labels
+    blind = (labels[:, 1:] != IGNORED) & (attention_mask[:, :-1] == 0)
+    if not bool(blind.any()):
+        return labels
+    warnings.warn(
+        "labels of tokens that follow padding are not counted: with left padding set the first token's label of each row to -100",
+        stacklevel=4,
+    )
+    labels = labels.clone()
+    labels[:, 1:][blind] = IGNORED
+    return labels

@@ -44,8 +44,6 @@ class Gateway:
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
         self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
-        self.joined = 0
-        self.present = 0
 
     # --- admission --------------------------------------------------------------------------------------------------------------
 
@@ -78,8 +76,6 @@ class Gateway:
             raise Refused("model-mismatch", f"your model is not the one this run trains: {difference}")
 
     def on_opened(self, session: Any) -> None:
-        self.joined += 1
-        self.present += 1
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
         self._inbox.put(Event(session.session, opened=True, name=session.peer.name))
 
@@ -87,7 +83,6 @@ class Gateway:
         self._log.write("refused", who=who, code=code, why=text)
 
     def on_closed(self, session: str, reason: str) -> None:
-        self.present -= 1
         self._log.write("left", session=session[:8], why=reason)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
         self._inbox.put(Event(session))

@@ -93,7 +93,7 @@ class TrunkServer:
             on_idle=self._when_idle,
         )
         hidden = self._model.config.get_text_config().hidden_size
-        self._gateway = Gateway(
+        gateway = Gateway(
             config, self._model_identity, hidden, self._loop.inbox, self._log, pin=self._device.type == "cuda"
         )
         host, port = config.address
@@ -102,7 +102,7 @@ class TrunkServer:
         )
         self._channel = ServerChannel(
             self._transport,
-            self._gateway,
+            gateway,
             authorized=self.authorized,
             window=config.window,
             max_message=config.window,
@@ -170,7 +170,7 @@ class TrunkServer:
     _last_step = -1
 
     def _when_idle(self) -> None:
-        if self.config.until_done and self._gateway.joined and not self._gateway.present:
+        if self.config.until_done:
             self._done.set()
 
     def wait(self, timeout: float | None = None) -> bool:

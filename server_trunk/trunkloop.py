@@ -60,7 +60,9 @@ INBOX_EVENTS = 65536
 
 
 class TrunkLoop:
-    """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints."""
+    """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints;
+    ``on_idle()`` whenever clients have trained and all have left.
+    """
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class TrunkLoop:
         self._step_began = time.monotonic()
         self._tokens = 0
         self._stopping = False
+        self._took_part = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
@@ -167,6 +170,7 @@ class TrunkLoop:
                 self._outlet.tell(session, Fault("run-complete", "the run has made all its steps", False, None))
             else:
                 self._steps.enrol(session)
+                self._took_part = True
         elif isinstance(message, StepDone):
             self._steps.done(session, message)
             self._abandon_if_all_arrived(session)
@@ -244,7 +248,7 @@ class TrunkLoop:
         for session in self._steps.open_next():
             self._step_began = time.monotonic()
             self._outlet.tell(session, StepOpened(self._steps.number))
-        if not self._names:
+        if self._took_part and not self._names:
             self._on_idle()
 
     def _close(self, ledger: Ledger) -> None:

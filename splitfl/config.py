@@ -196,7 +196,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("client_tokens", int, "most tokens whose graph the trunk keeps for one client", _at_least(1)),
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
-    Setting("until_done", bool, "end when every client that joined has left"),
+    Setting("until_done", bool, "end when clients have trained and all have left"),
 )
 
 _BY_KEY = {setting.key: setting for setting in SETTINGS} | {"model": Setting("model", str, "directory or hub id of the model")}

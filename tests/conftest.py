@@ -1,0 +1,36 @@
+"""What all tests share: quiet threads, and where the real weights and texts lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported anywhere: several processes and threads share few cores, and spinning ones would eat them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real weights and text; a checkout without them skips what needs them, and says so."""
+    if not DATA.is_dir():
+        pytest.skip(f"the real weights and texts are not there: {DATA}")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path) -> str:
+    """A real pretrained Llama of 260 thousand parameters."""
+    return str(data / "models" / "stories260K")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
