@@ -65,12 +65,9 @@ def first_difference(full: Any, trunk: Any, name: str = "") -> str | None:
 
 
 def keeps_apart(rest: Any, restart: int) -> bool:
-    """Whether a 4-D mask among a block's arguments hides what lies before token ``restart`` from it."""
-    if isinstance(rest, torch.Tensor):
-        if rest.dim() != 4 or rest.shape[-1] != rest.shape[-2]:
-            return False
-        across = rest[0, 0, restart, restart - 1]
-        return not bool(across) if rest.dtype == torch.bool else bool(across < -1e4)
-    if isinstance(rest, dict):
-        return any(keeps_apart(value, restart) for value in rest.values())
-    return isinstance(rest, (tuple, list)) and any(keeps_apart(value, restart) for value in rest)
+    """Whether a 4-D mask among a block's arguments hides from token ``restart`` of the first row the one before it."""
+    for leaf in leaves(rest):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() == 4 and leaf.shape[-1] == leaf.shape[-2]:
+            seen = leaf[0, 0, restart, restart - 1]
+            return not bool(seen) if leaf.dtype == torch.bool else bool(seen < -1e4)
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,28 +27,40 @@ class _Given:
     position_ids: torch.Tensor | None
 
 
+# A context variable, not an attribute of the slot: a copy of the ends has hooks and a slot that find each other.
+_given: ContextVar[_Given | None] = ContextVar("splitfl_ends_given", default=None)
+
+
+class _Attached:
+    """Holds the trunk, so that it is no submodule of the slot; a copy of the ends talks to the same trunk."""
+
+    def __init__(self, trunk: TrunkCallable) -> None:
+        self.trunk = trunk
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Attached:
+        return self
+
+
 class TrunkSlot(StandIn):
     """The place of the trunk in the ends, at the index of the trunk's first block.
 
     The trunk is a callable, not a submodule: its parameters, if it has any here, are not the ends' parameters.
     """
 
-    def __init__(self, block: nn.Module, layout: Layout) -> None:
-        super().__init__(block, layout.tuple_length)
-        self.layout = layout
-        self.given: _Given | None = None
-        self._trunk: tuple[TrunkCallable] | tuple[()] = ()
+    def __init__(self, block: nn.Module, tuple_length: int) -> None:
+        super().__init__(block, tuple_length)
+        self._attached: _Attached | None = None
 
     def attach(self, trunk: TrunkCallable | None) -> None:
-        # In a tuple, for a module assigned to a module becomes a submodule.
-        self._trunk = () if trunk is None else (trunk,)
+        self._attached = None if trunk is None else _Attached(trunk)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._trunk:
+        if self._attached is None:
             raise ModelError("these ends have no trunk yet: give them one with attach_trunk(ends, trunk)")
         h = hidden_argument(args, kwargs)
-        assert self.given is not None, "the backbone was not called through one of its own modules"
-        y = self._trunk[0](h, self.given.attention_mask, self.given.position_ids)
+        given = _given.get()
+        assert given is not None, "the blocks run within a call of the backbone"
+        y = self._attached.trunk(h, given.attention_mask, given.position_ids)
         if y.shape != h.shape:
             raise ModelError(f"the trunk returned a hidden state of shape {tuple(y.shape)} for one of {tuple(h.shape)}")
         return self.answer(y)
@@ -85,11 +98,11 @@ def make_ends(model: Any, layout: Layout, cut: Cut) -> None:
     """Puts the trunk slot and pass-throughs in the place of the trunk's blocks, in place."""
     held_by_trunk = cut.trunk_range(layout.count)
     blocks = layout.block_list(model)
-    slot = TrunkSlot(blocks[held_by_trunk[0]], layout)
     for index in held_by_trunk:
-        blocks[index] = slot if index == held_by_trunk[0] else PassThrough(blocks[index], layout.tuple_length)
+        stand_in = TrunkSlot if index == held_by_trunk[0] else PassThrough
+        blocks[index] = stand_in(blocks[index], layout.tuple_length)
     for module in layout.callers(model):
-        _watch(module, slot, layout, type(model).__name__)
+        _watch(module, layout, type(model).__name__)
     model.cut = cut
     model.layout = layout
     inside = "|".join(str(index) for index in held_by_trunk)
@@ -98,7 +111,7 @@ def make_ends(model: Any, layout: Layout, cut: Cut) -> None:
     model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(.*\.)?{tail}\.({inside})\."}
 
 
-def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> None:
+def _watch(module: nn.Module, layout: Layout, family: str) -> None:
     """Notes for the slot what mask and positions ``module`` is called with, unless a module around it was called first.
 
     A family may enter its backbone at more than one level (OPT's language model calls the decoder inside the backbone),
@@ -107,7 +120,7 @@ def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> N
     signature = inspect.signature(type(module).forward)
 
     def take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if slot.given is not None:
+        if _given.get() is not None:
             return args, kwargs
         given = signature.bind_partial(module, *args, **kwargs).arguments
         if given.get("past_key_values") is not None:
@@ -118,15 +131,14 @@ def _watch(module: nn.Module, slot: TrunkSlot, layout: Layout, family: str) -> N
             _check_length(given, positions, layout.longest)
         if kwargs.get("output_router_logits") or given.get("output_router_logits"):
             raise ModelError("the auxiliary loss multiplies sums over all blocks: leave out output_router_logits")
-        slot.given = _Given(module, mask, positions)
+        _given.set(_Given(module, mask, positions))
         # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
-        if "use_cache" not in given or not given["use_cache"]:
-            kwargs = {key: value for key, value in kwargs.items() if key != "use_cache"} | {"use_cache": False}
-        return args, kwargs
+        return args, {**kwargs, "use_cache": False}
 
     def forget_layout(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if slot.given is not None and slot.given.module is module:
-            slot.given = None
+        given = _given.get()
+        if given is not None and given.module is module:
+            _given.set(None)
 
     module.register_forward_pre_hook(take_layout, with_kwargs=True)
     module.register_forward_hook(forget_layout, always_call=True)

@@ -173,9 +173,9 @@ def pad_segments(flat: torch.Tensor, wire: list[tuple[int, int]]) -> PaddedSegme
         return PaddedSegments(flat.reshape(rows, longest, flat.shape[-1]), None, position_ids)
     lengths = torch.tensor([length for length, _ in wire], device=flat.device)
     mask = torch.arange(longest, device=flat.device) < lengths[:, None]
-    position_ids = torch.minimum(position_ids, (starts + lengths - 1)[:, None])
     hidden_states = flat.new_zeros((rows, longest, flat.shape[-1]))
     hidden_states[mask] = flat
+    position_ids = torch.minimum(position_ids, (starts + lengths - 1)[:, None])
     return PaddedSegments(hidden_states, mask.to(torch.int64), position_ids)
 
 

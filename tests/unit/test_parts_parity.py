@@ -5,6 +5,7 @@ The families are those of ``tests/families.py``. Same batch layout on both sides
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from splitfl.errors import ModelError
-from splitfl.parts.loading import attach_trunk, load_ends, load_trunk
+from splitfl.parts.loading import attach_trunk, load_ends, load_trunk, trunk_forward
 from tests.families import FAMILIES, VOCABULARY, Family, save_family
 
 ROWS, TOKENS = 3, 8
@@ -268,6 +269,33 @@ def test_saved_ends_load_again(llama: Path, tmp_path: Path) -> None:
     again = load_ends(tmp_path, (1, 1))
     assert torch.equal(again.model.norm.weight, ends.model.norm.weight)
     assert again.state_dict().keys() == ends.state_dict().keys()
+
+
+def test_a_copy_of_the_ends_runs_on_the_same_trunk(llama: Path) -> None:
+    ends, trunk = load_ends(llama), load_trunk(llama)
+    calls: list[int] = []
+
+    def counted(h: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        calls.append(h.shape[1])
+        return trunk_forward(trunk, h, mask, positions)
+
+    attach_trunk(ends, counted)
+    copied = copy.deepcopy(ends)
+    assert torch.equal(copied(input_ids=tokens()).logits, ends(input_ids=tokens()).logits)
+    assert len(calls) == 2
+
+
+def test_a_failed_call_leaves_nothing_behind(llama: Path) -> None:
+    ends = load_ends(llama)
+    trunk = load_trunk(llama)
+    attach_trunk(ends, lambda h, mask, positions: h[:, 1:])
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[:, :4] = 0
+    with pytest.raises(ModelError, match="returned a hidden state of shape"):
+        ends(input_ids=tokens(), attention_mask=mask)
+    attach_trunk(ends, trunk)
+    full = AutoModelForCausalLM.from_pretrained(llama)
+    assert torch.equal(ends(input_ids=tokens()).logits, full(input_ids=tokens()).logits)
 
 
 def test_two_threads_may_run_one_trunk(llama: Path) -> None:

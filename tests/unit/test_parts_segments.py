@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,17 @@ def test_packing_and_padding_are_inverted_exactly(
         assert torch.equal(padded.position_ids[held.bool()], position_ids.flatten())
 
 
+def run(trunk: Any, h: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """What ``forward`` makes of ``h``, and the gradient of its square with regard to ``h`` and the first weight."""
+    x = h.clone().requires_grad_()
+    trunk.zero_grad()
+    y = forward(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    weight = next(trunk.parameters())
+    return y.detach(), torch.cat([x.grad.flatten(), weight.grad.flatten()])
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_the_trunk_on_segments_equals_the_trunk_on_the_batch(family: Family, tmp_path: Path) -> None:
     """What a server runs (segments, right-padded) gives what the batch as laid out gives, up to float order."""
@@ -129,9 +142,7 @@ def test_the_trunk_on_segments_equals_the_trunk_on_the_batch(family: Family, tmp
         layouts.append((None, torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]]).expand(3, -1)))
     for attention_mask, position_ids in layouts:
         found = segments_of(attention_mask, position_ids, (3, 8))
-        with torch.no_grad():
-            expected = pack(trunk(h, attention_mask, position_ids), found)
-            padded = pad_segments(pack(h, found), found.wire)
-            y = unpad(trunk(*padded), found.wire)
-        scale = float(expected.abs().max())
-        assert float((y - expected).abs().max()) <= 1e-5 * scale
+        expected, gradient = run(trunk, h, lambda x: pack(trunk(x, attention_mask, position_ids), found))  # noqa: B023
+        y, dh = run(trunk, h, lambda x: unpad(trunk(*pad_segments(pack(x, found), found.wire)), found.wire))  # noqa: B023
+        assert float((y - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+        assert float((dh - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max())
