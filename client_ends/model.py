@@ -126,13 +126,16 @@ class _SplitModel:
             channel_options=channel_options,
         )
         try:
+            used = session.terms["dtype"]
+            if dtype not in (None, used):
+                raise ModelError(f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}")
             own = Cut.parse(session.terms["cut"])
             ends = load_ends(
                 where,
                 (own.input_blocks, own.output_blocks),
                 task=cls._task,
                 revision=revision,
-                dtype=DTYPES[dtype or session.terms["dtype"]],
+                dtype=DTYPES[used],
                 device=str(resolve_device(device)),
                 attn=attn,
                 trust_remote_code=trust_remote_code,

@@ -225,16 +225,22 @@ class TrunkSession:
             return self._closed
 
     def pause(self) -> None:
-        """Withdraw from the next step; the next training forward enrols again."""
+        """Withdraw from the next step; the next training forward enrols again. Raises UserError amid a step."""
+        self._check_between_steps("pause")
         if self._enrolled:
             self.channel.tell(Pause())
             self._enrolled = False
 
     def leave(self) -> None:
-        """Take no part in further steps; evaluation goes on working."""
+        """Take no part in further steps; evaluation goes on working. Raises UserError amid a step."""
+        self._check_between_steps("leave")
         if self._enrolled:
             self.channel.tell(Leave())
             self._enrolled = False
+
+    def _check_between_steps(self, what: str) -> None:
+        if self._backwards:
+            raise UserError(f"a step is under way: let the optimizer step, or call model.step(), before you {what}")
 
     def close(self) -> None:
         """End the session, after what is queued has left."""

@@ -184,6 +184,8 @@ def train(settings: TrainSettings, *, log: RunLog | None = None, progress: Progr
 
 
 def _load_tokenizer(path: str, settings: TrainSettings) -> Any:
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ModelError(f"--model {path}: no such directory")
     try:
         return AutoTokenizer.from_pretrained(
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code

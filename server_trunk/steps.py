@@ -69,12 +69,20 @@ class Steps:
             raise RemoteProtocolError("enrolled twice")
         self._enrolled[session] = None
 
-    def pause(self, session: str) -> None:
-        """Withdraw from the next step, and from the open one where nothing of it has run yet."""
+    def pause(self, session: str) -> bool:
+        """Withdraw from the next step, and from the open one where this part of it is not done.
+
+        Returns whether it withdrew from the open step: what of it has run counts, nothing more is waited for.
+        """
         self._enrolled.pop(session, None)
         part = self._ledger.parts.get(session) if self.is_open else None
-        if part is not None and part.done is None and part.forwards == 0:
+        if part is None or part.done is not None:
+            return False
+        if part.forwards:
+            part.dropped = True
+        else:
             del self._ledger.parts[session]
+        return True
 
     def lose(self, session: str) -> None:
         """The session is gone: the step goes on without it."""

@@ -177,7 +177,8 @@ class TrunkLoop:
         elif isinstance(message, Pause | Leave):
             if self._scheduler.waits(session):
                 raise RemoteProtocolError("left the step while forwards of it are under way")
-            self._steps.pause(session)
+            if self._steps.pause(session):
+                self._scheduler.abandon(session, self._steps.number)
 
     def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
         if forward.grad:

@@ -8,11 +8,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from client_ends.model import SplitModelForCausalLM
 from server_trunk.server import TrunkServer
 from splitfl.config import build_config
 from splitfl.protocol.keys import read_identity, write_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
+
+
+def tiny_llama(directory: Path, *, seed: int = 0, blocks: int = 4) -> str:
+    """A Llama of hidden size 32 with random weights, saved; returns its path."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=600,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return str(directory)
 
 
 class World:
