@@ -36,6 +36,7 @@ from splitfl.protocol.messages import (
     Open,
     OtherVersionError,
     RefusalCode,
+    decode_control,
     encode,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
@@ -241,8 +242,11 @@ class ServerChannel:
     def _deliver(self, link: Link, frame: bytes) -> None:
         if link.control_peer not in self._links:
             return
-        if self._transport.send_control(link.control_peer, frame) is not Sent.SENT:
-            self._drop(link, "its control connection broke")
+        sent = self._transport.send_control(link.control_peer, frame)
+        if sent is not Sent.SENT:
+            self._drop(
+                link, "its control connection broke" if sent is Sent.GONE else "it does not read its control messages"
+            )
 
     def _tell(self, link: Link, message: Message) -> None:
         with self._lock:
@@ -276,7 +280,17 @@ class ServerChannel:
             self._end(link, Fault(RefusalCode.INTERNAL, "the server failed in this session: its log says where"))
 
     def _greet(self, frame: ServerFrame) -> Link | None:
-        """A peer's first message. Its key was on the list when it connected; it must be still."""
+        """A peer's first message, which must be a Hello. Its key was on the list when it connected; it must be still.
+
+        Anything else from a peer without a session is what a session that has ended sent before it knew.
+        """
+        try:
+            if not isinstance(decode_control(bytes(frame.frame), from_client=True), Hello):
+                return None
+        except OtherVersionError:
+            pass  # answered with a Refused like any Hello that does not fit
+        except RemoteProtocolError:
+            return None
         found = self._admission.peer(frame.user, frame.address)
         if found is None:
             return None

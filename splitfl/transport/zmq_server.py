@@ -23,6 +23,7 @@ from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.protocol.messages import RefusalCode
 from splitfl.transport.base import Endpoint, Gate, Sent, ServerFrame
+from splitfl.transport.refusals import RefusalLog
 from splitfl.transport.zmq_common import (
     FRAMES_A_TURN,
     PLAIN_USER,
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _CONTROL_DOMAIN, _DATA_DOMAIN = b"splitfl.control", b"splitfl.data"
 _SELF_TEST_SECONDS = 5.0
+
+_OTHER_KEY = "its join string holds another server key, or it is no splitfl client"
 
 
 class ZmqServerTransport:
@@ -55,7 +58,7 @@ class ZmqServerTransport:
         self._wake = Wake()
         self._poller = zmq.Poller()
         self._poller.register(self._wake.receiver, zmq.POLLIN)
-        self._report: Callable[[str, str, str], None] = lambda who, code, text: None
+        self._refusals = RefusalLog(lambda who, code, text: None)
         self._sockets: list[zmq.Socket[bytes]] = []
         self._accepted: dict[int, str] = {}  # file descriptor -> address, of connections that have not shaken hands
         self._testing = False
@@ -67,7 +70,7 @@ class ZmqServerTransport:
         return f"tcp://{self._advertise}" if self._advertise else f"tcp://*:{self.data_port}"
 
     def on_refused(self, report: Callable[[str, str, str], None]) -> None:
-        self._report = report
+        self._refusals = RefusalLog(report)
 
     def bind(self, gate: Gate, record_frame_bytes: int) -> None:
         self._gate = gate
@@ -215,7 +218,7 @@ class ZmqServerTransport:
         else:
             user, who, text = None, address, "neither a key nor a ticket"
         if user is None and not self._testing:
-            self._report(who, RefusalCode.NOT_AUTHORIZED, text)
+            self._refusals.refused(address, who, RefusalCode.NOT_AUTHORIZED, text)
         return user
 
     def _watch(self) -> None:
@@ -231,9 +234,7 @@ class ZmqServerTransport:
             elif kind == zmq.EVENT_DISCONNECTED:
                 who = self._accepted.pop(value, "unknown address")
                 if self._failed_protocol and not self._testing:
-                    self._report(
-                        who, "handshake", "its join string holds another server key, or it is no splitfl client"
-                    )
+                    self._refusals.refused(who, who, "handshake", _OTHER_KEY)
                 self._failed_protocol = False
 
     def _self_test(self) -> None:

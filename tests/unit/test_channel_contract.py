@@ -575,6 +575,23 @@ def test_junk_on_data_ends_that_session_only(make: Make, junk: bytes) -> None:
     assert well.echo(b"ab") == inverted(b"ab")
 
 
+def test_what_an_ended_session_still_sends_is_passed_over(make: Make) -> None:
+    world = make()
+    client = world.join()
+    transport = client.channel._transport
+    client.channel._session.receive = lambda frame: None  # type: ignore[method-assign, assignment, return-value]
+    world.server.end(client.channel.opened.session, Fault("stale", "too late"))
+    wait_until(lambda: world.handler.closed)
+    for _ in range(20):
+        client.channel._control_queue.append(encode(Heartbeat(0.0)))
+        client.channel._data_queue.append((forward(8), memoryview(bytes(8))))
+        transport.wake()
+    assert world.join().echo(b"ab") == inverted(b"ab")
+    assert len(world.handler.closed) == 1
+    assert world.handler.refused == []
+    assert world.handler.control == []
+
+
 def test_a_frame_over_the_limit_cuts_the_connection(make: Make) -> None:
     world = make()
     well, ill = world.join(), world.join()

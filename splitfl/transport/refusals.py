@@ -1,0 +1,44 @@
+"""A limit on what strangers can make a server write: each refused handshake is a line in its log, and handshakes are
+cheap to send.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+Report = Callable[[str, str, str], None]
+
+
+class RefusalLog:
+    """Passes on the first ``burst`` refusals of an address in any ``seconds``; the next one after that says how many it
+    left out.
+
+    At most ``addresses`` are remembered, the oldest is forgotten first.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        *,
+        burst: int = 5,
+        seconds: float = 60.0,
+        addresses: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._report, self._burst, self._seconds, self._limit, self._clock = report, burst, seconds, addresses, clock
+        self._seen: dict[str, tuple[float, int]] = {}  # address -> (start of its interval, refusals since)
+
+    def refused(self, address: str, who: str, code: str, text: str) -> None:
+        """One refusal."""
+        now = self._clock()
+        start, count = self._seen.get(address, (now, 0))
+        left_out = 0
+        if now - start >= self._seconds:
+            left_out = max(0, count - self._burst)
+            start, count = now, 0
+        if address not in self._seen and len(self._seen) >= self._limit:
+            del self._seen[next(iter(self._seen))]
+        self._seen[address] = start, count + 1
+        if count < self._burst:
+            self._report(who, code, f"{text} ({left_out} more refusals not shown)" if left_out else text)
