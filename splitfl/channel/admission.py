@@ -16,6 +16,7 @@ class Admission:
 
     def __init__(self, authorized: AuthorizedClients, ticket_seconds: int, clock: Callable[[], float]) -> None:
         self._authorized, self.ticket_seconds, self._clock = authorized, ticket_seconds, clock
+        self._generation = authorized.generation
         self._tickets: dict[bytes, tuple[str, float]] = {}
 
     def admit_key(self, key: PublicKey, address: str) -> str | None:
@@ -53,7 +54,10 @@ class Admission:
 
     def changed(self) -> bool:
         """Whether the list has been edited since the last call."""
-        return self._authorized.refresh()
+        self._authorized.refresh()
+        # Not refresh's own answer: a connection that was judged since then has seen, and swallowed, the change.
+        known, self._generation = self._generation, self._authorized.generation
+        return known != self._generation
 
     def lists(self, peer: Peer) -> bool:
         """Whether the list has this peer now."""

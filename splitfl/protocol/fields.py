@@ -185,3 +185,11 @@ def plain(*, depth: int = 8, nodes: int = 8192) -> Check:
         return result
 
     return check
+
+
+def presentable(content: str, limit: int) -> str:
+    """Text as :func:`short_text` accepts it: control characters become question marks, the rest is cut at ``limit``
+    bytes.
+    """
+    content = _CONTROL_CHARACTERS.sub("?", content.encode(errors="replace").decode())
+    return content.encode()[:limit].decode(errors="ignore")

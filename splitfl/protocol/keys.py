@@ -214,6 +214,7 @@ class AuthorizedClients:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._stamp: tuple[int, int, int] | None = None
+        self.generation = 0  # how often the file has been read again
         self._clients: dict[bytes, AuthorizedClient] = {}
         stamp = self._look()
         if stamp is None:
@@ -225,7 +226,7 @@ class AuthorizedClients:
     def of(cls, clients: Mapping[PublicKey, AuthorizedClient]) -> AuthorizedClients:
         """A fixed list without a file (tests, the demo)."""
         fixed = cls.__new__(cls)
-        fixed.path, fixed._stamp = Path(), None
+        fixed.path, fixed._stamp, fixed.generation = Path(), None, 0
         fixed._clients = {key.raw: client for key, client in clients.items()}
         return fixed
 
@@ -242,6 +243,7 @@ class AuthorizedClients:
         if stamp == self._stamp:
             return False
         self._stamp = stamp
+        self.generation += 1
         if stamp is None:
             _log.error("%s is gone: no client is admitted until it is back", self.path)
             self._clients = {}

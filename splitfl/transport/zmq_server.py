@@ -294,7 +294,9 @@ def _peer_name(descriptor: int) -> str:
     except OSError:
         return "unknown address"
     try:
-        return str(sock.getpeername()[0])
+        name = sock.getpeername()
+        # Closed and opened again as something else by now, the descriptor may have a name of another form.
+        return str(name[0]) if isinstance(name, tuple) else "unknown address"
     except OSError:
         return "unknown address"
     finally:

@@ -336,6 +336,39 @@ def test_a_handler_that_refuses_a_message(make: Make) -> None:
     assert "hidden must be 64" in str(client.lost[0])
 
 
+def test_words_of_a_handler_cannot_break_the_server(make: Make) -> None:
+    world = make()
+
+    def refuse(*_: Any) -> Any:
+        raise Refused("full\x07", "\x1b[2J" + "é" * 9000)
+
+    world.handler.admit = refuse  # type: ignore[method-assign]
+    with pytest.raises(Refused) as caught:
+        world.join()
+    assert caught.value.code == "full?"
+    assert str(caught.value).startswith("?[2Jé")
+    del world.handler.admit  # type: ignore[method-assign]
+    client = world.join()
+    world.handler.allocate = refuse  # type: ignore[method-assign]
+    client.channel.send(forward(8), bytes(8))
+    wait_until(lambda: client.lost)
+    assert str(client.lost[0]).startswith("?[2Jé")
+    del world.handler.allocate  # type: ignore[method-assign]
+    assert world.join().echo(b"ab") == inverted(b"ab")
+
+
+def test_a_failure_while_sealing_ends_one_session_only(make: Make) -> None:
+    world = make()
+    well, ill = world.join(), world.join()
+    link = world.server._sessions.find(ill.channel.opened.session)
+    assert link is not None
+    link.outbox._sealer._sequence = 2**63  # type: ignore[union-attr]
+    ill.channel.send(forward(8), bytes(8))
+    wait_until(lambda: ill.lost)
+    assert getattr(ill.lost[0], "code", "") == "internal"
+    assert well.echo(b"ab") == inverted(b"ab")
+
+
 # --- Endings ---
 
 
@@ -446,7 +479,7 @@ def test_a_key_removed_from_the_list_loses_its_session(make: Make) -> None:
     world = make()
     client = world.join()
     world.authorized._clients.clear()
-    world.authorized.refresh = lambda: True  # type: ignore[method-assign]
+    world.authorized.generation += 1
     wait_until(lambda: client.lost)
     assert getattr(client.lost[0], "code", "") == "not-authorized"
     with pytest.raises(Refused):

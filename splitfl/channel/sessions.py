@@ -1,0 +1,348 @@
+"""The sessions of a server, as its I/O thread sees them: how they begin, what comes in, how they end.
+
+Whatever happens in one session, an exception included, ends that session and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from splitfl.channel.admission import Admission
+from splitfl.channel.handler import ServerHandler, SessionInfo
+from splitfl.channel.link import Link
+from splitfl.channel.timing import Timing
+from splitfl.errors import Refused, RemoteProtocolError, SealError
+from splitfl.protocol.assembly import Inbox, Outbox
+from splitfl.protocol.ciphers import AeadFactory, choose_cipher
+from splitfl.protocol.credit import CreditAccount
+from splitfl.protocol.fields import presentable
+from splitfl.protocol.messages import (
+    PROTOCOL_VERSION,
+    Attach,
+    Attached,
+    Bye,
+    Closing,
+    Credit,
+    DataMessage,
+    Fault,
+    Heartbeat,
+    Hello,
+    Message,
+    Open,
+    OtherVersionError,
+    RefusalCode,
+    decode_control,
+    encode,
+)
+from splitfl.protocol.messages import Refused as RefusedMessage
+from splitfl.protocol.records import Opener, Sealer
+from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
+
+_log = logging.getLogger(__name__)
+
+# Sessions that one key may have under way to being open.
+_HANDSHAKES_A_KEY = 16
+# A client may take this long between Welcome and Open (it reads its model meanwhile), seconds.
+_OPENING_SECONDS = 900.0
+_TEXT_BYTES = 4000
+
+_REMOVED = "your key was removed from the server's list"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the server offers every session; sizes in bytes, see :class:`splitfl.protocol.messages.Opened`."""
+
+    window: int
+    max_message: int
+    record: int
+    ciphers: tuple[str, ...]
+    aead_factory: AeadFactory
+
+
+class Sessions:
+    """All links of one server. Everything runs on the I/O thread, save ``lock``, ``find``: other threads look sessions
+    up and advance their state under the lock.
+    """
+
+    def __init__(
+        self,
+        transport: ServerTransport,
+        handler: ServerHandler,
+        admission: Admission,
+        offer: Offer,
+        timing: Timing,
+        clock: Callable[[], float],
+    ) -> None:
+        self._transport, self._handler, self._admission = transport, handler, admission
+        self._offer, self._timing, self._clock = offer, timing, clock
+        # Guards each link's session and credit, and the tables of links.
+        self.lock = threading.RLock()
+        self._links: dict[bytes, Link] = {}  # by control peer
+        self._sessions: dict[str, Link] = {}  # by session id, from Opened on
+
+    def find(self, session: str) -> Link | None:
+        """The link of a session; None when it is gone."""
+        with self.lock:
+            return self._sessions.get(session)
+
+    def open_links(self) -> list[Link]:
+        """The links whose data connection stands."""
+        return [link for link in self._sessions.values() if link.data_peer is not None]
+
+    def guard(self, link: Link, action: Callable[[], None]) -> None:
+        """Runs what belongs to one session; whatever it raises ends that session only."""
+        try:
+            action()
+        except Refused as error:
+            self._refuse(link, error)
+        except SealError as error:
+            self.end(link, RefusalCode.SEAL, f"the session's seal is broken: {error}")
+        except RemoteProtocolError as error:
+            self.end(link, RefusalCode.PROTOCOL, f"this client broke the protocol: {error}")
+        except Exception:
+            _log.exception("session %s of %s failed", link.id or "(opening)", link.peer.name)
+            self.end(link, RefusalCode.INTERNAL, "the server failed in this session: its log says where")
+
+    # --- what goes out ---
+
+    def deliver(self, link: Link, frame: bytes) -> None:
+        """A control frame; a client that cannot be reached loses its session."""
+        if link.control_peer not in self._links:
+            return
+        sent = self._transport.send_control(link.control_peer, frame)
+        if sent is Sent.GONE:
+            self.drop(link, "its control connection broke")
+        elif sent is Sent.FULL:
+            self.drop(link, "it does not read its control messages")
+
+    def tell(self, link: Link, message: Message) -> None:
+        """A control message of the channel's own."""
+        with self.lock:
+            frame = link.session.send(message)
+        if frame is not None:
+            self.deliver(link, frame)
+
+    def give_credit(self, link: Link) -> None:
+        """Gives back what the handler's owner has given, once the replies to this client do not pile up."""
+        if not link.credit_due or link.outbox is None or link.outbox.pending > self._offer.window:
+            return
+        with self.lock:
+            assert link.account is not None
+            due, link.credit_due = link.credit_due, 0
+            link.account.give(due)
+        self.tell(link, Credit(due))
+
+    # --- what comes in ---
+
+    def take(self, frame: ServerFrame) -> None:
+        """One frame from a client."""
+        if frame.endpoint is Endpoint.CONTROL:
+            link = self._links.get(frame.peer) or self._greet(frame)
+        else:
+            link = self._sessions.get(frame.user)
+        if link is None:
+            return  # of a session that has ended
+        link.heard = self._clock()
+        take = self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data
+        self.guard(link, lambda: take(link, frame))
+
+    def _greet(self, frame: ServerFrame) -> Link | None:
+        """A peer's first message, which must be a Hello. Its key was on the list when it connected; it must be still.
+
+        Anything else from a peer without a session is what a session that has ended sent before it knew.
+        """
+        try:
+            if not isinstance(decode_control(bytes(frame.frame), from_client=True), Hello):
+                return None
+        except OtherVersionError:
+            pass  # answered with a Refused like any Hello that does not fit
+        except RemoteProtocolError:
+            return None
+        found = self._admission.peer(frame.user, frame.address)
+        if found is None:
+            return None
+        peer, listed = found
+        link = Link(frame.peer, peer, self._clock(), deadline=self._clock() + _OPENING_SECONDS)
+        underway = sum(
+            other.peer.public_key == peer.public_key and not other.attached for other in self._links.values()
+        )
+        if not listed or underway >= _HANDSHAKES_A_KEY:
+            code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
+            text = "too many sessions of your key are opening" if listed else _REMOVED
+            self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
+            self.refusal(peer.who, code, text)
+            return None
+        with self.lock:
+            self._links[frame.peer] = link
+        return link
+
+    def _take_control(self, link: Link, frame: ServerFrame) -> None:
+        if frame.user != str(link.peer.public_key):
+            raise RemoteProtocolError("the peer behind this session changed")
+        try:
+            with self.lock:
+                message = link.session.receive(bytes(frame.frame))
+        except OtherVersionError as error:
+            raise Refused(
+                RefusalCode.PROTOCOL_VERSION,
+                f"this client speaks protocol version {error.theirs}, the server {PROTOCOL_VERSION}: "
+                "install the same splitfl version on both sides",
+            ) from None
+        if message is None or isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Hello):
+            link.hello = message
+            self.tell(link, self._handler.welcome(link.peer, message))
+        elif isinstance(message, Open):
+            self._open(link, message)
+        elif isinstance(message, Bye):
+            self.drop(link, "the client said goodbye")
+        elif link.attached:
+            self._handler.on_control(link.id, message)
+        else:
+            raise RemoteProtocolError(f"{type(message).__name__} before the data connection was attached")
+
+    def _open(self, link: Link, message: Open) -> None:
+        cipher = choose_cipher(message.ciphers, self._offer.ciphers)
+        if cipher is None:
+            raise Refused(
+                RefusalCode.CIPHER,
+                f"the server has none of the client's ciphers; it has {', '.join(self._offer.ciphers)}",
+            )
+        self._handler.admit(link.peer, message)
+        link.open = message
+        session = secrets.token_hex(8)
+        with self.lock:
+            _, frame = link.session.send_opened(
+                session=session,
+                ticket=self._admission.ticket(session),
+                ticket_seconds=self._admission.ticket_seconds,
+                data_address=self._transport.data_address,
+                cipher=cipher,
+                window=self._offer.window,
+                max_message=self._offer.max_message,
+                record=self._offer.record,
+            )
+            keys = link.session.secrets
+            assert keys is not None
+            link.id, link.account = session, CreditAccount(self._offer.window)
+            link.outbox = Outbox(Sealer(keys.server, cipher, aead_factory=self._offer.aead_factory), self._offer.record)
+            link.inbox = self._inbox(link, Opener(keys.client, cipher, aead_factory=self._offer.aead_factory))
+            self._sessions[session] = link
+            link.deadline = self._clock() + self._admission.ticket_seconds + self._timing.silence
+        self.deliver(link, frame)
+
+    def _inbox(self, link: Link, opener: Opener) -> Inbox:
+        return Inbox(
+            opener,
+            from_client=True,
+            record_bytes=self._offer.record,
+            max_message=self._offer.max_message,
+            allocate=lambda message: self._handler.allocate(link.id, message),
+            admit=lambda message: self._admit(link, message),
+            charge=lambda size: self._charge(link, size),
+        )
+
+    def _admit(self, link: Link, message: DataMessage) -> None:
+        if isinstance(message, Attach) is link.attached:
+            raise RemoteProtocolError("Attach comes first on a data connection, and once")
+        with self.lock:
+            link.session.check_receive(message)
+
+    def _charge(self, link: Link, size: int) -> None:
+        with self.lock:
+            assert link.account is not None
+            link.account.charge(size)
+
+    def _take_data(self, link: Link, frame: ServerFrame) -> None:
+        if link.data_peer is None:
+            link.data_peer = frame.peer
+        elif link.data_peer != frame.peer:
+            raise RemoteProtocolError("a second data connection in one session")
+        assert link.inbox is not None
+        done = link.inbox.receive(frame.frame)
+        if done is None:
+            return
+        message, target = done
+        if not isinstance(message, Attach):
+            self._handler.on_data(link.id, message, target)
+            return
+        assert link.outbox is not None
+        assert link.hello is not None
+        assert link.open is not None
+        link.attached = True
+        # Told before Attached leaves: the client's first message finds a handler that knows the session.
+        self._handler.on_opened(SessionInfo(link.id, link.peer, link.open, link.hello))
+        link.outbox.add(Attached(), b"")
+
+    # --- endings ---
+
+    def refusal(self, who: str, code: str, text: str) -> None:
+        """Reports somebody who was not let in."""
+        try:
+            self._handler.on_refused(who, code, text)
+        except Exception:
+            _log.exception("on_refused failed")
+
+    def _refuse(self, link: Link, error: Refused) -> None:
+        code, text = presentable(error.code, 64) or RefusalCode.INTERNAL, presentable(str(error), _TEXT_BYTES)
+        if link.attached:
+            self.end(link, code, text)
+            return
+        self.deliver(link, encode(RefusedMessage(code, text)))
+        if self._forget(link):
+            self.refusal(link.peer.who, code, text)
+
+    def end(self, link: Link, code: str, text: str, micro: int | None = None) -> None:
+        """Tells the client why, then drops it. What it has sent meanwhile is passed over."""
+        text = presentable(text, _TEXT_BYTES)
+        if link.control_peer in self._links:
+            self._transport.send_control(link.control_peer, encode(Fault(code, text, True, micro)))
+        self.drop(link, f"{code}: {text}")
+
+    def drop(self, link: Link, reason: str) -> None:
+        """Forgets a session without a word to its client."""
+        if not self._forget(link):
+            return
+        if not link.attached:
+            self.refusal(link.peer.who, "lost", f"gone before its session was open: {reason}")
+            return
+        try:
+            self._handler.on_closed(link.id, reason)
+        except Exception:
+            _log.exception("on_closed failed")
+
+    def _forget(self, link: Link) -> bool:
+        with self.lock:
+            known = self._links.pop(link.control_peer, None) is not None
+            self._sessions.pop(link.id, None)
+        return known
+
+    def close_all(self, text: str) -> None:
+        """Tells everybody Closing."""
+        text = presentable(text, _TEXT_BYTES)
+        for link in list(self._links.values()):
+            self._transport.send_control(link.control_peer, encode(Closing(text)))
+            self.drop(link, text)
+
+    def tick(self) -> None:
+        """What time brings: heartbeats, silence, handshakes that take too long, keys that were taken off the list."""
+        now = self._clock()
+        self._admission.expire()
+        edited = self._admission.changed()
+        for link in list(self._links.values()):
+            if edited and not self._admission.lists(link.peer):
+                self.end(link, RefusalCode.NOT_AUTHORIZED, _REMOVED)
+            elif now - link.heard >= self._timing.silence:
+                self.drop(link, f"silent for {self._timing.silence:g} s")
+            elif not link.attached and now >= link.deadline:
+                self.end(link, RefusalCode.STALE, "the session was not opened in time")
+            elif link.hello is not None and now - link.beat >= self._timing.heartbeat:
+                link.beat = now
+                self.tell(link, Heartbeat(time.time()))
