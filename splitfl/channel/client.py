@@ -12,13 +12,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
+from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConnectError, LocalProtocolError, Refused, RemoteProtocolError, SessionLost, SplitflError
-from splitfl.protocol.assembly import Inbox, Outbox, payload_view
+from splitfl.protocol.assembly import payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
-from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
@@ -40,16 +39,13 @@ from splitfl.protocol.messages import (
     Welcome,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
-from splitfl.protocol.records import OVERHEAD_BYTES, Opener, Sealer
-from splitfl.protocol.session import ClientSession
+from splitfl.protocol.records import OVERHEAD_BYTES
+from splitfl.protocol.session import ClientSession, State
 from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, ClientTransport, Endpoint
 from splitfl.transport.zmq_client import ZmqClientTransport
 
 _log = logging.getLogger(__name__)
-
-# Records sealed and handed over before the connections are read again.
-_RECORDS_A_TURN = 8
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,8 @@ class ClientChannel:
             channel._ask_to_open(terms)
             channel.opened = channel._wait(channel._attached, 3 * timeout)
         except BaseException:
-            channel._quit()
+            channel._quitting = True
+            channel.close(leave=False)
             raise
         return channel
 
@@ -150,14 +147,11 @@ class ClientChannel:
         self._error: SplitflError | None = None
         self._closing: float | None = None  # when the flush gives up, monotonic seconds
         self._leave = False
-        self._quitting = False
+        self._quitting = self._parting = False
         self._welcomed: Future[Welcome] = Future()
         self._attached: Future[Opened] = Future()
         self._opened: Opened | None = None
-        self._outbox: Outbox | None = None
-        self._inbox: Inbox | None = None
-        self._credit: CreditAccount | None = None
-        self._stuck: bytearray | None = None  # a sealed record the link had no room for
+        self._path: DataPath | None = None  # from Opened on
         self._heard = self._beat = time.monotonic()
         self._sent = self._received = 0
         self._thread = threading.Thread(target=self._run, name=f"splitfl-client-{name}", daemon=True)
@@ -175,7 +169,7 @@ class ClientChannel:
     @property
     def bytes_sent(self) -> int:
         """Bytes of frames sent so far, control and data, sealing included."""
-        return self._sent
+        return self._sent + (self._path.bytes_sent if self._path is not None else 0)
 
     @property
     def bytes_received(self) -> int:
@@ -246,10 +240,6 @@ class ClientChannel:
             self._control_queue.append(self._session.send(message))
         self._transport.wake()
 
-    def _quit(self) -> None:
-        self._quitting = True
-        self.close(leave=False)
-
     # --- the I/O thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -291,20 +281,30 @@ class ClientChannel:
         return max(0.0, until - now)
 
     def _closed(self) -> bool:
-        """Whether close() was asked for and all is sent that can be; then says goodbye."""
+        """Whether close() was asked for, all is sent that can be, and the server has answered our Bye (or time is
+        up).
+        """
         if self._closing is None:
             return False
-        idle = not (self._control_queue or self._data_queue or self._outbox or self._stuck)
-        if not (idle or self._quitting or time.monotonic() >= self._closing):
-            return False
+        late = self._quitting or time.monotonic() >= self._closing
+        if not self._parting:
+            if not late and (self._control_queue or self._data_queue or self._path):
+                return False
+            self._say_goodbye()
+            self._closing = time.monotonic() + self._timing.flush
+            late = self._quitting
+        return late or self._session.state is State.CLOSED
+
+    def _say_goodbye(self) -> None:
+        self._parting = True
+        bye = Bye(self._path.records_sent if self._path is not None else 0)
         with self._lock:
-            for message in (Leave(), Bye()) if self._leave else (Bye(),):
+            for message in (Leave(), bye) if self._leave else (bye,):
                 try:
                     self._control_queue.append(self._session.send(message))
                 except LocalProtocolError:
                     continue  # the handshake had not come so far that the server would expect it
         self._pump_control()
-        return True
 
     def _pump_control(self) -> None:
         while self._control_queue:
@@ -313,21 +313,11 @@ class ClientChannel:
             self._sent += len(frame)
 
     def _pump_data(self) -> bool:
-        """Seals and sends a few records; True when there is more to do at once."""
-        if self._outbox is None:
+        if self._path is None:
             return False
         while self._data_queue:
-            self._outbox.add(*self._data_queue.popleft())
-        for _ in range(_RECORDS_A_TURN):
-            frame = self._stuck or self._outbox.next_frame()
-            self._stuck = None
-            if frame is None:
-                return False
-            if not self._transport.send_data(frame):
-                self._stuck = frame
-                return False
-            self._sent += len(frame)
-        return True
+            self._path.add(*self._data_queue.popleft())
+        return self._path.pump(self._transport)
 
     def _take(self, incoming: ClientFrame) -> None:
         self._heard = time.monotonic()
@@ -342,12 +332,14 @@ class ClientChannel:
                     f"the server speaks protocol version {error.theirs}, this client {PROTOCOL_VERSION}: "
                     "install the same splitfl version on both sides",
                 ) from None
-            if message is not None:
+            if message is not None and not self._parting:
                 self._control(message)
             return
-        if self._inbox is None:
+        if self._parting:
+            return  # an answer that nobody waits for any more
+        if self._path is None:
             raise RemoteProtocolError("the server sent data before the session was open")
-        done = self._inbox.receive(incoming.frame)
+        done = self._path.receive(incoming.frame)
         if done is None:
             return
         data, target = done
@@ -369,9 +361,9 @@ class ClientChannel:
         elif isinstance(message, RefusedMessage):
             raise Refused(message.code, message.text)
         elif isinstance(message, Credit):
-            if self._credit is None:
+            if self._path is None:
                 raise RemoteProtocolError("the server gave credit before the session was open")
-            self._credit.receive(message.bytes)
+            self._path.credit.receive(message.bytes)
         elif isinstance(message, Fault) and message.fatal:
             raise SessionLost(message.text, message.code)
         elif isinstance(message, Closing):
@@ -381,26 +373,14 @@ class ClientChannel:
 
     def _attach(self, opened: Opened) -> None:
         """Connects the data endpoint and proves our keys on it."""
-        host, port = _data_address(opened.data_address, self._join.host)
-        if opened.max_message > opened.window:
-            raise RemoteProtocolError("the server grants less credit than one message may need")
+        host, port = data_address(opened.data_address, self._join.host)
         secrets = self._session.secrets
         assert secrets is not None
         self._opened = opened
-        self._credit = CreditAccount(opened.window)
-        sealer = Sealer(secrets.client, opened.cipher, aead_factory=self._aead)
-        self._outbox = Outbox(sealer, opened.record, self._credit)
-        self._inbox = Inbox(
-            Opener(secrets.server, opened.cipher, aead_factory=self._aead),
-            from_client=False,
-            record_bytes=opened.record,
-            max_message=opened.max_message,
-            allocate=self._allocate,
-            admit=self._admit,
-        )
+        self._path = DataPath(opened, secrets, aead_factory=self._aead, allocate=self._allocate, admit=self._admit)
         self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
         self._transport.connect_data(host, port, opened.ticket, self._timeout)
-        self._outbox.add(Attach(), b"")
+        self._path.add(Attach(), b"")
 
     def _admit(self, message: DataMessage) -> None:
         if not isinstance(message, Attached) and not self._attached.done():
@@ -410,7 +390,7 @@ class ClientChannel:
         now = time.monotonic()
         if now - self._heard >= self._timing.silence:
             raise SessionLost(f"the server has been silent for {self._timing.silence:g} s")
-        if now - self._beat >= self._timing.heartbeat:
+        if now - self._beat >= self._timing.heartbeat and not self._parting:
             self._beat = now
             with self._lock:
                 # Between Hello and Welcome there is nobody to hear it yet.
@@ -421,9 +401,9 @@ class ClientChannel:
         with self._lock:
             self._error = error
             silent = self._closing is not None
-        if isinstance(error, SessionLost) and not self._attached.done():
-            error = error if isinstance(error, ConnectError) else ConnectError(f"no session was opened: {error}")
         opening = not self._attached.done()
+        if opening and isinstance(error, SessionLost):
+            error = ConnectError(f"no session was opened: {error}")
         for future in (self._welcomed, self._attached):
             if not future.done():
                 future.set_exception(error)
@@ -432,15 +412,3 @@ class ClientChannel:
                 self._on_lost(error)
             except Exception:
                 _log.exception("on_lost failed")
-
-
-def _data_address(text: str, dialled: str) -> tuple[str, int]:
-    """Host and port of ``tcp://host:port``; an empty host or ``*`` stands for the one the client dialled."""
-    try:
-        address = urlsplit(text)
-        host, port = address.hostname or "", address.port
-    except ValueError:
-        host, port = "", None
-    if not text.startswith("tcp://") or not port:
-        raise RemoteProtocolError("the server gave a malformed data address")
-    return dialled if host in ("", "*") else host, port

@@ -32,4 +32,5 @@ class Link:
     # From the first data frame on:
     data_peer: bytes | None = None
     attached: bool = False
+    goodbye: int | None = None  # the records that the client says it has sent, once it has said Bye
     stuck: bytearray | None = None  # a sealed record the peer's pipe had no room for

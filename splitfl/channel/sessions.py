@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from splitfl.channel.admission import Admission
 from splitfl.channel.handler import ServerHandler, SessionInfo
@@ -92,8 +93,9 @@ class Sessions:
             return self._sessions.get(session)
 
     def open_links(self) -> list[Link]:
-        """The links whose data connection stands."""
-        return [link for link in self._sessions.values() if link.data_peer is not None]
+        """The links whose data connection stands and whose client listens."""
+        links = self._sessions.values()
+        return [link for link in links if link.data_peer is not None and link.goodbye is None]
 
     def guard(self, link: Link, action: Callable[[], None]) -> None:
         """Runs what belongs to one session; whatever it raises ends that session only."""
@@ -113,7 +115,7 @@ class Sessions:
 
     def deliver(self, link: Link, frame: bytes) -> None:
         """A control frame; a client that cannot be reached loses its session."""
-        if link.control_peer not in self._links:
+        if link.control_peer not in self._links or link.goodbye is not None:
             return
         sent = self._transport.send_control(link.control_peer, frame)
         if sent is Sent.GONE:
@@ -202,7 +204,8 @@ class Sessions:
         elif isinstance(message, Open):
             self._open(link, message)
         elif isinstance(message, Bye):
-            self.drop(link, "the client said goodbye")
+            link.goodbye = message.records
+            self._part(link)
         elif link.attached:
             self._handler.on_control(link.id, message)
         else:
@@ -267,9 +270,26 @@ class Sessions:
             raise RemoteProtocolError("a second data connection in one session")
         assert link.inbox is not None
         done = link.inbox.receive(frame.frame)
-        if done is None:
+        if done is not None:
+            self._take_message(link, *done)
+        if link.goodbye is not None:
+            self._part(link)
+
+    def _part(self, link: Link) -> None:
+        """Ends a session whose client has said goodbye, once what it sent before has arrived on the other connection.
+
+        The client waits for the answer: a TCP connection that it closed while our replies are under way would be reset,
+        and take along what it had sent.
+        """
+        assert link.goodbye is not None
+        if link.inbox is not None and link.inbox.records < link.goodbye:
             return
-        message, target = done
+        with self.lock:
+            frame = link.session.send(Closing("goodbye"))
+        self._transport.send_control(link.control_peer, frame or b"")
+        self.drop(link, "the client said goodbye")
+
+    def _take_message(self, link: Link, message: DataMessage, target: Any) -> None:
         if not isinstance(message, Attach):
             self._handler.on_data(link.id, message, target)
             return
@@ -343,6 +363,6 @@ class Sessions:
                 self.drop(link, f"silent for {self._timing.silence:g} s")
             elif not link.attached and now >= link.deadline:
                 self.end(link, RefusalCode.STALE, "the session was not opened in time")
-            elif link.hello is not None and now - link.beat >= self._timing.heartbeat:
+            elif link.hello is not None and link.goodbye is None and now - link.beat >= self._timing.heartbeat:
                 link.beat = now
                 self.tell(link, Heartbeat(time.time()))

@@ -14,4 +14,4 @@ class Timing:
     heartbeat: float = 5.0
     silence: float = 20.0
     flush: float = 5.0
-    linger: float = 1.0
+    linger: float = 2.0

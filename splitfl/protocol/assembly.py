@@ -139,6 +139,11 @@ class Inbox:
         self._open: dict[int, _Incoming] = {}
         self._next_id = 0
 
+    @property
+    def records(self) -> int:
+        """How many records have arrived."""
+        return self._opener.records
+
     def receive(self, frame: Buffer) -> tuple[DataMessage, Any] | None:
         """One frame. Returns (message, its object) when that completes a message. Raises RemoteProtocolError: the
         session ends.

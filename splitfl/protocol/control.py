@@ -153,10 +153,14 @@ class Heartbeat(Message):
 
 @dataclass(frozen=True)
 class Bye(Message):
-    """The client ends the session in good order."""
+    """The client ends the session in good order. ``records``: how many it has sent on the data connection, so that the
+    server can take those that are still under way.
+    """
+
+    records: int = 0
 
     TYPE: ClassVar[int] = 8
-    FIELDS: ClassVar = {}
+    FIELDS: ClassVar = {"records": integer(0)}
 
 
 @dataclass(frozen=True)

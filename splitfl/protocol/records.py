@@ -132,6 +132,11 @@ class Opener:
         self._sequence = 0
         self._failed = False
 
+    @property
+    def records(self) -> int:
+        """How many records have been opened."""
+        return self._sequence
+
     def header(self, frame: Buffer) -> Header:
         """Checks everything about the header that needs no key. The result may be acted on only after
         :meth:`open_into`, save for choosing where to decrypt to.

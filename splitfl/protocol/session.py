@@ -47,10 +47,11 @@ class State(Enum):
     IN_STEP = "in a step"
     DONE = "done with its part, enrolled for the next step"
     DONE_OUT = "done with its part, in no further step"
+    PARTING = "over, as soon as what was sent before Bye has arrived"
     CLOSED = "closed"
 
 
-_ALIVE = {"Heartbeat": None, "Fault": None, "Fault+fatal": State.CLOSED, "Bye": State.CLOSED, "Closing": State.CLOSED}
+_ALIVE = {"Heartbeat": None, "Fault": None, "Fault+fatal": State.CLOSED, "Bye": State.PARTING, "Closing": State.CLOSED}
 _OPEN = {**_ALIVE, "Credit": None, "StepClosed": None}
 
 # state -> event -> next state (None: the same). An event is a message's class, with what matters of its content after a
@@ -73,6 +74,7 @@ TRANSITIONS: dict[State, dict[str, State | None]] = {
     },
     State.DONE: {**_OPEN, "StepClosed": State.ENROLLED, "Pause": State.DONE_OUT, "Leave": State.DONE_OUT},
     State.DONE_OUT: {**_OPEN, "StepClosed": State.OUT, "Enrol": State.DONE, "Pause": None, "Leave": None},
+    State.PARTING: {"Closing": State.CLOSED, "Fault+fatal": State.CLOSED},
     State.CLOSED: {},
 }
 
@@ -170,6 +172,8 @@ class ClientSession(_Session):
         message = decode_control(frame, from_client=False)
         if self.state is State.CLOSED:
             return None
+        if self.state is State.PARTING:
+            return message if self._advance(message) else None
         if isinstance(message, StepOpened):
             if message.enrolment > self.enrolments or message.step <= self.newest_step:
                 raise RemoteProtocolError(f"StepOpened for step {message.step} out of order")
@@ -280,7 +284,7 @@ class ServerSession(_Session):
         Raises RemoteProtocolError.
         """
         message: Message = decode_control(frame, from_client=True)
-        if self.state is State.CLOSED:
+        if self.state in (State.PARTING, State.CLOSED):
             return None
         if isinstance(message, StepDone) and self.is_open and message.step != self.step:
             if message.step > self.newest_step:

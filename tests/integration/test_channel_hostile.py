@@ -261,7 +261,7 @@ def test_a_record_of_an_earlier_session_does_not_open(keep: Any) -> None:
     first.channel.close()
     world.network.tap = None
     second = world.join()
-    second.channel._stuck = bytearray(recorded[1])
+    second.channel._path.stuck = bytearray(recorded[1])
     second.channel._transport.wake()
     wait_until(lambda: second.lost)
     assert getattr(second.lost[0], "code", "") == "seal"

@@ -134,8 +134,8 @@ def test_a_client_that_overruns_its_credit_is_ended(make: Make) -> None:
     world = make(window=4 * MIB, max_message=4 * MIB)
     world.handler.echo = False
     client = world.join()
-    assert client.channel._credit is not None
-    client.channel._credit.left = client.channel._credit.window = 64 * MIB  # a client that does not count
+    assert client.channel._path is not None
+    client.channel._path.credit.left = client.channel._path.credit.window = 64 * MIB  # a client that does not count
     for micro in range(3):
         client.channel.send(forward(2 * MIB, micro), bytes(2 * MIB))
     wait_until(lambda: client.lost and world.handler.closed)
@@ -373,10 +373,10 @@ def test_a_failure_while_sealing_ends_one_session_only(make: Make) -> None:
 
 
 def test_close_sends_what_is_queued_and_leaves(make: Make) -> None:
-    world = make()
+    world = make(window=64 * MIB, max_message=8 * MIB)
     world.handler.echo = False
     client = world.join()
-    payloads = [os.urandom(MIB + 2) for _ in range(6)]
+    payloads = [os.urandom(3 * MIB + 2) for _ in range(12)]
     for micro, payload in enumerate(payloads):
         client.channel.send(forward(len(payload), micro), payload)
     client.channel.close()
@@ -389,6 +389,17 @@ def test_close_sends_what_is_queued_and_leaves(make: Make) -> None:
         with pytest.raises(SessionLost, match="closed"):
             late()
     client.channel.close()
+
+
+def test_credit_that_comes_after_goodbye_harms_nothing(make: Make) -> None:
+    world = make(window=64 * MIB)
+    client = world.join()
+    for micro in range(8):
+        client.channel.send(forward(6 * MIB, micro), bytes(6 * MIB))
+    client.channel.close()
+    wait_until(lambda: world.handler.closed)
+    assert world.handler.closed[0][1] == "the client said goodbye"
+    assert len(world.handler.data) == 8
 
 
 def test_close_without_leaving(make: Make) -> None:
@@ -600,7 +611,7 @@ def test_junk_on_control_ends_that_session_only(make: Make, junk: bytes) -> None
 def test_junk_on_data_ends_that_session_only(make: Make, junk: bytes) -> None:
     world = make()
     well, ill = world.join(), world.join()
-    ill.channel._stuck = bytearray(junk)
+    ill.channel._path.stuck = bytearray(junk)
     ill.channel._transport.wake()
     wait_until(lambda: ill.lost and world.handler.closed)
     assert getattr(ill.lost[0], "code", "") == "seal"

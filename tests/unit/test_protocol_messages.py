@@ -51,7 +51,7 @@ FROM_CLIENT = st.one_of(
     st.builds(m.Pause),
     st.builds(m.Leave),
     st.builds(m.Heartbeat, FINITE),
-    st.builds(m.Bye),
+    st.builds(m.Bye, STEP),
 )
 FROM_SERVER = st.one_of(
     st.builds(m.Welcome, st.just(1), WORD, PLAIN, LIBRARIES, FINITE),

@@ -108,8 +108,11 @@ def test_nothing_twice() -> None:
 def test_after_the_end_nothing_is_sent_and_nothing_heard() -> None:
     client, server = handshake()
     server.receive(client.send(m.Bye()))
-    assert server.state is client.state is State.CLOSED
+    assert server.state is client.state is State.PARTING
     assert server.receive(m.encode(m.Enrol())) is None
+    assert client.receive(m.encode(m.StepOpened(5, 3))) is None
+    assert client.receive(sent(server.send(m.Closing("goodbye")))) == m.Closing("goodbye")
+    assert server.state is client.state is State.CLOSED
     assert client.receive(m.encode(m.Credit(1))) is None
     for session, message in ((client, m.Enrol()), (server, m.Credit(1))):
         with pytest.raises(LocalProtocolError):
