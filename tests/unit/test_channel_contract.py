@@ -37,6 +37,7 @@ from splitfl.protocol.messages import (
     encode,
 )
 from splitfl.protocol.session import ClientSession
+from splitfl.transport.base import Sent
 from tests.unit.channel_world import MIB, MODEL, QUICK, Client, World, backward, forward, inverted, wait_until
 
 Make = Callable[..., World]
@@ -128,6 +129,21 @@ def test_credit_holds_the_sender_until_it_comes_back(make: Make) -> None:
     world.server.credit(session, 4 * MIB)
     wait_until(lambda: len(world.handler.data) == 5)
     assert [message.micro for _, message, _ in world.handler.data] == [0, 1, 2, 3, 4]
+
+
+def test_a_client_that_does_not_read_gets_no_more_credit(make: Make) -> None:
+    world = make(window=4 * MIB, max_message=MIB)
+    client = world.join()
+    send = world.transport.send_data
+    world.transport.send_data = lambda peer, frame: Sent.FULL
+    for micro in range(40):
+        client.channel.send(forward(MIB, micro), bytes(MIB))
+    # At most one window of answers waits while one window of requests comes in: then credit stops.
+    wait_until(lambda: len(world.handler.data) >= 4)
+    threading.Event().wait(0.3)
+    assert len(world.handler.data) <= 9
+    world.transport.send_data = send
+    wait_until(lambda: len(client.data) == 40)
 
 
 def test_a_client_that_overruns_its_credit_is_ended(make: Make) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils import z85
 
@@ -36,6 +36,7 @@ def test_pairs_are_those_of_curve() -> None:
     assert Identity.from_secret(z85.decode(secret)).public.raw == z85.decode(public)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_text_comes_back(raw: bytes) -> None:
     key = PublicKey(raw)
@@ -46,6 +47,7 @@ def test_text_comes_back(raw: bytes) -> None:
     assert not set(text) & set("@:/#?= ")
 
 
+@settings(deadline=None)
 @given(st.integers(12, 67), st.sampled_from(LETTERS))
 def test_one_wrong_letter_is_a_typo(position: int, letter: str) -> None:
     text = str(ONE.public)
@@ -209,6 +211,7 @@ def test_each_mistake_in_a_join_string_has_its_sentence(text: str, says: str) ->
         JoinString.parse(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_is_a_join_string_or_a_config_error(text: str) -> None:
     for candidate in (text, f"splitfl://{text}", f"splitfl://{ONE.public}@{text}"):

@@ -14,16 +14,14 @@ from splitfl.protocol import messages as m
 from splitfl.protocol.data import MAX_SEGMENTS
 from splitfl.protocol.fields import MAX_INTEGER
 
-WORD = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=15)
+WORD = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=8)
 TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=15)
 STEP, MICRO, COUNT = st.integers(0, MAX_INTEGER), st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 NOT_NEGATIVE = st.floats(0, 1e300)
 LIBRARIES = st.dictionaries(WORD, TEXT, max_size=8)
 LEAF = st.none() | st.booleans() | st.integers(-MAX_INTEGER, MAX_INTEGER) | FINITE | TEXT | st.binary(max_size=40)
-NESTED = st.recursive(
-    LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORD, inner, max_size=3), max_leaves=6
-)
+NESTED = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORD, inner, max_size=3), max_leaves=6)
 PLAIN = st.dictionaries(WORD, NESTED, max_size=4)
 ROWS, HIDDEN = st.integers(1, 2**17), st.integers(1, 2**15)
 DTYPE = st.sampled_from(sorted(m.DTYPES))
@@ -79,9 +77,7 @@ FROM_SERVER = st.one_of(
 DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),
     st.builds(m.Forward, STEP, MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.booleans(), st.booleans(), st.booleans()),
-    st.builds(
-        m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()
-    ),
+    st.builds(m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()),
     st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9)),
 )
 DATA_FROM_SERVER = st.one_of(
@@ -98,21 +94,25 @@ JUNK = st.recursive(
 KINDS = sorted({*m.CONTROL_FROM_CLIENT, *m.CONTROL_FROM_SERVER, 64, 65, 66, 96, 97, 98})
 
 
+@settings(deadline=None)
 @given(FROM_CLIENT)
 def test_control_from_client_comes_back_equal(message: Any) -> None:
     assert m.decode_control(m.encode(message), from_client=True) == message
 
 
+@settings(deadline=None)
 @given(FROM_SERVER)
 def test_control_from_server_comes_back_equal(message: Any) -> None:
     assert m.decode_control(m.encode(message), from_client=False) == message
 
 
+@settings(deadline=None)
 @given(DATA_FROM_CLIENT)
 def test_data_from_client_comes_back_equal(message: Any) -> None:
     assert m.decode_data(m.encode(message), from_client=True) == message
 
 
+@settings(deadline=None)
 @given(DATA_FROM_SERVER)
 def test_data_from_server_comes_back_equal(message: Any) -> None:
     assert m.decode_data(m.encode(message), from_client=False) == message
@@ -139,11 +139,13 @@ def decode_all(frame: bytes) -> None:
                 assert 0 <= message.payload_bytes <= 2**40
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes(frame: bytes) -> None:
     decode_all(frame)
 
 
+@settings(deadline=None)
 @given(ANY, st.data())
 def test_damaged_messages(message: Any, data: st.DataObject) -> None:
     frame = bytearray(m.encode(message))
@@ -153,7 +155,7 @@ def test_damaged_messages(message: Any, data: st.DataObject) -> None:
     decode_all(bytes(frame))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(ANY, st.data())
 def test_fields_of_the_wrong_kind(message: Any, data: st.DataObject) -> None:
     fields = message.to_map()
@@ -162,6 +164,7 @@ def test_fields_of_the_wrong_kind(message: Any, data: st.DataObject) -> None:
     decode_all(msgpack.packb(fields))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KINDS), st.dictionaries(st.text(max_size=80) | st.binary(max_size=9) | st.integers(-5, 5), JUNK))
 def test_maps_of_anything(kind: int, fields: dict[Any, Any]) -> None:
     decode_all(msgpack.packb({**fields, "type": kind}))

@@ -88,9 +88,7 @@ def test_every_input_of_the_schedule_matters() -> None:
         changed[index] += b"!"
         seen.add(schedule.traffic_secrets(changed, bytes(32), bytes(32), bytes(32)).client)
     # The lengths are hashed: moving a byte from one message to the next is another transcript.
-    seen.add(
-        schedule.traffic_secrets([b"hell", b"owelcome", b"open", b"opened"], bytes(32), bytes(32), bytes(32)).client
-    )
+    seen.add(schedule.traffic_secrets([b"hell", b"owelcome", b"open", b"opened"], bytes(32), bytes(32), bytes(32)).client)
     for index in range(3):
         secrets = [bytes(32)] * 3
         secrets[index] = bytes(31) + b"\1"
@@ -131,6 +129,7 @@ def test_a_cut_record(cut: int) -> None:
         opens(Opener(SECRET, AES_256_GCM), frame[:cut])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_no_record(frame: bytes) -> None:
     with pytest.raises(SealError):
@@ -236,7 +235,7 @@ class Pipe:
         return done
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 5000).map(lambda half: 2 * half), min_size=1, max_size=20))
 def test_messages_come_back_whole_in_any_mixture(sizes: list[int]) -> None:
     pipe = Pipe()

@@ -78,9 +78,7 @@ def test_a_key_that_is_no_ml_kem_key() -> None:
         opened(server)
 
 
-@pytest.mark.parametrize(
-    "message", [m.Enrol(), m.Bye(), m.StepDone(0, 0, 0, "continue"), m.Pause(), m.Heartbeat(0.0)], ids=repr
-)
+@pytest.mark.parametrize("message", [m.Enrol(), m.Bye(), m.StepDone(0, 0, 0, "continue"), m.Pause(), m.Heartbeat(0.0)], ids=repr)
 def test_nothing_before_hello(message: m.Message) -> None:
     with pytest.raises(LocalProtocolError, match="cannot be sent"):
         ClientSession().send(message)
@@ -211,7 +209,7 @@ class Wire:
 ACTIONS = ["hear", "deliver", "open", "close", "continue", "pause", "leave", "enrol", "withdraw"]
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), max_size=60))
 def test_whatever_crosses_neither_side_errs_and_both_end_up_agreeing(actions: list[Any]) -> None:
     wire = Wire()
