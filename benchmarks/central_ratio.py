@@ -1,8 +1,9 @@
 """How fast is training through the split, against the same training in one process on the same cores?
 
-N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches of all N
-clients at once; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the machine hits
-both; the figure is the median of the ratios of neighbouring blocks. Central runs with whichever thread count is faster for it.
+N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches
+of all N clients at once; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the
+machine hits both; the figure is the median of the ratios of neighbouring blocks. Central runs with whichever thread count is
+faster for it.
 
     python -m benchmarks.central_ratio [--clients 1 4] [--pairs 20] [--quick] [--json]
 """
@@ -102,9 +103,7 @@ def run_server(pipe: Connection, model_dir: str, work: str, clients: int, thread
     server.stop()
 
 
-def run_client(
-    pipe: Connection, model_dir: str, join: str, key: str, threads: int, micro_batches: int, seed: int
-) -> None:
+def run_client(pipe: Connection, model_dir: str, join: str, key: str, threads: int, micro_batches: int, seed: int) -> None:
     """Worker: one client. Command: steps -> (wall clock at start, at end)."""
     import torch
 
@@ -157,7 +156,7 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
     """The ratio of tokens/s, split over central, for ``clients`` clients."""
     from splitfl.protocol.keys import write_identity
 
-    server_threads, client_threads = (int(n) for n in (args.threads or ("2:2" if clients == 1 else "1:1")).split(":"))
+    server_threads, client_threads = (int(n) for n in (args.threads or ("2:2" if clients == 1 else "2:1")).split(":"))
     with tempfile.TemporaryDirectory() as work:
         model_dir = f"{work}/model"
         build_model(Path(model_dir), hidden=args.hidden, blocks=args.blocks)
@@ -234,7 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of one block")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--threads", help="server:client threads (default 2:2 for one client, 1:1 for more)")
+    parser.add_argument("--threads", help="server:client threads (default 2:2 for one client, 2:1 for more)")
     parser.add_argument("--batch-tokens", type=int, default=16384)
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few pairs, small model: shows that it runs, not how fast")

@@ -1,8 +1,10 @@
-"""``splitfl demo``: three clients and a trunk server, four processes, train one model over loopback TCP; is it the same as centrally?
+"""``splitfl demo``: three clients and a trunk server, four processes, train one model over loopback TCP; is it the same as
+centrally?
 
-Everything is made on the spot: a small Llama with random weights and a byte-level tokenizer, trained on English that every CPython
-carries; or, with ``--model DIR``, a real checkpoint fine-tuned with LoRA. A relay between clients and server records every byte.
-Then the same training runs in this process, with one trunk and three sets of ends and no network, and the losses are compared.
+Everything is made on the spot: a small Llama with random weights and a byte-level tokenizer, trained on English that every
+CPython carries; or, with ``--model DIR``, a real checkpoint fine-tuned with LoRA. A relay between clients and server records
+every byte. Then the same training runs in this process, with one trunk and three sets of ends and no network, and the losses
+are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TOLERANCE = 1e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="a real causal language model to fine-tune (default: a small one, made here)")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a real causal language model to fine-tune (default: a small one, made here)"
+    )
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is kept (emptied first)")
     parser.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps (40)")
     parser.add_argument("--cut", default="1:1", metavar="A:B", help="input and output blocks that stay with the clients")
@@ -98,7 +102,7 @@ def verdict(worst: float, sealed: bool) -> tuple[str, int]:
     return "The split run equals central training, and the wire showed nothing of it.", 0
 
 
-# --- before ---------------------------------------------------------------------------------------------------------------------------
+# --- before ---------------------------------------------------------------------------------------------------------------------
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -128,7 +132,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     return plan
 
 
-# --- the split run --------------------------------------------------------------------------------------------------------------------
+# --- the split run --------------------------------------------------------------------------------------------------------------
 
 
 def start(command: list[str], log: Path, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
@@ -157,10 +161,12 @@ def train_split(plan: Plan, stack: contextlib.ExitStack) -> tuple[list[Any], lis
     stack.callback(data.close)
     settings = ["--cut", plan.cut, "--trainables", plan.trained, "--lr", str(plan.learning_rate)]
     server = start(
-        ["serve", str(plan.model), *settings, "--run", "demo", "--clients", str(CLIENTS), "--steps", str(plan.steps)]
-        + ["--bind", f"127.0.0.1:{control_port}", "--data-port", str(data_port), "--advertise", f"127.0.0.1:{data.port}"]
-        + ["--authorized-clients", str(plan.out / "authorized_clients"), "--out", str(plan.server_out)]
-        + ["--device", "cpu", "--threads", "1", "--until-done"],
+        [
+            *("serve", str(plan.model), *settings, "--run", "demo", "--clients", str(CLIENTS), "--steps", str(plan.steps)),
+            *("--bind", f"127.0.0.1:{control_port}", "--data-port", str(data_port), "--advertise", f"127.0.0.1:{data.port}"),
+            *("--authorized-clients", str(plan.out / "authorized_clients"), "--out", str(plan.server_out)),
+            *("--device", "cpu", "--threads", "1", "--until-done"),
+        ],
         plan.out / "server.txt",
         stack,
     )
@@ -264,7 +270,7 @@ def read_client(plan: Plan, client: int) -> dict[str, Any]:
     }
 
 
-# --- the reference --------------------------------------------------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------------------------------------
 
 
 def train_central(plan: Plan) -> list[list[float]]:
@@ -292,9 +298,7 @@ def train_central(plan: Plan) -> list[list[float]]:
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
     streams, ends = [], []
     for client, shard in enumerate(plan.shards):
-        settings = TrainSettings(
-            trunk="", identity="", data=str(shard), max_length=plan.length, evaluate=8, seed=client
-        )
+        settings = TrainSettings(trunk="", identity="", data=str(shard), max_length=plan.length, evaluate=8, seed=client)
         rows, _ = read_data(settings, tokenizer)
         batches = Batches(rows, BATCH_SIZES[client], seed=client, pad_token_id=pad_token(tokenizer))
         streams.append(endless(batches))
@@ -313,7 +317,7 @@ def endless(batches: Any) -> Any:
         yield from batches
 
 
-# --- after ----------------------------------------------------------------------------------------------------------------------------
+# --- after ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

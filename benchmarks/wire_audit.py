@@ -1,7 +1,7 @@
 """What an eavesdropper sees: a recording searched for the bytes of a hidden state and for the words of its metadata.
 
-A search that finds nothing proves nothing unless the same search finds something where it must. So the same hidden state is sent once
-more, through the same channel and an equal relay, with a cipher that does nothing; there the search has to succeed.
+A search that finds nothing proves nothing unless the same search finds something where it must. So the same hidden state is
+sent once more, through the same channel and an equal relay, with a cipher that does nothing; there the search has to succeed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--lr", type=float, dest="learning_rate", metavar="X", help="learning rate of the ends")
     training.add_argument("--weight-decay", type=float, metavar="X")
     training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm of the ends (0: no clipping)")
-    training.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="steps between evaluations (0: none between)")
+    training.add_argument(
+        "--evaluate-every", type=int, default=0, metavar="N", help="steps between evaluations (0: none between)"
+    )
     training.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, held-out part, fresh heads")
 
     machine = parser.add_argument_group("this machine")

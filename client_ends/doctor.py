@@ -73,9 +73,7 @@ class Doctor:
         quiet_libraries()
         cut = Cut.parse(args.cut) if args.cut else None
         if args.model is not None:
-            session, *_ = open_session(
-                args.model, join, identity, cut=cut, revision=args.revision, timeout=args.timeout
-            )
+            session, *_ = open_session(args.model, join, identity, cut=cut, revision=args.revision, timeout=args.timeout)
             checked = f"{args.model} is the model of this run"
         else:
             session, path, _ = open_session(None, join, identity, cut=cut, timeout=args.timeout)

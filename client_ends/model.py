@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from splitfl.channel.client import OpenTerms
-from splitfl.parts.identity import ModelIdentity, compare, model_identity
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from client_ends.objective import Objective, objective_of, without_targets_after_padding
 from client_ends.remote import RemoteTrunk
 from client_ends.session import TrunkSession
+from splitfl.channel.client import OpenTerms
 from splitfl.errors import ModelError, UserError
 from splitfl.parts.cut import Cut
-from splitfl.parts.loading import attach_trunk, load_ends
+from splitfl.parts.identity import ModelIdentity, compare, model_identity
+from splitfl.parts.loading import Task, attach_trunk, load_ends
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import read_identity
 from splitfl.protocol.messages import StepClosed, Welcome
@@ -74,7 +74,7 @@ def open_session(
 class _SplitModel:
     """What a split model has beside its Hugging Face class. Instances come from :meth:`from_pretrained` alone."""
 
-    _task: ClassVar[str]
+    _task: ClassVar[Task]
     _remote: RemoteTrunk
     _set_objective: Objective | None
 
@@ -128,7 +128,9 @@ class _SplitModel:
         try:
             used = session.terms["dtype"]
             if dtype not in (None, used):
-                raise ModelError(f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}")
+                raise ModelError(
+                    f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}"
+                )
             own = Cut.parse(session.terms["cut"])
             ends = load_ends(
                 where,

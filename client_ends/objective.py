@@ -1,7 +1,8 @@
 """How much of the shared objective a client's loss is: the number of targets, and what the loss was divided by.
 
-The trunk minimises ``sum_i n_i L_i / sum_i n_i`` over all clients. To weigh a client's gradient it must know how many target tokens stand
-behind it and what sum the client divided by; both follow from the labels and from how the loss is scaled before ``backward()``.
+The trunk minimises ``sum_i n_i L_i / sum_i n_i`` over all clients. To weigh a client's gradient it must know how many target
+tokens stand behind it and what sum the client divided by; both follow from the labels and from how the loss is scaled before
+``backward()``.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def objective_of(arguments: Mapping[str, Any], *, per_token: bool) -> Objective 
 def without_targets_after_padding(labels: torch.Tensor, attention_mask: Any) -> torch.Tensor:
     """``labels (B, T)`` without the targets that a padding position would have to predict, with one warning.
 
-    With left padding and no care, the first real token of a row is such a target. Padding does not travel, so nothing stands there
-    to predict from; the whole model would predict it from an empty context, which teaches it nothing either.
+    With left padding and no care, the first real token of a row is such a target. Padding does not travel, so nothing stands
+    there to predict from; the whole model would predict it from an empty context, which teaches it nothing either.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
         return labels

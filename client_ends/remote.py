@@ -1,8 +1,8 @@
 """The trunk as one module of the client's model: sending and receiving are two autograd nodes.
 
-Forward, all micro-batches of a call are sent, then each is awaited. Autograd runs the newest node first, so in backward every ``dy``
-is sent before any ``dh`` is awaited: while the trunk works on one micro-batch the next is already on its way, and the order falls
-out of the graph.
+Forward, all micro-batches of a call are sent, then each is awaited. Autograd runs the newest node first, so in backward
+every ``dy`` is sent before any ``dh`` is awaited: while the trunk works on one micro-batch the next is already on its way,
+and the order falls out of the graph.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class RemoteTrunk:
             self.on_first_forward = None
 
         def send(tensor: torch.Tensor) -> int:
-            return self.session.send_forward(
-                tensor, part.wire, train=self.training, grad=grad, adapter_on=self.adapter_on
-            )
+            return self.session.send_forward(tensor, part.wire, train=self.training, grad=grad, adapter_on=self.adapter_on)
 
         if grad and flat.requires_grad:
             link: torch.Tensor = _Send.apply(flat, call, send)
@@ -156,7 +154,9 @@ def _of_rows(segments: Segments, rows: range) -> Segments:
 
 
 class _Refuse(torch.autograd.Function):
-    """Stands where a graph would begin that the server does not keep, so that a backward through it is an error, not a silence."""
+    """Stands where a graph would begin that the server does not keep, so that a backward through it is an error, not a
+    silence.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from splitfl.channel.client import ClientChannel, OpenTerms
 
+from splitfl.channel.client import ClientChannel, OpenTerms
 from splitfl.errors import LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError, UserError
 from splitfl.libraries import library_versions
 from splitfl.protocol.join import JoinString
@@ -119,12 +119,14 @@ class TrunkSession:
         """The most tokens one message can carry."""
         return int(self.channel.max_message // (self.terms["hidden_size"] * DTYPES[self.terms["dtype"]].itemsize))
 
-    # --- tensors out and in -------------------------------------------------------------------------------------------------------
+    # --- tensors out and in -----------------------------------------------------------------------------------------------------
 
     def send_forward(
         self, flat: torch.Tensor, segments: Sequence[tuple[int, int]], *, train: bool, grad: bool, adapter_on: bool = True
     ) -> int:
-        """Send hidden states ``(tokens, hidden)`` and return the micro-batch's number. The tensor must not be changed afterwards."""
+        """Send hidden states ``(tokens, hidden)`` and return the micro-batch's number. The tensor must not be changed
+        afterwards.
+        """
         self._check()
         if grad:
             self._take_part()
@@ -137,9 +139,7 @@ class TrunkSession:
             # Before this client has enrolled, a forward belongs to no step; in training mode it must still name one.
             step = max(self.step, 0) if train else self.step
             self._micros[number] = _Micro(step, rows, hidden, dtype)
-        self.channel.send(
-            Forward(step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host)
-        )
+        self.channel.send(Forward(step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host))
         return number
 
     def await_hidden(self, number: int) -> torch.Tensor:
@@ -148,7 +148,9 @@ class TrunkSession:
         return micro.y.result()
 
     def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float) -> None:
-        """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by ``divisor``."""
+        """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by
+        ``divisor``.
+        """
         self._check()
         host = gradient.detach().to("cpu").contiguous()
         micro = self._micros[number]
@@ -169,7 +171,7 @@ class TrunkSession:
         with self._lock:
             self._micros.pop(number, None)
 
-    # --- steps --------------------------------------------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------------------------------------
 
     def _take_part(self) -> None:
         """Enrol where that has not happened, and wait for the step to open."""
@@ -248,7 +250,7 @@ class TrunkSession:
             self._channel.close()
         self._on_lost(SessionLost("the session was closed", "closed"))
 
-    # --- the I/O thread's side ------------------------------------------------------------------------------------------------------
+    # --- the I/O thread's side --------------------------------------------------------------------------------------------------
 
     def _allocate(self, message: Any) -> tuple[torch.Tensor, memoryview]:
         if not 0 <= message.micro < self._next_micro:

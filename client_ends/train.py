@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from splitfl.parts.cut import Cut
-from splitfl.parts.identity import model_identity
 from transformers import AutoTokenizer
 
 from client_ends.data import Batches, TokenizedDataset, load_examples, pad_token, split_holdout, tokenize
@@ -28,6 +26,8 @@ from splitfl.config import LoraSettings, OptimizerSettings
 from splitfl.errors import ConfigError, ModelError
 from splitfl.libraries import differences, library_versions
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from splitfl.parts.cut import Cut
+from splitfl.parts.identity import model_identity
 from splitfl.runlog import RunLog
 
 __all__ = ["TrainResult", "TrainSettings", "evaluate", "prepare_ends", "read_data", "train"]
@@ -108,7 +108,9 @@ def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset
 
 
 def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any:
-    """Make ``lora``, ``full`` or nothing (``frozen``) of the ends trainable; returns the model, wrapped where LoRA was attached."""
+    """Make ``lora``, ``full`` or nothing (``frozen``) of the ends trainable; returns the model, wrapped where LoRA was
+    attached.
+    """
     if ends == "lora":
         return attach_lora(model, lora, seed=seed)
     if ends not in ("full", "frozen"):
@@ -187,9 +189,7 @@ def _load_tokenizer(path: str, settings: TrainSettings) -> Any:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ModelError(f"--model {path}: no such directory")
     try:
-        return AutoTokenizer.from_pretrained(
-            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer for {path}: {first}") from None
@@ -214,11 +214,17 @@ class _Run:
         self.terms = self.session.terms
         lora = self.terms["lora"]
         targets = lora["targets"]
-        self.lora = LoraSettings(lora["rank"], lora["alpha"], lora["dropout"], targets if isinstance(targets, str) else tuple(targets))
+        self.lora = LoraSettings(
+            lora["rank"], lora["alpha"], lora["dropout"], targets if isinstance(targets, str) else tuple(targets)
+        )
         # A fresh PEFT wrapper forwards attribute access, so `self.model` serves as both.
         self.model = prepare_ends(model, settings.ends, self.lora, seed=self.terms["seed"])
         self.device = next(iter(model.parameters())).device
-        own = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay, "clip": settings.clip}
+        own: dict[str, Any] = {
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "clip": settings.clip,
+        }
         base = OptimizerSettings(**self.terms["optimizer"])
         self.optim_settings = dataclasses.replace(base, **{key: value for key, value in own.items() if value is not None})
         self.trainables = named_trainables(self.model)
@@ -323,7 +329,7 @@ class _Run:
         if self.held_out is None:
             return None
         self.progress.say(f"evaluating ({when})")
-        report = evaluate(self.model, self.held_out, self.device)
+        report: dict[str, Any] = evaluate(self.model, self.held_out, self.device)
         self.log.write("evaluation", when=when, **report)
         self.progress.say(f"held out, {when}: " + "  ".join(f"{name} {value:.4g}" for name, value in report.items()))
         return report

@@ -1,8 +1,8 @@
 """The trunk's arithmetic: forward, backward, one optimizer step. Only the trunk's thread calls it.
 
-The objective of a step is ``sum_i n_i L_i / sum_i n_i`` with ``n_i`` the target tokens of client ``i``. A client sends the gradient of
-its own loss, which is a sum over targets divided by some ``d``; it is scaled by ``d`` here, summed over everything that comes, and
-divided by the counted targets when the step closes. So it does not matter how the work was batched.
+The objective of a step is ``sum_i n_i L_i / sum_i n_i`` with ``n_i`` the target tokens of client ``i``. A client sends the
+gradient of its own loss, which is a sum over targets divided by some ``d``; it is scaled by ``d`` here, summed over
+everything that comes, and divided by the counted targets when the step closes. So it does not matter how the work was batched.
 """
 
 from __future__ import annotations

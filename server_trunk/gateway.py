@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import torch
-from splitfl.parts.identity import ModelIdentity, compare
 
 from server_trunk.trunkloop import Event
 from splitfl import __version__
@@ -19,6 +18,7 @@ from splitfl.config import RunConfig
 from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.libraries import differences, library_versions
 from splitfl.parts.cut import Cut
+from splitfl.parts.identity import ModelIdentity, compare
 from splitfl.protocol.messages import PROTOCOL_VERSION, Forward, Hello, Open, Welcome
 from splitfl.runlog import RunLog
 from splitfl.tensors import DTYPES, receive_buffer
@@ -66,7 +66,9 @@ class Gateway:
     def admit(self, peer: Any, message: Open) -> None:
         if tuple(message.cut) != (self._cut.input_blocks, self._cut.output_blocks):
             theirs = f"{message.cut[0]}:{message.cut[1]}"
-            raise Refused("cut-mismatch", f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}")
+            raise Refused(
+                "cut-mismatch", f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}"
+            )
         try:
             identity = ModelIdentity.from_plain(message.model)
         except (ValueError, KeyError, TypeError):

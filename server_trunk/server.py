@@ -1,9 +1,9 @@
 """The trunk server as one object: loads the trunk, opens the endpoints, runs the loop, keeps the run.
 
-    config = build_config({"model": "path", "clients": 3, ...})
-    server = TrunkServer(config)
-    server.start()
-    print(server.join)
+config = build_config({"model": "path", "clients": 3, ...})
+server = TrunkServer(config)
+server.start()
+print(server.join)
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from splitfl.channel.server import ServerChannel
-from splitfl.parts.identity import model_identity
 
 from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
@@ -24,17 +22,18 @@ from server_trunk.steps import Steps
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
 from splitfl.adapters.results import describe_part
+from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.parts.cut import Cut
+from splitfl.parts.identity import model_identity
 from splitfl.parts.loading import load_trunk
 from splitfl.protocol.join import JoinString
-
 from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
 from splitfl.runlog import RunLog
-from splitfl.transport.zmq_server import ZmqServerTransport
 from splitfl.tensors import DTYPES, byte_view, resolve_device
+from splitfl.transport.zmq_server import ZmqServerTransport
 
 __all__ = ["TrunkServer"]
 
@@ -93,9 +92,7 @@ class TrunkServer:
             on_idle=self._when_idle,
         )
         hidden = self._model.config.get_text_config().hidden_size
-        gateway = Gateway(
-            config, self._model_identity, hidden, self._loop.inbox, self._log, pin=self._device.type == "cuda"
-        )
+        gateway = Gateway(config, self._model_identity, hidden, self._loop.inbox, self._log, pin=self._device.type == "cuda")
         host, port = config.address
         self._transport = self._transport or ZmqServerTransport(
             self.identity, host=host, port=port, data_port=config.data_port, advertise=config.advertise or None
@@ -115,7 +112,7 @@ class TrunkServer:
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
         self._log.write("serving", quiet=True, join=str(self.join))
 
-    # --- the outlet of the trunk's thread -----------------------------------------------------------------------------------------
+    # --- the outlet of the trunk's thread ---------------------------------------------------------------------------------------
 
     @property
     def _open_channel(self) -> ServerChannel:
@@ -134,7 +131,7 @@ class TrunkServer:
     def end(self, session: str, fault: Any) -> None:
         self._open_channel.end(session, fault)
 
-    # --- the run's life -----------------------------------------------------------------------------------------------------------
+    # --- the run's life ---------------------------------------------------------------------------------------------------------
 
     def _after_step(self, step: int) -> None:
         every = self.config.checkpoint_every

@@ -48,7 +48,9 @@ class Steps:
     """The state of the run's steps. Every method is called from the trunk's thread only."""
 
     def __init__(self, *, clients: int, last: int = 0, first: int = 0) -> None:
-        """``clients``: enrolled sessions the first step waits for. ``last``: steps of the run (0: no end). ``first``: to resume."""
+        """``clients``: enrolled sessions the first step waits for. ``last``: steps of the run (0: no end). ``first``: to
+        resume.
+        """
         self.number = first  # the open step, or the next to open
         self.is_open = False
         self._needed = clients

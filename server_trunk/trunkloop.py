@@ -209,7 +209,7 @@ class TrunkLoop:
             self._scheduler.forget(session)
             self._steps.lose(session)
 
-    # --- compute and reply --------------------------------------------------------------------------------------------------------
+    # --- compute and reply ------------------------------------------------------------------------------------------------------
 
     def _forward(self, batch: ForwardBatch) -> None:
         began = time.monotonic()

@@ -127,10 +127,7 @@ def save_checkpoint(
             else:
                 tensors_of_state, structure = _take_apart(content)
                 save_file(tensors_of_state, temporary / name, metadata=structure)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-            for file in sorted(temporary.iterdir())
-        }
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(temporary.iterdir())}
         description = {"format": FORMAT, "meta": meta, "files": files, "meta_sha256": _text_digest(text)}
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -148,9 +145,7 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor
         if not file.is_file():
             raise CheckpointError(f"The checkpoint {directory} is incomplete, {name} is missing: use another one.")
         if file.stat().st_size != stated["bytes"] or file_digest(file) != stated["sha256"]:
-            raise CheckpointError(
-                f"The checkpoint {directory} is damaged, {name} is not as it was saved: use another one."
-            )
+            raise CheckpointError(f"The checkpoint {directory} is damaged, {name} is not as it was saved: use another one.")
         if name != TENSORS:
             extra[name] = file.read_bytes()
     return load_tensors(directory / TENSORS), meta, extra
@@ -164,9 +159,7 @@ def load_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = directory / DESCRIPTION
     if not file.is_file():
-        raise CheckpointError(
-            f"{directory} is no checkpoint, it has no {DESCRIPTION}: name a run or a checkpoint directory."
-        )
+        raise CheckpointError(f"{directory} is no checkpoint, it has no {DESCRIPTION}: name a run or a checkpoint directory.")
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
@@ -178,13 +171,9 @@ def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         intact = description["meta_sha256"] == _text_digest(json.dumps(meta, allow_nan=False, sort_keys=True))
         names_ok = all(Path(name).name == name and {"bytes", "sha256"} <= set(entry) for name, entry in files.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"The checkpoint {directory} is damaged, {DESCRIPTION} cannot be read: use another one."
-        ) from error
+        raise CheckpointError(f"The checkpoint {directory} is damaged, {DESCRIPTION} cannot be read: use another one.") from error
     if not intact or not names_ok or TENSORS not in files:
-        raise CheckpointError(
-            f"The checkpoint {directory} is damaged, {DESCRIPTION} is not as it was saved: use another one."
-        )
+        raise CheckpointError(f"The checkpoint {directory} is damaged, {DESCRIPTION} is not as it was saved: use another one.")
     return meta, files
 
 
@@ -230,9 +219,7 @@ def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> list[int]:
 # --- Tensors and nested state without pickle. -------------------------------------------------------------------------
 
 
-def save_tensors(
-    file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def save_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file of ``tensors``, in sorted order; views are made contiguous."""
     plain = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
     save_file(plain, file, metadata={"format": "pt"} | (metadata or {}))
@@ -243,9 +230,7 @@ def load_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as safetensors ({error}): the file is missing or damaged."
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error}): the file is missing or damaged.") from error
 
 
 def pack_state(state: Any) -> bytes:

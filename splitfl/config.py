@@ -119,7 +119,7 @@ class RunConfig:
         }
 
 
-# --- One table of settings --------------------------------------------------------------------------------------------------------
+# --- One table of settings ------------------------------------------------------------------------------------------------------
 
 Check = Callable[[Any], str | None]
 
@@ -183,7 +183,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("optimizer.clip", float, "largest gradient norm of the trunk (0: no clipping)", _at_least(0)),
     Setting("device", str, "cuda, cuda:N, mps, cpu, or auto"),
     Setting("dtype", str, "weights and wire: float32, bfloat16", _one_of("float32", "bfloat16", "float64")),
-    Setting("attn", str, "attention implementation, as transformers names it: sdpa, eager, flash_attention_2 (default: the model's own)"),
+    Setting(
+        "attn",
+        str,
+        "attention implementation, as transformers names it: sdpa, eager, flash_attention_2 (default: the model's own)",
+    ),
     Setting("threads", int, "CPU threads of the trunk (0: torch's own choice)", _at_least(0)),
     Setting("trust_remote_code", bool, "run model code that comes with the checkpoint"),
     Setting("bind", str, "HOST:PORT of the control endpoint (host * for all, port 0 for any free one)", _host_and_port),
@@ -242,9 +246,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             continue
         section, _, leaf = key.rpartition(".")
         (sections[section] if section else top)[leaf] = _typed(setting, value)
-    config = RunConfig(
-        **top, lora=LoraSettings(**sections["lora"]), optimizer=OptimizerSettings(**sections["optimizer"])
-    )
+    config = RunConfig(**top, lora=LoraSettings(**sections["lora"]), optimizer=OptimizerSettings(**sections["optimizer"]))
     if config.optimizer.schedule != "constant" and config.optimizer.steps == 0:
         raise ConfigError(f"the {config.optimizer.schedule} schedule needs its length: give --steps")
     if config.optimizer.steps and config.optimizer.warmup_steps > config.optimizer.steps:

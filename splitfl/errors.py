@@ -42,7 +42,7 @@ class CheckpointError(UserError):
     """A run directory or checkpoint is missing, damaged or belongs to another model."""
 
 
-# --- Connecting: the user can mend it too, with the operator's help. -------------------------------------------------------------
+# --- Connecting: the user can mend it too, with the operator's help. ------------------------------------------------------------
 
 
 class ConnectError(UserError):
@@ -57,7 +57,7 @@ class Refused(ConnectError):
         self.code = code
 
 
-# --- The channel: either this program broke its own rules, or the peer did. ------------------------------------------------------
+# --- The channel: either this program broke its own rules, or the peer did. -----------------------------------------------------
 
 
 class ChannelError(SplitflError):

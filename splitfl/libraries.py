@@ -41,7 +41,7 @@ def quiet_libraries() -> None:
     import os
     import warnings
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     # A notice of transformers to its callers, here PEFT.

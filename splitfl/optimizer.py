@@ -30,7 +30,9 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: Optimize
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant, linear to 0, or half a cosine to 0."""
+    """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant, linear to 0, or half a cosine to
+    0.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     if settings.schedule == "constant":

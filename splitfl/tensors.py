@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 __all__ = ["DTYPES", "byte_view", "dtype_name", "receive_buffer", "resolve_device"]
@@ -26,9 +28,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy. Writing through the view writes the tensor."""
-    assert tensor.device.type == "cpu" and tensor.is_contiguous(), "only contiguous CPU memory can be viewed as bytes"
+    assert tensor.device.type == "cpu", "only host memory can be viewed as bytes"
+    assert tensor.is_contiguous(), "only contiguous memory can be viewed as bytes"
     # A view as uint8 works for every dtype, bf16 included, which NumPy itself does not know.
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def receive_buffer(rows: int, hidden: int, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, memoryview]:

@@ -178,9 +178,7 @@ def save_family(
     shard_size: str = "40KB",
 ) -> Path:
     """Writes a checkpoint of the family, seeded random weights, several shards, as save_pretrained does."""
-    factory = (
-        transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
-    )
+    factory = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModelForSequenceClassification
     config = no_dropout(family.config())
     if task != "causal-lm":
         config.num_labels = 3

@@ -18,9 +18,7 @@ from splitfl.errors import CheckpointError, ConfigError
 Side = Literal["left", "right"]
 
 
-def split_holdout(
-    dataset: TokenizedDataset, fraction_or_count: float, seed: int
-) -> tuple[TokenizedDataset, TokenizedDataset]:
+def split_holdout(dataset: TokenizedDataset, fraction_or_count: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
     """``(train, held out)``: a fraction below 1 (float) or a number of rows (int), chosen by ``seed``; order is kept.
 
     Raises ``ConfigError`` where that would leave nothing to train on.

@@ -47,9 +47,7 @@ def render_chat(examples: Examples, tokenizer: Any) -> Iterator[tuple[list[int],
                 "with one assistant turn, the last, or prompt and completion.",
             ) from None
         except Exception as error:  # a template raises whatever it likes: jinja's errors, its own raise_exception
-            raise bad_row(
-                examples.path, line, f"the chat template refuses these messages ({error}); mend them."
-            ) from error
+            raise bad_row(examples.path, line, f"the chat template refuses these messages ({error}); mend them.") from error
 
 
 class _PrefixError(Exception):
@@ -57,9 +55,7 @@ class _PrefixError(Exception):
 
 
 def _marked(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids = list(encoded["input_ids"])
     labels = [token if said else IGNORE for token, said in zip(ids, encoded["assistant_masks"], strict=True)]
     return ids, labels

@@ -29,15 +29,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                         raise bad_row(path, 1, "this is UTF-16; save the file as UTF-8.")
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if b"\x00" in raw:
-                    raise bad_row(
-                        path, number, "it holds a NUL character, so this is no text; remove it from the file."
-                    )
+                    raise bad_row(path, number, "it holds a NUL character, so this is no text; remove it from the file.")
                 try:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise bad_row(
-                        path, number, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8."
-                    ) from None
+                    raise bad_row(path, number, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from None
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except FileNotFoundError:
         raise DataError(f"There is no file {path}: check the path.") from None
@@ -91,12 +87,8 @@ def _with_header(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[
         if header is None:
             header = [name.strip() for name in fields]
             if len(set(header)) != len(header) or not all(header):
-                raise bad_row(
-                    path, number, f"the header {header} has empty or repeated names; give each column its own."
-                )
+                raise bad_row(path, number, f"the header {header} has empty or repeated names; give each column its own.")
         elif len(fields) != len(header):
-            raise bad_row(
-                path, number, f"{len(fields)} fields where the header has {len(header)}; add or remove separators."
-            )
+            raise bad_row(path, number, f"{len(fields)} fields where the header has {len(header)}; add or remove separators.")
         else:
             yield number, dict(zip(header, fields, strict=True))

@@ -163,10 +163,6 @@ def _check_messages(path: Path, number: int, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise bad_row(path, number, "the messages are no list of turns; write a list of {role, content}.")
     for turn in messages:
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("role"), str)
-            or not isinstance(turn.get("content"), str)
-        ):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise bad_row(path, number, 'a turn without role and content as text; write {"role": ..., "content": ...}.')
         _check_characters(path, number, turn["content"])

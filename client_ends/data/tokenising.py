@@ -89,9 +89,7 @@ def tokenize(
     else:
         raise ConfigError(f"The task is causal-lm or sequence-classification, not {task!r}.")
     if not dataset.rows:
-        raise DataError(
-            f"No row of {examples.path} has a target within {max_length} tokens: raise the limit or check the file."
-        )
+        raise DataError(f"No row of {examples.path} has a target within {max_length} tokens: raise the limit or check the file.")
     return dataset
 
 
@@ -208,18 +206,14 @@ def _number_labels(
     count = num_labels or (len(names) if names else max(2, max(labels) + 1))
     for line, number in zip(examples.lines, labels, strict=True):
         if not 0 <= number < count:
-            raise bad_row(
-                examples.path, line, f"the label {number} is not below the number of labels, {count}; mend it."
-            )
+            raise bad_row(examples.path, line, f"the label {number} is not below the number of labels, {count}; mend it.")
     return labels, names, count
 
 
 # --- The tokenizer. ---------------------------------------------------------------------------------------------------
 
 
-def _encode(
-    tokenizer: Any, texts: list[str], pairs: list[str] | None = None, *, special: bool = True
-) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: list[str], pairs: list[str] | None = None, *, special: bool = True) -> list[list[int]]:
     # verbose=False: a text longer than the model's window is cut here, the tokenizer need not warn of it.
     encoded = tokenizer(texts, pairs, add_special_tokens=special, verbose=False, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]

@@ -118,9 +118,7 @@ def _block_list_name(model: Any) -> str:
     lists: list[str] = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outermost) != 1:
-        raise ModelError(
-            f"{type(model).__name__} has no single list of {layers} blocks, so LoRA cannot be placed in it."
-        )
+        raise ModelError(f"{type(model).__name__} has no single list of {layers} blocks, so LoRA cannot be placed in it.")
     return outermost[0]
 
 
@@ -150,5 +148,5 @@ def _linears_of_full_model(model: Any) -> list[str]:
 
     # On the meta device no memory is taken and no value is drawn.
     with torch.device("meta"):
-        full = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
+        full = AutoModelForCausalLM.from_config(model.config)
     return [name for name, _ in _block_linears(full)]

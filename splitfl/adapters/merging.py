@@ -42,9 +42,7 @@ def merge(
     if ends is not None and trunk is not None:
         _check_fit(ends, trunk)
     if not any(part.tensors for part in parts):
-        raise CheckpointError(
-            "Nothing trained in these parts, so the base model is the result: there is nothing to merge."
-        )
+        raise CheckpointError("Nothing trained in these parts, so the base model is the result: there is nothing to merge.")
     base = base or parts[-1].about["base"]
     assert base is not None
     if full_weights:
@@ -68,9 +66,7 @@ def _check_fit(ends: Part, trunk: Part) -> None:
     if difference:
         raise CheckpointError(f"Ends and trunk do not belong together, {difference}: merge parts of one run.")
     if mine["cut"] != theirs["cut"]:
-        raise CheckpointError(
-            f"The ends were cut at {mine['cut']}, the trunk at {theirs['cut']}: merge parts with the same cut."
-        )
+        raise CheckpointError(f"The ends were cut at {mine['cut']}, the trunk at {theirs['cut']}: merge parts with the same cut.")
     if mine["run"] and theirs["run"] and mine["run"] != theirs["run"]:
         raise CheckpointError(
             f"The ends come from run {mine['run']}, the trunk from run {theirs['run']}: merge parts of one run."
@@ -172,9 +168,7 @@ def _load_base(parts: list[Part], base: str) -> Any:
         return factory.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"The base model {base} cannot be loaded ({reason}): say where it lies with --base."
-        ) from error
+        raise ModelError(f"The base model {base} cannot be loaded ({reason}): say where it lies with --base.") from error
 
 
 def _parameter(parameters: dict[str, Any], name: str, base: str) -> Any:

@@ -42,9 +42,7 @@ def set_trainable(model: nn.Module, trainables: Trainables) -> None:
     for name, parameter in model.named_parameters():
         if trainables == "lora":
             # PEFT keeps the untouched head as ``original_module`` beside the copy that trains.
-            trains_head = (
-                head is not None and full_name(name).startswith(f"{head}.") and ".original_module." not in name
-            )
+            trains_head = head is not None and full_name(name).startswith(f"{head}.") and ".original_module." not in name
             parameter.requires_grad_(".lora_" in name or trains_head)
         else:
             parameter.requires_grad_(trainables == "full")

@@ -62,9 +62,7 @@ def find_blocks(model: nn.Module, count: int) -> str:
         inside = {id(module) for module in get_decoder().modules()}
         outermost = [path for path in outermost if id(model.get_submodule(path)) in inside] or outermost
     if not outermost:
-        raise ModelError(
-            f"{name} cannot be split: it has no list of its {count} blocks (num_hidden_layers) to cut between"
-        )
+        raise ModelError(f"{name} cannot be split: it has no list of its {count} blocks (num_hidden_layers) to cut between")
     if len(outermost) > 1:
         raise ModelError(f"{name} cannot be split: {' and '.join(outermost)} could each be its {count} blocks")
     path: str = outermost[0]

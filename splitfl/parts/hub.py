@@ -206,9 +206,7 @@ def _download(repo: str, name: str, commit: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(repo, name, revision=commit))
     except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{name} of {repo} is not in the cache and cannot be fetched ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"{name} of {repo} is not in the cache and cannot be fetched ({_first_line(error)})") from error
     except EntryNotFoundError:
         return None
     except OSError as error:

@@ -96,9 +96,7 @@ def compare(mine: ModelIdentity, theirs: ModelIdentity) -> str | None:
         return f"one side has the weights in one file and the other in several{revisions}: use the same files on both"
     if mine.index_digest != theirs.index_digest:
         return f"the two sides' {INDEX} differ{revisions}: their weights are divided among files in different ways"
-    differing = sorted(
-        name for name in mine.shards.keys() & theirs.shards.keys() if mine.shards[name] != theirs.shards[name]
-    )
+    differing = sorted(name for name in mine.shards.keys() & theirs.shards.keys() if mine.shards[name] != theirs.shards[name])
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         return f"the weights in {differing[0]}{more} differ{revisions}: the two sides hold different models"

@@ -142,9 +142,7 @@ def find_model(
     checkpoint.require("config.json")
     source = checkpoint.path if checkpoint.directory is None else os.fspath(checkpoint.directory)
     try:
-        config = AutoConfig.from_pretrained(
-            source, revision=checkpoint.commit, trust_remote_code=trust_remote_code, **changes
-        )
+        config = AutoConfig.from_pretrained(source, revision=checkpoint.commit, trust_remote_code=trust_remote_code, **changes)
     except (ValueError, OSError, KeyError) as error:
         if not trust_remote_code and "auto_map" in read_json(checkpoint.require("config.json")):
             raise ModelError(
@@ -171,9 +169,7 @@ def _class_of(config: Any, task: str, source: str, commit: str | None, trust: bo
     return chosen
 
 
-def block_of_tensors(
-    full: type[PreTrainedModel], config: Any, layout: Layout, names: Iterable[str]
-) -> dict[str, int | None]:
+def block_of_tensors(full: type[PreTrainedModel], config: Any, layout: Layout, names: Iterable[str]) -> dict[str, int | None]:
     """For each tensor of a checkpoint the block it belongs to; None for one outside the blocks.
 
     Names are translated by the renamings Hugging Face's loader will apply.

@@ -228,13 +228,10 @@ def _run_full(
         for other in probes[:index]:
             channel = channel or contains(call.rest, other.extra)
         if channel:
-            raise ModelError(
-                f"{name} cannot be split: its blocks hand each other more than the hidden state: {channel}"
-            )
+            raise ModelError(f"{name} cannot be split: its blocks hand each other more than the hidden state: {channel}")
         if index and not torch.equal(call.hidden, probes[index - 1].reply):
             raise ModelError(
-                f"{name} cannot be split: something is applied to the hidden state between blocks {index - 1} and "
-                f"{index}"
+                f"{name} cannot be split: something is applied to the hidden state between blocks {index - 1} and {index}"
             )
     if tuple(out.shape[:2]) != (ROWS, TOKENS):
         raise ModelError(f"{name} cannot be split: its last hidden state has shape {tuple(out.shape)}")
@@ -278,14 +275,10 @@ def _check_ends(full: type[PreTrainedModel], layout: Layout, cut: Cut, model: Pr
             with suppress(_ReachedError), torch.no_grad():
                 ends(**arguments)
         except Exception as error:
-            raise ModelError(
-                f"{full.__name__} cannot be split: it does not run with a trunk slot ({_short(error)})"
-            ) from error
+            raise ModelError(f"{full.__name__} cannot be split: it does not run with a trunk slot ({_short(error)})") from error
         reached, counted = seen.pop() if seen else (None, positions)
         # Some heads take no positions and drop them unread: the unsplit model then runs without them as well.
-        if first_difference(mask, reached, "mask") or (
-            counted is not None and first_difference(positions, counted, "positions")
-        ):
+        if first_difference(mask, reached, "mask") or (counted is not None and first_difference(positions, counted, "positions")):
             raise ModelError(f"{full.__name__} cannot be split: its mask and positions do not reach its blocks' owner")
 
 
@@ -311,16 +304,12 @@ def _check_trunk(
         with torch.no_grad():
             y = trunk.trunk_forward(h, mask, positions)
     except Exception as error:
-        raise ModelError(
-            f"{name} cannot be split: its trunk does not run from a hidden state ({_short(error)})"
-        ) from error
+        raise ModelError(f"{name} cannot be split: its trunk does not run from a hidden state ({_short(error)})") from error
     if len(own) != len(held):
         raise ModelError(f"{name} cannot be split: of the trunk's {len(held)} blocks {len(own)} are run")
     for index, call in zip(held, own, strict=True):
         if not torch.equal(call.hidden, h):
-            raise ModelError(
-                f"{name} cannot be split: the hidden state does not reach the trunk's block {index} unchanged"
-            )
+            raise ModelError(f"{name} cannot be split: the hidden state does not reach the trunk's block {index} unchanged")
         differing = first_difference(calls[index].rest, call.rest)
         if differing is not None:
             raise ModelError(
@@ -328,9 +317,7 @@ def _check_trunk(
                 f"state, the mask and the positions ({label} rows)"
             )
     if not torch.equal(y, h):
-        raise ModelError(
-            f"{name} cannot be split: a trunk of empty blocks does not return the hidden state it is given"
-        )
+        raise ModelError(f"{name} cannot be split: a trunk of empty blocks does not return the hidden state it is given")
 
 
 def _give_storage(backbone: nn.Module, blocks: nn.ModuleList) -> None:

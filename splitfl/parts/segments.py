@@ -97,14 +97,11 @@ def check_layout(
             )
         if not packing:
             raise ModelError(
-                f"{family} does not keep packed sequences apart by their position_ids: give each sequence a row of its "
-                "own"
+                f"{family} does not keep packed sequences apart by their position_ids: give each sequence a row of its own"
             )
 
 
-def segments_of(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int]
-) -> Segments:
+def segments_of(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int]) -> Segments:
     """The segments of a batch of ``shape`` (B, T).
 
     Without ``position_ids`` a token's position is its column, pads counted, as Hugging Face counts. A row that is all

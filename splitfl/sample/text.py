@@ -23,9 +23,7 @@ def sample_text() -> str:
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 
 
-def write_sample_shards(
-    out_dir: str | os.PathLike[str], clients: int = 3, *, characters: int | None = None
-) -> list[Path]:
+def write_sample_shards(out_dir: str | os.PathLike[str], clients: int = 3, *, characters: int | None = None) -> list[Path]:
     """Split the sample text (its first ``characters``) into one file a client, of unequal size, 1 : 2 : 3 and so on.
 
     Returns the files, ``client-0.txt`` and on. Cuts fall between lines, so the files joined are the text.
@@ -42,9 +40,7 @@ def write_sample_shards(
         end = len(text) if client == clients - 1 else text.find("\n", reached) + 1
         end = end or len(text)
         if not text[begin:end].strip():
-            raise DataError(
-                f"The sample text is too short for {clients} clients: take fewer clients or more characters."
-            )
+            raise DataError(f"The sample text is too short for {clients} clients: take fewer clients or more characters.")
         file = out / f"client-{client}.txt"
         # newline="": the same bytes on every system.
         file.write_text(text[begin:end], encoding="utf-8", newline="")

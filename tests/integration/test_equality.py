@@ -117,7 +117,9 @@ def train_central(world: World, batches: list[list[dict[str, torch.Tensor]]], en
 
 def assert_equal(mine: Outcome, theirs: Outcome, start: Outcome) -> None:
     worst = max(
-        abs(a - b) / abs(b) for ours, reference in zip(mine.losses, theirs.losses, strict=True) for a, b in zip(ours, reference, strict=True)
+        abs(a - b) / abs(b)
+        for ours, reference in zip(mine.losses, theirs.losses, strict=True)
+        for a, b in zip(ours, reference, strict=True)
     )
     assert worst <= LOSS, f"losses differ by {worst:.2e}"
     distance = fraction_of(mine.trunk, theirs.trunk, start.trunk)

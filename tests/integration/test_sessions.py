@@ -141,10 +141,14 @@ def test_a_backward_nobody_asked_for_ends_its_session(tmp_path, model):
         split.trunk.session.channel.send(
             Backward(0, 9, 16, split.config.hidden_size, "float32", "raw", 1, 1.0), memoryview(gradient.numpy()).cast("B")
         )
-        with pytest.raises(SessionLost, match="micro-batch 9"):
+
+        def go_on() -> None:
             loss.backward()
             split.step()
             split.wait_step()
+
+        with pytest.raises(SessionLost, match="micro-batch 9"):
+            go_on()
 
 
 def test_more_tokens_than_the_trunk_keeps_for_one_client(tmp_path, model):
@@ -289,9 +293,7 @@ def test_a_stopping_server_tells_its_clients(tmp_path, model):
         split.wait_step()
         world.server.stop("gone for lunch")
         with pytest.raises(SessionLost, match="gone for lunch"):
-            for _ in range(100):
-                train_step(split)
-                time.sleep(0.05)
+            train_step(split)
 
 
 @pytest.mark.parametrize("memory", [True, False])

@@ -51,9 +51,7 @@ def test_the_start_has_pefts_distribution_and_depends_on_seed_and_name():
     whole = named_trainables(attach_lora(llama(), SETTINGS, seed=5))
     other = named_trainables(attach_lora(llama(), SETTINGS, seed=6))
     reference = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
-    reference_bound = max(
-        float(p.detach().abs().max()) for n, p in reference.named_parameters() if "q_proj.lora_A" in n
-    )
+    reference_bound = max(float(p.detach().abs().max()) for n, p in reference.named_parameters() if "q_proj.lora_A" in n)
     a = [value for name, value in whole.items() if "q_proj.lora_A" in name]
     assert len({value[0, 0].item() for value in a}) == 4
     assert all(0.2 < value.abs().max().item() <= 0.25 for value in a)  # 1 / sqrt(16)
@@ -89,9 +87,7 @@ def test_gpt2_conv1d_layers_are_targets():
     assert wrapped.peft_config["default"].fan_in_fan_out is True
     modules = {name.split(".lora_")[0] for name in named_trainables(wrapped)}
     assert modules == {
-        f"transformer.h.{i}.{rest}"
-        for i in range(2)
-        for rest in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        f"transformer.h.{i}.{rest}" for i in range(2) for rest in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
 
 

@@ -45,9 +45,7 @@ def test_one_label_a_row():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_targets_are_what_the_loss_divides_by(side):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)
     rows = dataset(5).rows
     rows[2] = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}  # a target in the first position is never predicted
@@ -137,9 +135,7 @@ def test_rows_and_collate_serve_hugging_faces_trainer(tmp_path):
 
     from transformers import Trainer, TrainingArguments
 
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
         save_strategy="no", disable_tqdm=True,

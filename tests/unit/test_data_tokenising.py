@@ -52,9 +52,7 @@ def test_blocks_run_on_across_pieces(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_document_ends_with_eos_and_is_cut_when_too_long(tmp_path, tokenizer):
-    dataset = tokenize(
-        examples_of(tmp_path, {"text": "abc"}, {"text": "d" * 20}), tokenizer, max_length=10, task="causal-lm"
-    )
+    dataset = tokenize(examples_of(tmp_path, {"text": "abc"}, {"text": "d" * 20}), tokenizer, max_length=10, task="causal-lm")
     assert dataset[0]["input_ids"] == [BOS, *ids(tokenizer, "abc"), EOS]
     assert dataset[1]["input_ids"] == [BOS, *ids(tokenizer, "d" * 9)]
     assert (dataset.truncated, dataset.dropped) == (1, 0)
@@ -209,9 +207,7 @@ def test_kind_and_task_have_to_fit(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="at least 2"):
         tokenize(plain, tokenizer, max_length=1, task="causal-lm")
     with pytest.raises(DataError, match="No row"):
-        tokenize(
-            examples_of(tmp_path, {"prompt": "p" * 9, "completion": "c"}), tokenizer, max_length=5, task="causal-lm"
-        )
+        tokenize(examples_of(tmp_path, {"prompt": "p" * 9, "completion": "c"}), tokenizer, max_length=5, task="causal-lm")
 
 
 # --- Real data. -------------------------------------------------------------------------------------------------------

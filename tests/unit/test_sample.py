@@ -32,9 +32,7 @@ def test_the_model_loads_and_its_vocabulary_covers_the_tokenizer(directory):
     assert len(tokenizer) <= model.config.vocab_size == 260
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         assert getattr(model.config, name) == getattr(tokenizer, name)
-    loss = model(
-        **tokenizer(["some text"], return_tensors="pt"), labels=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
-    ).loss
+    loss = model(**tokenizer(["some text"], return_tensors="pt"), labels=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])).loss
     assert 5 < loss.item() < 6.5  # about log 260: it knows nothing yet
 
 

@@ -114,9 +114,7 @@ def test_a_forward_of_the_next_step_waits_and_others_are_refused():
             steps.may_train(session, step)
 
 
-@pytest.mark.parametrize(
-    "message", [StepDone(1, 0, 0, "continue"), StepDone(0, 0, 0, "continue"), StepDone(0, 1, 2, "continue")]
-)
+@pytest.mark.parametrize("message", [StepDone(1, 0, 0, "continue"), StepDone(0, 0, 0, "continue"), StepDone(0, 1, 2, "continue")])
 def test_a_lying_end_of_step_is_refused(message):
     steps = opened("a")
     steps.forward_ran("a")
