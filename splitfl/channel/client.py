@@ -16,7 +16,7 @@ from typing import Any
 from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConnectError, LocalProtocolError, Refused, RemoteProtocolError, SessionLost, SplitflError
-from splitfl.protocol.assembly import payload_view
+from splitfl.protocol.assembly import Allocate, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
@@ -35,7 +35,6 @@ from splitfl.protocol.messages import (
     Leave,
     Opened,
     OtherVersionError,
-    RefusalCode,
     Welcome,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
@@ -46,6 +45,10 @@ from splitfl.transport.base import ClientFrame, ClientTransport, Endpoint
 from splitfl.transport.zmq_client import ZmqClientTransport
 
 _log = logging.getLogger(__name__)
+
+OnData = Callable[[DataMessage, Any], None]
+OnControl = Callable[[ControlMessage], None]
+OnLost = Callable[[SplitflError], None]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ class ClientChannel:
         name: str,
         libraries: dict[str, str],
         answer: Callable[[Welcome], OpenTerms],
-        allocate: Callable[[DataMessage], tuple[Any, memoryview]],
-        on_data: Callable[[DataMessage, Any], None],
-        on_control: Callable[[ControlMessage], None],
-        on_lost: Callable[[SplitflError], None],
+        allocate: Allocate,
+        on_data: OnData,
+        on_control: OnControl,
+        on_lost: OnLost,
         transport: ClientTransport | None = None,
         timeout: float = 10.0,
         timing: Timing | None = None,
@@ -93,20 +96,9 @@ class ClientChannel:
         ``timeout``: seconds that any one answer of the server may take. ``aead_factory`` is for benchmarks and tests.
         Raises Refused (the server said no), ConnectError (it could not be reached or is another), RemoteProtocolError.
         """
-        channel = cls(
-            join,
-            identity,
-            name,
-            libraries,
-            allocate=allocate,
-            on_data=on_data,
-            on_control=on_control,
-            on_lost=on_lost,
-            transport=transport or ZmqClientTransport(),
-            timeout=timeout,
-            timing=timing or Timing(),
-            aead_factory=aead_factory,
-        )
+        transport, timing = transport or ZmqClientTransport(), timing or Timing()
+        callbacks = allocate, on_data, on_control, on_lost
+        channel = cls(join, identity, name, libraries, callbacks, transport, timeout, timing, aead_factory)
         channel._thread.start()
         try:
             # The connection may take one timeout, the answer to Hello another.
@@ -126,18 +118,14 @@ class ClientChannel:
         identity: Identity,
         name: str,
         libraries: dict[str, str],
-        *,
-        allocate: Callable[[DataMessage], tuple[Any, memoryview]],
-        on_data: Callable[[DataMessage, Any], None],
-        on_control: Callable[[ControlMessage], None],
-        on_lost: Callable[[SplitflError], None],
+        callbacks: tuple[Allocate, OnData, OnControl, OnLost],
         transport: ClientTransport,
         timeout: float,
         timing: Timing,
         aead_factory: AeadFactory,
     ) -> None:
         self._join, self._identity, self._name, self._libraries = join, identity, name, libraries
-        self._allocate, self._on_data, self._on_control, self._on_lost = allocate, on_data, on_control, on_lost
+        self._allocate, self._on_data, self._on_control, self._on_lost = callbacks
         self._transport, self._timeout, self._timing, self._aead = transport, timeout, timing, aead_factory
         # Guards the session and the two queues: a message's place in the state machine is its place on the wire.
         self._lock = threading.Lock()
@@ -190,8 +178,7 @@ class ClientChannel:
         view = payload_view(message, payload)
         if len(view) > self.max_message:
             raise LocalProtocolError(
-                f"a payload of {len(view)} bytes exceeds the server's limit of {self.max_message}: "
-                "use smaller micro-batches"
+                f"a payload of {len(view)} bytes exceeds the server's limit of {self.max_message}: use smaller micro-batches"
             )
         with self._lock:
             self._check_alive()
@@ -245,9 +232,7 @@ class ClientChannel:
     def _run(self) -> None:
         linger = 0.0
         try:
-            self._transport.connect_control(
-                self._join.host, self._join.port, self._join.key, self._identity, self._timeout
-            )
+            self._transport.connect_control(self._join.host, self._join.port, self._join.key, self._identity, self._timeout)
             with self._lock:
                 hello = Hello(PROTOCOL_VERSION, self._join.run, self._libraries, platform.platform()[:200])
                 self._control_queue.append(self._session.send(hello))
@@ -327,11 +312,7 @@ class ClientChannel:
                 with self._lock:
                     message = self._session.receive(bytes(incoming.frame))
             except OtherVersionError as error:
-                raise Refused(
-                    RefusalCode.PROTOCOL_VERSION,
-                    f"the server speaks protocol version {error.theirs}, this client {PROTOCOL_VERSION}: "
-                    "install the same splitfl version on both sides",
-                ) from None
+                raise wording.other_version("server", error.theirs, "client") from None
             if message is not None and not self._parting:
                 self._control(message)
             return

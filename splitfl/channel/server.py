@@ -55,9 +55,7 @@ class ServerChannel:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_message > window:
-            raise ConfigError(
-                f"the credit window ({window} bytes) must cover the largest message ({max_message} bytes)"
-            )
+            raise ConfigError(f"the credit window ({window} bytes) must cover the largest message ({max_message} bytes)")
         if not MIN_RECORD_BYTES <= record <= MAX_RECORD_BYTES:
             raise ConfigError(f"a record has {MIN_RECORD_BYTES} to {MAX_RECORD_BYTES} bytes, not {record}")
         self._transport, self._record = transport, record

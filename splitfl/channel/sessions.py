@@ -23,7 +23,6 @@ from splitfl.protocol.ciphers import AeadFactory, choose_cipher
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.fields import presentable
 from splitfl.protocol.messages import (
-    PROTOCOL_VERSION,
     Attach,
     Attached,
     Bye,
@@ -42,6 +41,7 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.protocol.records import Opener, Sealer
+from splitfl.transport import wording
 from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
 
 _log = logging.getLogger(__name__)
@@ -171,9 +171,7 @@ class Sessions:
             return None
         peer, listed = found
         link = Link(frame.peer, peer, self._clock(), deadline=self._clock() + _OPENING_SECONDS)
-        underway = sum(
-            other.peer.public_key == peer.public_key and not other.attached for other in self._links.values()
-        )
+        underway = sum(other.peer.public_key == peer.public_key and not other.attached for other in self._links.values())
         if not listed or underway >= _HANDSHAKES_A_KEY:
             code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
             text = "too many sessions of your key are opening" if listed else _REMOVED
@@ -191,11 +189,7 @@ class Sessions:
             with self.lock:
                 message = link.session.receive(bytes(frame.frame))
         except OtherVersionError as error:
-            raise Refused(
-                RefusalCode.PROTOCOL_VERSION,
-                f"this client speaks protocol version {error.theirs}, the server {PROTOCOL_VERSION}: "
-                "install the same splitfl version on both sides",
-            ) from None
+            raise wording.other_version("client", error.theirs, "server") from None
         if message is None or isinstance(message, Heartbeat):
             return
         if isinstance(message, Hello):

@@ -165,9 +165,7 @@ class Inbox:
         self._next_id += 1
         message = decode_data(bytes(metadata), self._from_client)
         if message.payload_bytes != header.total:
-            raise self._opener.fail(
-                f"a payload of {header.total} bytes where the metadata says {message.payload_bytes}"
-            )
+            raise self._opener.fail(f"a payload of {header.total} bytes where the metadata says {message.payload_bytes}")
         if header.total > self._max:
             raise self._opener.fail(f"a payload of {header.total} bytes, more than {self._max}")
         self._admit(message)

@@ -41,7 +41,5 @@ class CreditAccount:
     def receive(self, size: int) -> None:
         """The client gets some back. Raises RemoteProtocolError when that exceeds the window."""
         if self.left + size > self.window:
-            raise RemoteProtocolError(
-                f"the server gave {size} bytes of credit with {self.window - self.left} outstanding"
-            )
+            raise RemoteProtocolError(f"the server gave {size} bytes of credit with {self.window - self.left} outstanding")
         self.left += size

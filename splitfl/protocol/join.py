@@ -36,9 +36,7 @@ class JoinString:
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"the join string's port {self.port} is not between 1 and 65535")
         if not _RUN.match(self.run):
-            raise ConfigError(
-                f"the run name {self.run!r} must have 1 to 64 letters, digits, dots, dashes or underscores"
-            )
+            raise ConfigError(f"the run name {self.run!r} must have 1 to 64 letters, digits, dots, dashes or underscores")
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -104,9 +104,7 @@ class Sealer:
         size = len(plaintext)
         limits = self._limits
         if (
-            self._records >= limits.records
-            or self._bytes + size > limits.bytes
-            or self._clock() - self._since >= limits.seconds
+            self._records >= limits.records or self._bytes + size > limits.bytes or self._clock() - self._since >= limits.seconds
         ) and self._records:
             self._epoch.advance()
             self._begin_epoch()

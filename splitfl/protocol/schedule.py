@@ -47,9 +47,7 @@ class TrafficSecrets:
     server: bytes
 
 
-def traffic_secrets(
-    handshake: Sequence[bytes], client_secret: bytes, server_secret: bytes, kem_secret: bytes
-) -> TrafficSecrets:
+def traffic_secrets(handshake: Sequence[bytes], client_secret: bytes, server_secret: bytes, kem_secret: bytes) -> TrafficSecrets:
     """Both directions' first traffic secrets. ``handshake``: Hello, Welcome, Open, Opened, the bytes as sent."""
     ikm = client_secret + server_secret + kem_secret
     root = HKDF.extract(SHA256(), transcript_hash(handshake), ikm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splitfl.errors import ConnectError, Refused
 from splitfl.protocol.keys import PublicKey
-from splitfl.protocol.messages import RefusalCode
+from splitfl.protocol.messages import PROTOCOL_VERSION, RefusalCode
 
 
 def nothing_listens(host: str, port: int, detail: str = "") -> ConnectError:
@@ -18,8 +18,7 @@ def nothing_listens(host: str, port: int, detail: str = "") -> ConnectError:
 def other_key(host: str, port: int) -> ConnectError:
     """The CURVE handshake broke off before the server could judge our key."""
     return ConnectError(
-        f"the server at {host}:{port} has another key than the join string says: "
-        "ask the operator for the current join string"
+        f"the server at {host}:{port} has another key than the join string says: ask the operator for the current join string"
     )
 
 
@@ -56,4 +55,13 @@ def ticket_refused() -> Refused:
     """The data endpoint did not accept the ticket."""
     return Refused(
         RefusalCode.NOT_AUTHORIZED, "the data endpoint refused the session's ticket: it is used or too old, join again"
+    )
+
+
+def other_version(they: str, theirs: int, we: str) -> Refused:
+    """The two sides speak different versions of the protocol."""
+    return Refused(
+        RefusalCode.PROTOCOL_VERSION,
+        f"the {they} speaks protocol version {theirs}, the {we} {PROTOCOL_VERSION}: "
+        "install the same splitfl version on both sides",
     )

@@ -72,9 +72,7 @@ class ZmqClientTransport:
         outcome, value = self._shake_hands(sock, address, port, timeout)
         if outcome == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise wording.not_listed(identity.public)
-        if outcome is None or (
-            outcome == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EAGAIN, errno.ETIMEDOUT)
-        ):
+        if outcome is None or (outcome == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EAGAIN, errno.ETIMEDOUT)):
             raise wording.silent(host, port, timeout)
         if outcome == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             # The greetings were exchanged, then the server hung up on our first CURVE command: it could not decrypt it.

@@ -264,8 +264,7 @@ class ZmqServerTransport:
                 context.destroy(0)
             if outcome != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise ConfigError(
-                    f"the start-up self-test failed: a random {what} was not refused at {host}:{port}; "
-                    "the server does not start"
+                    f"the start-up self-test failed: a random {what} was not refused at {host}:{port}; the server does not start"
                 )
         self._testing = False
 
