@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from splitfl.channel.client import ClientChannel, OpenTerms
@@ -201,3 +201,19 @@ class World:
         for client in self.clients:
             client.channel.close()
         self.server.stop()
+
+
+Make = Callable[..., World]
+
+
+def make_worlds(kind: str) -> Iterator[Make]:
+    """For a fixture: makes worlds over one transport and closes them."""
+    worlds: list[World] = []
+
+    def build(**server: Any) -> World:
+        worlds.append(World(kind, **server))
+        return worlds[-1]
+
+    yield build
+    for world in worlds:
+        world.close()
