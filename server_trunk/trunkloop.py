@@ -84,6 +84,7 @@ class TrunkLoop:
         self._on_step, self._on_idle = on_step, on_idle
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
+        self._enrolments: dict[str, int] = {}
         self._gone: dict[str, str] = {}  # names of sessions lost since the last step closed, for its log line
         self._busy = 0.0
         self._step_began = time.monotonic()
@@ -170,6 +171,7 @@ class TrunkLoop:
                 self._outlet.tell(session, Fault("run-complete", "the run has made all its steps", False, None))
             else:
                 self._steps.enrol(session)
+                self._enrolments[session] = self._enrolments.get(session, 0) + 1
                 self._took_part = True
         elif isinstance(message, StepDone):
             self._steps.done(session, message)
@@ -206,6 +208,7 @@ class TrunkLoop:
         name = self._names.pop(session, None)
         if name is not None:
             self._gone[session] = name
+            self._enrolments.pop(session, None)
             self._scheduler.forget(session)
             self._steps.lose(session)
 
@@ -248,7 +251,8 @@ class TrunkLoop:
             self._close(ledger)
         for session in self._steps.open_next():
             self._step_began = time.monotonic()
-            self._outlet.tell(session, StepOpened(self._steps.number))
+            # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
+            self._outlet.tell(session, StepOpened(self._steps.number, self._enrolments[session]))
         if self._took_part and not self._names:
             self._on_idle()
 

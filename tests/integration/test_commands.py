@@ -1,0 +1,219 @@
+"""The commands as a person uses them: real processes over loopback, killed ones too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.demo import TOLERANCE, verdict
+from splitfl.cli import COMMANDS, main
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def splitfl(*words: object, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "splitfl.cli", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+class Run:
+    """A server process and what its clients need."""
+
+    def __init__(self, work: Path, model: str, clients: int, *settings: object) -> None:
+        self.work, self.model = work, model
+        self.keys = [work / f"client{index}.key" for index in range(clients)]
+        lines = []
+        for key in self.keys:
+            code, out, _ = finish(splitfl("keygen", key))
+            assert code == 0
+            lines.append(out.splitlines()[-1])
+        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
+        self.server = splitfl(
+            *("serve", model, "--clients", clients, "--run", "test", "--out", work / "server", "--device", "cpu"),
+            *("--authorized-clients", work / "authorized_clients", "--lr", "1e-3", *settings),
+        )
+        self.join = ""
+        assert self.server.stdout is not None
+        for line in self.server.stdout:
+            if line.strip().startswith("splitfl://"):
+                self.join = line.strip()
+                break
+        assert self.join, self.server.stderr.read() if self.server.stderr else ""
+
+    def client(self, index: int, data: Path, *options: object) -> subprocess.Popen[str]:
+        return splitfl(
+            *("train", "--trunk", self.join, "--identity", self.keys[index], "--model", self.model, "--data", data),
+            *("--device", "cpu", "--out", self.work / f"ends{index}", "--max-length", 64, "--batch-size", 4, *options),
+        )
+
+    def events(self, side: str, kind: str) -> list[dict]:
+        path = self.work / side / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [event for event in map(json.loads, (line for line in lines if line.endswith("\n"))) if event["event"] == kind]
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.events("server", "step")) <= step:
+            assert time.monotonic() < deadline
+            assert self.server.poll() is None
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        if self.server.poll() is None:
+            self.server.kill()
+        self.server.communicate()
+
+
+@pytest.fixture
+def text(data) -> Path:
+    return data / "text" / "tinyshakespeare" / "input.txt"
+
+
+def test_what_was_trained_is_what_merge_gives_to_plain_transformers_and_peft(tmp_path, stories, text):
+    from peft import PeftModel
+
+    from client_ends.data import Batches, pad_token
+    from client_ends.train import TrainSettings, evaluate, read_data
+
+    run = Run(tmp_path, stories, 1, "--until-done")
+    try:
+        options = ("--steps", 6, "--evaluate", 16, "--ends", "lora")
+        code, _, err = finish(run.client(0, text, *options))
+        assert code == 0, err
+        assert finish(run.server)[0] == 0
+    finally:
+        run.close()
+    for words in (
+        ("export", tmp_path / "ends0", tmp_path / "ends"),
+        ("export", tmp_path / "server", tmp_path / "trunk"),
+        ("merge", tmp_path / "ends", tmp_path / "trunk", tmp_path / "merged"),
+    ):
+        assert main([str(word) for word in words]) == 0
+    before, after = run.events("ends0", "evaluation")
+    assert after["loss"] < before["loss"] - 0.1
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    settings = TrainSettings(trunk="", identity="", data=str(text), max_length=64, evaluate=16)
+    _, held_out = read_data(settings, tokenizer)
+    batches = Batches(held_out, 4, seed=0, pad_token_id=pad_token(tokenizer), shuffle=False)
+    base = AutoModelForCausalLM.from_pretrained(stories)
+    assert evaluate(base, batches, torch.device("cpu"))["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    merged = PeftModel.from_pretrained(base, tmp_path / "merged")
+    assert evaluate(merged, batches, torch.device("cpu"))["loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+
+def test_one_client_killed_the_other_goes_on_and_a_stopped_server_says_so(tmp_path, stories, text):
+    run = Run(tmp_path, stories, 2)
+    try:
+        steady, doomed = (run.client(index, text, "--steps", 400, "--evaluate", 0) for index in range(2))
+        run.wait_for_step(3)
+        doomed.kill()
+        doomed.communicate()
+        reached = len(run.events("server", "step"))
+        run.wait_for_step(reached + 5)
+        assert list(run.events("server", "step")[-1]["parts"]) == ["client0"]
+        assert len(run.events("server", "left")) == 1
+        run.server.send_signal(signal.SIGTERM)
+        assert finish(run.server)[0] == 0
+        code, _, err = finish(steady)
+        assert code == 1
+        assert "the server is stopping" in err
+        assert "Traceback" not in err
+    finally:
+        run.close()
+    last = run.events("server", "step")[-1]["step"]
+    assert (tmp_path / "server" / "checkpoints" / f"step-{last:08d}" / "checkpoint.json").is_file()
+    assert list((tmp_path / "ends0" / "checkpoints").glob("step-*")), "the client kept nothing"
+
+
+def test_a_classifier_from_a_table(tmp_path, stories, data):
+    run = Run(tmp_path, stories, 1, "--until-done")
+    try:
+        code, _, err = finish(
+            run.client(
+                *(0, data / "text" / "sst2" / "dev.tsv", "--columns", "text=sentence,label=label"),
+                *("--task", "sequence-classification", "--steps", 5, "--evaluate", 0.1),
+            )
+        )
+        assert code == 0, err
+        assert finish(run.server)[0] == 0
+    finally:
+        run.close()
+    assert all("accuracy" in event for event in run.events("ends0", "evaluation"))
+    assert [event["targets"] for event in run.events("server", "step")] == [4] * 5
+
+
+def test_the_demo(tmp_path):
+    code, out, err = finish(splitfl("demo", "--steps", 3, "--out", tmp_path / "demo"), 200)
+    assert code == 0, out + err
+    assert "The split run equals central training" in out
+    assert "of 16 pieces of one hidden state 0 found" in out
+    assert "sealing off: 16 of 16 pieces, 3 words" in out
+    assert (tmp_path / "demo" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("worst", "sealed", "code"),
+    [(TOLERANCE, True, 0), (TOLERANCE * 1.01, True, 1), (float("nan"), True, 1), (0.0, False, 1)],
+)
+def test_the_demo_fails_where_it_must(worst, sealed, code):
+    assert verdict(worst, sealed)[1] == code
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["serve", "--help"], ["train", "--help"], ["doctor", "--help"], ["demo", "--help"]]
+)
+def test_help_does_not_wait_for_torch(words):
+    script = (
+        "import sys\nfrom splitfl.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, "torch was imported"
+    assert "usage: splitfl" in done.stdout
+
+
+def test_every_command_has_its_module():
+    import importlib
+
+    for module, _ in COMMANDS.values():
+        found = importlib.import_module(module)
+        assert callable(found.add_arguments)
+        assert callable(found.run)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["serve", "m", "--clients", "0"], "at least 1"),
+        (["serve", "m", "--bind", "nowhere"], "is no HOST:PORT"),
+        (["serve", "--config", "missing.toml"], "cannot read the config"),
+        (["keygen", "a.key", "--name", "two words"], "one word"),
+        (["train", "--trunk", "x", "--identity", "k", "--data", "missing.txt"], "no such file"),
+        (["plan", "missing-model-directory/x/y"], "missing-model-directory"),
+        (["export", "missing", "out"], "missing"),
+        (["merge", "missing", "missing", "out"], "missing"),
+        (["doctor", "splitfl://nonsense"], "no @"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_two(tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err + said.out
+    assert "Traceback" not in said.err
+    assert len((said.err + said.out).strip().splitlines()) == 1
