@@ -30,6 +30,7 @@ class _Call:
     objective: Objective | None
     rows: range
     device: torch.device
+    want_grad: bool = False
 
 
 class _Send(torch.autograd.Function):
@@ -61,7 +62,7 @@ class _Receive(torch.autograd.Function):
         if call.objective is None:
             raise UserError("the loss of this forward is unknown: pass labels= to the model, or set model.objective(...)")
         targets, divisor = call.objective.share(call.rows)
-        call.session.send_backward(call.number, gradients[0], targets=targets, divisor=divisor)
+        call.session.send_backward(call.number, gradients[0], targets=targets, divisor=divisor, want_grad=call.want_grad)
         return gradients[0].new_zeros(0), None
 
 
@@ -113,10 +114,11 @@ class RemoteTrunk:
             return self.session.send_forward(tensor, part.wire, train=self.training, grad=grad, adapter_on=self.adapter_on)
 
         if grad and flat.requires_grad:
+            call.want_grad = True
             link: torch.Tensor = _Send.apply(flat, call, send)
             return link
         call.number = send(flat)
-        # With a frozen input end nobody awaits dh here, yet the trunk must get its dy: a leaf of our own keeps the graph alive.
+        # With a frozen input end nobody wants dh, yet the trunk must get its dy: a leaf of our own keeps the graph alive.
         return flat.new_zeros(0).requires_grad_(grad)
 
     def _cut_rows(self, segments: Segments, batch: int) -> list[range]:

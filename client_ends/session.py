@@ -147,7 +147,7 @@ class TrunkSession:
         micro = self._micros[number]
         return micro.y.result()
 
-    def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float) -> None:
+    def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float, want_grad: bool = True) -> None:
         """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by
         ``divisor``.
         """
@@ -157,7 +157,8 @@ class TrunkSession:
         rows, hidden = host.shape
         self._backwards += 1
         self.channel.send(
-            Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor), byte_view(host)
+            Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor, want_grad),
+            byte_view(host),
         )
 
     def await_grad(self, number: int) -> torch.Tensor:

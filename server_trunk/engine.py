@@ -71,7 +71,7 @@ class Engine:
         return [part.contiguous() for part in out.detach().to("cpu").split(sizes)]
 
     def backward(self, batch: BackwardBatch) -> list[torch.Tensor | None]:
-        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None for absent members."""
+        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None where nobody wants it."""
         flat, out = self._graphs.pop(batch.number)
         gradient = torch.zeros_like(out)
         sizes = [member.tokens for member in batch.members]
@@ -84,7 +84,8 @@ class Engine:
         replies: list[torch.Tensor | None] = []
         for rows, member in zip(flat.grad.split(sizes), batch.members, strict=True):
             back = member.backward
-            replies.append(None if back is None else (rows / back.divisor).to("cpu").contiguous())
+            wanted = back is not None and back.want_grad
+            replies.append((rows / back.divisor).to("cpu").contiguous() if wanted else None)
         return replies
 
     def discard(self, number: int) -> None:

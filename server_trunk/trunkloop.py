@@ -240,6 +240,8 @@ class TrunkLoop:
             if back is None:
                 continue
             self._steps.backward_ran(member.session, back.step, back.targets)
+            if gradient is None:
+                continue  # the client's input end is frozen: nobody awaits it
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
             self._outlet.send(member.session, reply, self._payload_of(gradient))
 

@@ -135,14 +135,16 @@ _TENSOR = {
 class Backward(Tensor):
     """Gradient of the client's loss with respect to Hidden, at the second cut; payload ``(rows, hidden)``.
 
-    ``targets``: target tokens in this micro-batch; ``divisor``: what the client's loss was divided by.
+    ``targets``: target tokens in this micro-batch; ``divisor``: what the client's loss was divided by;
+    ``want_grad``: whether a Grad is to come back (not where the client's input end is frozen).
     """
 
     targets: int
     divisor: float
+    want_grad: bool = True
 
     TYPE: ClassVar[int] = 66
-    FIELDS: ClassVar = {**_TENSOR, "step": _step, "targets": integer(0), "divisor": number(0.0, above=True)}
+    FIELDS: ClassVar = {**_TENSOR, "step": _step, "targets": integer(0), "divisor": number(0.0, above=True), "want_grad": boolean}
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,26 @@ def test_a_batch_larger_than_the_window_travels_in_pieces(tmp_path, model):
     assert [event["targets"] for event in world.events("step")] == [rows * (length - 1)] * 2
 
 
+def test_no_gradient_travels_back_to_a_frozen_input_end(tmp_path, model):
+    received = {}
+    for frozen in (True, False):
+        work = tmp_path / str(frozen)
+        work.mkdir()
+        world = World(work, model, 1)
+        with running(world):
+            split = world.join_as(0).train()
+            split.requires_grad_(not frozen)
+            split(**batch(4, 64)).loss.backward()
+            split.step()
+            split.wait_step()
+            session = split.trunk.session
+            received[frozen] = session.bytes_received
+            assert session.bytes_sent >= 2 * 4 * 64 * 32 * 4
+            split.close()
+    payload = 4 * 64 * 32 * 4
+    assert payload <= received[True] < 2 * payload <= received[False]
+
+
 def test_evaluation_between_steps_neither_stalls_nor_counts(tmp_path, model):
     world = World(tmp_path, model, 2)
     with running(world):

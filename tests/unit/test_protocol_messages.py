@@ -78,7 +78,7 @@ DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),
     st.builds(m.Forward, STEP, MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.booleans(), st.booleans(), st.booleans()),
     st.builds(m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()),
-    st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9)),
+    st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9), st.booleans()),
 )
 DATA_FROM_SERVER = st.one_of(
     st.builds(m.Attached),
