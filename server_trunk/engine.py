@@ -84,8 +84,10 @@ class Engine:
         replies: list[torch.Tensor | None] = []
         for rows, member in zip(flat.grad.split(sizes), batch.members, strict=True):
             back = member.backward
-            wanted = back is not None and back.want_grad
-            replies.append((rows / back.divisor).to("cpu").contiguous() if wanted else None)
+            if back is None or not back.want_grad:
+                replies.append(None)
+            else:
+                replies.append((rows / back.divisor).to("cpu").contiguous())
         return replies
 
     def discard(self, number: int) -> None:
