@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a real causal language model to fine-tune (default: a small one, made here)"
     )
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is kept (emptied first)")
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps (40)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="optimizer steps (60)")
     parser.add_argument("--cut", default="1:1", metavar="A:B", help="input and output blocks that stay with the clients")
 
 
@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         context = json.loads((model / "config.json").read_text()).get("max_position_embeddings") or 128
         plan = Plan(out, model, args.cut, args.steps, "lora", 1e-3, min(128, context))
     else:
-        plan = Plan(out, out / "model", args.cut, args.steps, "full", 2e-3, 128)
+        plan = Plan(out, out / "model", args.cut, args.steps, "full", 3e-3, 128)
         build_sample_model(plan.model, seed=0)
     plan.shards = write_sample_shards(out / "data", clients=CLIENTS)
     lines = [f"{write_identity(plan.key(client)).public} client-{client}" for client in range(CLIENTS)]

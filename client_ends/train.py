@@ -243,6 +243,7 @@ class _Run:
         theirs = self.session.channel.welcome.libraries
         for name, (mine, other) in differences(library_versions(), theirs).items():
             log.write("version-differs", library=name, here=mine, server=other)
+            progress.say(f"note: {name} is {mine} here and {other} at the server; results may differ in the last digits")
         log.write("data", train=rows.report(), held_out=None if held_out is None else held_out.report())
 
     @property
