@@ -97,6 +97,7 @@ class _Session:
         self.state = State.NEW
         self.step: int | None = None  # the step this side believes open
         self.newest_step = -1
+        self.withdrawn = -1  # the step this session left before its part was done, the newest: it alone may open anew
         self.enrolments = 0
         self.secrets: TrafficSecrets | None = None
         self._handshake: list[bytes] = []
@@ -114,14 +115,23 @@ class _Session:
             return False
         if isinstance(message, StepClosed) and message.step != self.step:
             return True  # about a step this session has left: the state is not touched
+        if isinstance(message, (Pause, Leave)) and self.state is State.IN_STEP:
+            self.withdrawn = self.newest_step
         self.state = allowed[event] or self.state
         if isinstance(message, Enrol):
             self.enrolments += 1
         elif isinstance(message, StepOpened):
             self.step = self.newest_step = message.step
+            self.withdrawn = -1
         elif isinstance(message, (StepClosed, Pause, Leave)) and self.state is not State.DONE_OUT:
             self.step = None
         return True
+
+    def _may_open(self, step: int) -> bool:
+        """Whether a StepOpened for ``step`` is in order: later than all before, or the same anew after a withdrawal (a
+        step that everybody left before anything counted opens again under its number).
+        """
+        return step > self.newest_step or step == self.withdrawn
 
     def _record(self, frame: bytes) -> None:
         if self.secrets is None and len(self._handshake) < 4:
@@ -175,10 +185,10 @@ class ClientSession(_Session):
         if self.state is State.PARTING:
             return message if self._advance(message) else None
         if isinstance(message, StepOpened):
-            if message.enrolment > self.enrolments or message.step <= self.newest_step:
+            if message.enrolment > self.enrolments or not self._may_open(message.step):
                 raise RemoteProtocolError(f"StepOpened for step {message.step} out of order")
             if message.enrolment < self.enrolments or self.state in (State.OUT, State.DONE_OUT):
-                self.newest_step = message.step
+                self.newest_step = self.withdrawn = message.step
                 return None
         if isinstance(message, StepClosed) and self.is_open and message.step != self.step:
             return None
@@ -228,7 +238,7 @@ class ServerSession(_Session):
         if CONTROL_FROM_SERVER.get(message.TYPE) is not type(message):
             raise LocalProtocolError(f"a server does not send {type(message).__name__}")
         if isinstance(message, StepOpened):
-            if message.step <= self.newest_step:
+            if not self._may_open(message.step):
                 raise LocalProtocolError(f"step {message.step} is not after step {self.newest_step}")
             if self.state in (State.OUT, State.DONE_OUT) or message.enrolment not in (0, self.enrolments):
                 return None
