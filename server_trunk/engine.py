@@ -45,6 +45,7 @@ class Engine:
         self.trainables = named_trainables(model)
         self.optimizer = build_optimizer(self.trainables.values(), settings) if self.trainables else None
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.closed: int | None = -1  # the step after which the weights stand; None while they are moved
         model.eval()
 
     def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
@@ -71,7 +72,10 @@ class Engine:
         return [part.contiguous() for part in out.detach().to("cpu").split(sizes)]
 
     def backward(self, batch: BackwardBatch) -> list[torch.Tensor | None]:
-        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None where nobody wants it."""
+        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None where nobody wants it.
+
+        A gradient that is not finite counts as zero; its member is marked ``spoilt``.
+        """
         flat, out = self._graphs.pop(batch.number)
         gradient = torch.zeros_like(out)
         sizes = [member.tokens for member in batch.members]
@@ -79,6 +83,10 @@ class Engine:
             if member.backward is not None:
                 rows.copy_(member.gradient)
                 rows.mul_(member.backward.divisor)
+                if not bool(torch.isfinite(rows).all()):
+                    # One client's overflow must not cost all others the step.
+                    rows.zero_()
+                    member.spoilt = True
         out.backward(gradient)
         assert flat.grad is not None
         replies: list[torch.Tensor | None] = []
@@ -86,9 +94,19 @@ class Engine:
             back = member.backward
             if back is None or not back.want_grad:
                 replies.append(None)
+            elif member.spoilt:
+                # Whoever sends NaN gets NaN back, as from a whole model; nobody is told that all is well.
+                replies.append(torch.full_like(rows, math.nan, device="cpu"))
             else:
                 replies.append((rows / back.divisor).to("cpu").contiguous())
         return replies
+
+    @staticmethod
+    def is_lost(error: Exception) -> bool:
+        """Whether the device itself has failed (a CUDA error is never recovered from), not only one batch."""
+        # Newer torch has a class of its own for it; being out of memory is none of them.
+        kind = getattr(torch, "AcceleratorError", None)
+        return kind is not None and isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
 
     def discard(self, number: int) -> None:
         """Free a graph whose backward will never come."""
@@ -96,7 +114,11 @@ class Engine:
 
     def close_step(self, step: int, targets: int) -> StepReport:
         """Divide by the counted targets, clip, step, and clear the gradients for the next step."""
-        rate = learning_rate_at(step, self._settings)
+        report = self._move(targets, learning_rate_at(step, self._settings))
+        self.closed = step
+        return report
+
+    def _move(self, targets: int, rate: float) -> StepReport:
         if self.optimizer is None:
             return StepReport(rate, None)
         gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
@@ -109,6 +131,7 @@ class Engine:
         finite = math.isfinite(norm)
         if finite:
             set_learning_rate(self.optimizer, rate)
+            self.closed = None
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(rate, norm if finite else None, skipped=not finite)

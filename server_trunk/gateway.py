@@ -38,9 +38,11 @@ class Gateway:
         log: RunLog,
         *,
         pin: bool = False,
+        longest: int | None = None,
     ) -> None:
+        """``longest``: the position before which every token must lie, where the model's rotary table grows with what it sees."""
         self._config, self._identity, self._hidden = config, identity, hidden_size
-        self._inbox, self._log, self._pin = inbox, log, pin
+        self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
         self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
@@ -101,6 +103,11 @@ class Gateway:
             raise RemoteProtocolError(f"codec {message.codec!r}, where the run uses raw")
         if isinstance(message, Forward) and message.grad and not message.train:
             raise RemoteProtocolError("a graph to keep for an evaluation forward")
+        if isinstance(message, Forward) and self._longest is not None:
+            reached = max(start + length for length, start in message.segments)
+            if reached > self._longest:
+                # The table would change for all who share the trunk.
+                raise RemoteProtocolError(f"a token at position {reached - 1}, where this model takes {self._longest}")
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype], pin=self._pin)
 
     def on_data(self, session: str, message: Any, payload: torch.Tensor) -> None:

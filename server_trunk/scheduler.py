@@ -17,8 +17,11 @@ from splitfl.protocol.messages import Backward, Forward
 
 __all__ = ["BackwardBatch", "ForwardBatch", "Member", "Scheduler"]
 
+#: Micro-batches of one session that wait or whose graph is kept. Far more than a step needs; the loop walks them often.
+MAX_UNDERWAY = 4096
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class Member:
     """One micro-batch of one session on its way through the trunk. ``hidden`` is ``(tokens, hidden)``, as is ``gradient``."""
 
@@ -28,10 +31,19 @@ class Member:
     backward: Backward | None = None
     gradient: Any = None
     abandoned: bool = False
+    spoilt: bool = False  # its gradient was not finite and counted as zero
+    longest: int = field(init=False)  # of its segments, in tokens
+
+    def __post_init__(self) -> None:
+        self.longest = max(length for length, _ in self.forward.segments)
 
     @property
     def tokens(self) -> int:
         return self.forward.rows
+
+    @property
+    def segments(self) -> int:
+        return len(self.forward.segments)
 
     @property
     def settled(self) -> bool:
@@ -64,12 +76,13 @@ class BackwardBatch:
 
 @dataclass(slots=True)
 class Scheduler:
-    """``batch_tokens``: most tokens of one forward batch (a larger micro-batch runs alone)."""
+    """``batch_tokens``: most tokens of one forward batch, pads included (a larger micro-batch runs alone)."""
 
     batch_tokens: int
     _waiting: deque[Member] = field(default_factory=deque)
     _open: dict[int, list[Member]] = field(default_factory=dict)
     _by_micro: dict[tuple[str, int], tuple[int, Member]] = field(default_factory=dict)
+    _underway: dict[str, set[int]] = field(default_factory=dict)  # numbers of micro-batches, by session
     _kept: dict[str, int] = field(default_factory=dict)
     _next_number: int = 0
 
@@ -78,6 +91,13 @@ class Scheduler:
         return self._kept.get(session, 0)
 
     def add_forward(self, session: str, forward: Forward, hidden: Any) -> None:
+        """Raises RemoteProtocolError where the number is that of a micro-batch under way, or too many are."""
+        underway = self._underway.setdefault(session, set())
+        if forward.micro in underway:
+            raise RemoteProtocolError(f"micro-batch {forward.micro} twice at the same time")
+        if len(underway) >= MAX_UNDERWAY:
+            raise RemoteProtocolError(f"more than {MAX_UNDERWAY} micro-batches under way")
+        underway.add(forward.micro)
         member = Member(session, forward, hidden)
         self._waiting.append(member)
         self._count(member, +1)
@@ -111,10 +131,20 @@ class Scheduler:
 
     def forget(self, session: str) -> None:
         """The session is gone: its waiting forwards go too, and nobody waits for its gradients."""
-        for member in [m for m in self._waiting if m.session == session]:
-            self._waiting.remove(member)
-            self._count(member, -1)
+        gone = [member for member in self._waiting if member.session == session]
+        self._waiting = deque(member for member in self._waiting if member.session != session)
+        for member in gone:
+            self._release(member)
         self.abandon(session)
+
+    def runs_later(self, step: int) -> bool:
+        """Whether a gradient of ``step`` has arrived that has not run yet: until it has, the step's sum is not whole."""
+        return any(member.backward is not None and member.forward.step == step for _, member in self._by_micro.values())
+
+    def split(self, batch: ForwardBatch) -> list[ForwardBatch]:
+        """The members of a batch that could not run together, each in a batch of its own."""
+        self._open.pop(batch.number, None)
+        return [self._batch([member]) for member in batch.members]
 
     def has_work(self, may_run: Callable[[Member], bool]) -> bool:
         """Whether :meth:`next` would return something."""
@@ -133,33 +163,45 @@ class Scheduler:
         members = self._open.pop(number)
         for member in members:
             del self._by_micro[member.session, member.forward.micro]
-            self._count(member, -1)
+            self._release(member)
         return BackwardBatch(number, members)
 
     def _take_forwards(self, may_run: Callable[[Member], bool]) -> ForwardBatch | None:
         taken: list[Member] = []
-        tokens = 0
+        rows = longest = 0
         for member in self._waiting:
             if not may_run(member):
                 continue
-            if taken and (_kind(member) != _kind(taken[0]) or tokens + member.tokens > self.batch_tokens):
+            together = (rows + member.segments) * max(longest, member.longest)
+            if taken and (_kind(member) != _kind(taken[0]) or together > self.batch_tokens):
                 continue
             taken.append(member)
-            tokens += member.tokens
+            rows, longest = rows + member.segments, max(longest, member.longest)
         if not taken:
             return None
         chosen = {id(member) for member in taken}
         self._waiting = deque(member for member in self._waiting if id(member) not in chosen)
-        batch = ForwardBatch(self._next_number, taken)
+        batch = self._batch(taken)
+        if not batch.keeps_graph:
+            for member in taken:
+                self._release(member)
+        return batch
+
+    def _batch(self, members: list[Member]) -> ForwardBatch:
+        batch = ForwardBatch(self._next_number, members)
         self._next_number += 1
         if batch.keeps_graph:
-            self._open[batch.number] = taken
-            for member in taken:
+            self._open[batch.number] = members
+            for member in members:
                 self._by_micro[member.session, member.forward.micro] = (batch.number, member)
-        else:
-            for member in taken:
-                self._count(member, -1)
         return batch
+
+    def _release(self, member: Member) -> None:
+        underway = self._underway[member.session]
+        underway.discard(member.forward.micro)
+        if not underway:
+            del self._underway[member.session]
+        self._count(member, -1)
 
     def _count(self, member: Member, sign: int) -> None:
         left = self._kept.get(member.session, 0) + sign * member.tokens

@@ -29,6 +29,7 @@ from splitfl.errors import ConfigError, SplitflError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 from splitfl.parts.loading import load_trunk
+from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
 from splitfl.runlog import RunLog
@@ -92,12 +93,20 @@ class TrunkServer:
             on_idle=self._when_idle,
         )
         hidden = self._model.config.get_text_config().hidden_size
-        gateway = Gateway(config, self._model_identity, hidden, self._loop.inbox, self._log, pin=self._device.type == "cuda")
+        gateway = Gateway(
+            config,
+            self._model_identity,
+            hidden,
+            self._loop.inbox,
+            self._log,
+            pin=self._device.type == "cuda",
+            longest=find_trunk(self._model).layout.longest,
+        )
         host, port = config.address
         self._transport = self._transport or ZmqServerTransport(
             self.identity, host=host, port=port, data_port=config.data_port, advertise=config.advertise or None
         )
-        self._channel = ServerChannel(
+        channel = ServerChannel(
             self._transport,
             gateway,
             authorized=self.authorized,
@@ -105,7 +114,8 @@ class TrunkServer:
             max_message=config.window,
             **self._channel_options,
         )
-        self._channel.start()
+        channel.start()
+        self._channel = channel
         self._loop.start()
         # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
         reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
@@ -138,7 +148,6 @@ class TrunkServer:
         last = self.config.optimizer.steps
         if (every and (step + 1) % every == 0) or (last and step + 1 == last):
             self.save(step)
-        self._last_step = step
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
@@ -164,8 +173,6 @@ class TrunkServer:
         self._log.write("checkpoint", step=step, directory=str(directory))
         return directory
 
-    _last_step = -1
-
     def _when_idle(self) -> None:
         if self.config.until_done:
             self._done.set()
@@ -190,11 +197,15 @@ class TrunkServer:
         if self._channel is None:
             return
         self._loop.stop()
-        if self._last_step > self._saved:
-            self.save(self._last_step)
-        self._channel.stop(text)
-        self._channel = None
-        self._log.close()
+        try:
+            # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
+            closed = self._engine.closed
+            if closed is not None and closed > self._saved:
+                self.save(closed)
+        finally:
+            self._channel.stop(text)
+            self._channel = None
+            self._log.close()
 
 
 def load_run_trunk(config: RunConfig, device: torch.device) -> Any:

@@ -86,12 +86,27 @@ class Steps:
             del self._ledger.parts[session]
         return True
 
-    def lose(self, session: str) -> None:
-        """The session is gone: the step goes on without it."""
+    def lose(self, session: str, *, all_arrived: bool = False) -> None:
+        """The session is gone: the step goes on without it. ``all_arrived``: every backward it declared is here and will run,
+        so that its part will be whole.
+        """
         self._enrolled.pop(session, None)
         part = self._ledger.parts.get(session)
-        if part is not None and not (part.done is not None and part.finished):
-            part.dropped = True
+        if part is None or part.finished:
+            return
+        whole = all_arrived and part.done is not None and part.forwards >= part.done.forwards
+        part.dropped = not whole
+
+    def holds(self, session: str) -> bool:
+        """Whether the open step has a part of this session, dropped or not."""
+        return self.is_open and session in self._ledger.parts
+
+    def dismiss(self) -> list[str]:
+        """The sessions still enrolled once the run is complete: no step will ever open for them."""
+        left = list(self._enrolled) if self.complete else []
+        if left:
+            self._enrolled.clear()
+        return left
 
     def open_next(self) -> list[str]:
         """Open the next step if it may; returns its participants, or an empty list."""

@@ -6,6 +6,7 @@ called from any thread. A session that breaks a rule is ended; nothing it does e
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -58,6 +59,8 @@ class Event:
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
 INBOX_EVENTS = 65536
 
+_COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
+
 
 class TrunkLoop:
     """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints;
@@ -100,8 +103,11 @@ class TrunkLoop:
     def stop(self) -> None:
         """Finish the batch under way, then end."""
         self._stopping = True
-        self.inbox.put(None)
-        self._thread.join()
+        # The inbox can be full only while the thread is busy, or has failed; neither waits for this word.
+        with contextlib.suppress(queue.Full):
+            self.inbox.put_nowait(None)
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread; True once it has ended."""
@@ -113,17 +119,20 @@ class TrunkLoop:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._receive()
-                work = self._scheduler.next(self._may_run)
-                if isinstance(work, ForwardBatch):
-                    self._forward(work)
-                elif isinstance(work, BackwardBatch):
-                    self._backward(work)
-                self._turn_steps()
+                self._turn()
         except BaseException as error:
             # A failure of the trunk itself ends the run; whoever started the loop looks at `failure`.
             self.failure = error
             self._log.write("failed", error=f"{type(error).__name__}: {error}")
+
+    def _turn(self) -> None:
+        self._receive()
+        work = self._scheduler.next(self._may_run)
+        if isinstance(work, ForwardBatch):
+            self._forward(work)
+        elif isinstance(work, BackwardBatch):
+            self._backward(work)
+        self._turn_steps()
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
@@ -163,12 +172,14 @@ class TrunkLoop:
         elif isinstance(message, Backward):
             # The rows' graph is already paid for, so the credit goes back on arrival: two micro-batches that share a trunk batch
             # can then never wait for each other's credit.
+            if message.targets > message.rows:
+                raise RemoteProtocolError(f"{message.targets} targets in a micro-batch of {message.rows} tokens")
             self._scheduler.add_backward(session, message, event.payload)
             self._outlet.credit(session, message.payload_bytes)
             self._abandon_if_all_arrived(session)
         elif isinstance(message, Enrol):
             if self._steps.complete:
-                self._outlet.tell(session, Fault("run-complete", "the run has made all its steps", False, None))
+                self._outlet.tell(session, _COMPLETE)
             else:
                 self._steps.enrol(session)
                 self._enrolments[session] = self._enrolments.get(session, 0) + 1
@@ -183,6 +194,14 @@ class TrunkLoop:
                 self._scheduler.abandon(session, self._steps.number)
 
     def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
+        padded = len(forward.segments) * max(length for length, _ in forward.segments)
+        if padded > self._client_tokens:
+            text = (
+                f"a micro-batch whose {len(forward.segments)} sequences take {padded} tokens with their padding, where the trunk "
+                f"takes {self._client_tokens}; use a smaller batch, or sequences of like length"
+            )
+            self._end(session, "too-many-tokens", text)
+            return
         if forward.grad:
             self._steps.may_train(session, forward.step)
             if self._scheduler.kept_tokens(session) + forward.rows > self._client_tokens:
@@ -197,7 +216,7 @@ class TrunkLoop:
     def _abandon_if_all_arrived(self, session: str) -> None:
         """Once all announced backwards are here, the other forwards of the step will never get one."""
         left = self._steps.backwards_left(session)
-        if left is not None and left == self._scheduler.open_micros(session, self._steps.number):
+        if left is not None and left <= self._scheduler.open_micros(session, self._steps.number):
             self._scheduler.abandon(session, self._steps.number)
 
     def _end(self, session: str, code: str, text: str) -> None:
@@ -207,16 +226,25 @@ class TrunkLoop:
     def _forget(self, session: str) -> None:
         name = self._names.pop(session, None)
         if name is not None:
-            self._gone[session] = name
+            if self._steps.holds(session):
+                self._gone[session] = name
             self._enrolments.pop(session, None)
+            left = self._steps.backwards_left(session)
+            arrived = left is not None and left <= self._scheduler.open_micros(session, self._steps.number)
             self._scheduler.forget(session)
-            self._steps.lose(session)
+            self._steps.lose(session, all_arrived=arrived)
 
     # --- compute and reply ------------------------------------------------------------------------------------------------------
 
     def _forward(self, batch: ForwardBatch) -> None:
         began = time.monotonic()
-        outputs = self._engine.forward(batch)
+        try:
+            outputs = self._engine.forward(batch)
+        except Exception as error:
+            if self._engine.is_lost(error):
+                raise
+            self._fail(batch, error)
+            return
         self._busy += time.monotonic() - began
         for member, out in zip(batch.members, outputs, strict=True):
             forward = member.forward
@@ -227,6 +255,21 @@ class TrunkLoop:
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
             self._outlet.send(member.session, reply, self._payload_of(out))
             self._outlet.credit(member.session, forward.payload_bytes)
+            if forward.grad:
+                self._abandon_if_all_arrived(member.session)
+
+    def _fail(self, batch: ForwardBatch, error: Exception) -> None:
+        """A batch the trunk cannot run: its members are tried alone, and whoever fails alone loses its session."""
+        self._engine.discard(batch.number)
+        if len(batch.members) > 1:
+            for alone in self._scheduler.split(batch):
+                self._forward(alone)
+            return
+        (member,) = batch.members
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        self._log.write("forward-failed", client=self._names.get(member.session), error=said)
+        text = f"the trunk cannot run this batch ({said[:300]}); use a smaller batch, or ask the operator to look at the log"
+        self._end(member.session, "batch", text)
 
     def _backward(self, batch: BackwardBatch) -> None:
         if batch.is_void:
@@ -239,7 +282,10 @@ class TrunkLoop:
             back = member.backward
             if back is None:
                 continue
-            self._steps.backward_ran(member.session, back.step, back.targets)
+            counted = 0 if member.spoilt else back.targets
+            if member.spoilt:
+                self._log.write("gradient-not-finite", client=self._names.get(member.session), step=back.step)
+            self._steps.backward_ran(member.session, back.step, counted)
             if gradient is None:
                 continue  # the client's input end is frozen: nobody awaits it
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
@@ -248,9 +294,14 @@ class TrunkLoop:
     # --- steps ------------------------------------------------------------------------------------------------------------------
 
     def _turn_steps(self) -> None:
-        ledger = self._steps.close()
+        # What has arrived for this step runs in it: after its end it would slip into the sum of the next.
+        ledger = None if self._scheduler.runs_later(self._steps.number) else self._steps.close()
         if ledger is not None:
             self._close(ledger)
+            for session in self._steps.dismiss():
+                self._outlet.tell(session, _COMPLETE)
+        if not self._steps.is_open:
+            self._gone.clear()
         for session in self._steps.open_next():
             self._step_began = time.monotonic()
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
@@ -284,5 +335,4 @@ class TrunkLoop:
             },
         )
         self._step_began, self._busy, self._tokens = now, 0.0, 0
-        self._gone.clear()
         self._on_step(ledger.step)

@@ -1,0 +1,283 @@
+"""The trunk's loop over a real engine, turn by turn: what a session may do to itself, and never to others."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+
+import pytest
+import torch
+
+from server_trunk.engine import Engine
+from server_trunk.gateway import Gateway
+from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
+from server_trunk.steps import Steps
+from server_trunk.trunkloop import Event, TrunkLoop
+from splitfl.adapters import set_trainable
+from splitfl.config import OptimizerSettings, build_config
+from splitfl.errors import RemoteProtocolError
+from splitfl.parts.identity import model_identity
+from splitfl.parts.loading import load_trunk
+from splitfl.protocol.messages import Backward, Enrol, Fault, Forward, Pause, StepClosed, StepDone, StepOpened
+from splitfl.runlog import RunLog
+from tests.world import tiny_llama
+
+HIDDEN = 32
+
+
+class Outlet:
+    """Keeps what leaves."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, object, object]] = []
+        self.told: list[tuple[str, object]] = []
+        self.ended: dict[str, Fault] = {}
+
+    def send(self, session, message, payload):
+        self.sent.append((session, message, payload))
+
+    def tell(self, session, message):
+        self.told.append((session, message))
+
+    def credit(self, session, n):
+        assert n > 0
+
+    def end(self, session, fault):
+        self.ended[session] = fault
+
+    def closed(self) -> list[StepClosed]:
+        return list({message.step: message for _, message in self.told if isinstance(message, StepClosed)}.values())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+class Desk:
+    """A loop that runs only when told to."""
+
+    def __init__(self, model, work, *, clients=1, last=0, client_tokens=4096, **settings):
+        self.trunk = load_trunk(model, (1, 1))
+        set_trainable(self.trunk, "full")
+        self.engine = Engine(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings), torch.device("cpu"))
+        self.outlet, self.log = Outlet(), work / "log.jsonl"
+        self.loop = TrunkLoop(
+            self.engine,
+            Steps(clients=clients, last=last),
+            Scheduler(1024),
+            self.outlet,
+            RunLog(self.log, echo=None),
+            client_tokens=client_tokens,
+            payload_of=lambda tensor: tensor,
+        )
+
+    def take(self, *events: tuple[str, object]) -> None:
+        """Put ``(session, message)`` in; a forward or backward gets its tensor; "open" and None open and lose a session."""
+        for session, message in events:
+            if message is None or message == "open":
+                self.loop.inbox.put(Event(session, opened=message is not None, name=session))
+            else:
+                rows = getattr(message, "rows", 0)
+                payload = torch.ones(rows, HIDDEN) if rows else None
+                self.loop.inbox.put(Event(session, message, payload))
+
+    def run(self, *events: tuple[str, object]) -> None:
+        self.take(*events)
+        while not self.loop.inbox.empty() or self.loop._scheduler.has_work(self.loop._may_run):
+            self.loop._turn()
+
+    def join(self, *sessions: str) -> None:
+        for session in sessions:
+            self.run((session, "open"), (session, Enrol()))
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in map(json.loads, self.log.read_text().splitlines()) if event["event"] == kind]
+
+
+def forward(micro: int, *segments: tuple[int, int], step: int = 0, grad: bool = True) -> Forward:
+    return Forward(step, micro, segments or ((4, 0),), HIDDEN, "float32", "raw", grad, grad, True)
+
+
+def backward(micro: int, rows: int = 4, *, step: int = 0, targets: int = 4, divisor: float = 4.0, want=True) -> Backward:
+    return Backward(step, micro, rows, HIDDEN, "float32", "raw", targets, divisor, want)
+
+
+def honest(session: str, step: int = 0, micro: int = 0):
+    return (session, backward(micro, step=step)), (session, StepDone(step, 1, 1, "continue"))
+
+
+def test_two_micro_batches_of_one_number_end_their_session_and_nobody_waits_for_it(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "liar")
+    desk.run(("a", forward(0)), ("liar", forward(7)), ("liar", forward(7)))
+    assert "twice" in desk.outlet.ended["liar"].text
+    desk.run(*honest("a"))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+
+
+def test_a_position_that_would_grow_the_rotary_table_of_all_is_refused(model):
+    config = build_config({"model": model})
+    gateway = Gateway(config, model_identity(model), HIDDEN, queue.Queue(), RunLog(None, echo=None), longest=64)
+    gateway.allocate("a", forward(0, (4, 60)))
+    with pytest.raises(RemoteProtocolError, match="position 64"):
+        gateway.allocate("a", forward(0, (4, 0), (4, 61)))
+
+
+def test_a_flood_of_tiny_forwards_is_bounded(model, tmp_path):
+    desk = Desk(model, tmp_path, client_tokens=10**6)
+    desk.join("a")
+    for micro in range(MAX_UNDERWAY + 1):
+        desk.take(("a", forward(micro, (1, 0), step=9, grad=False)))
+    desk.loop._receive()
+    assert "under way" in desk.outlet.ended["a"].text
+    assert not desk.loop._scheduler._waiting
+    assert not desk.loop._scheduler._underway
+
+
+def test_no_number_of_targets_ends_the_loop(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "liar")
+    desk.run(("a", forward(0)), ("liar", forward(0)), ("liar", backward(0, targets=2**53 - 1)))
+    assert "targets" in desk.outlet.ended["liar"].text
+    desk.run(*honest("a"))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+
+
+def test_one_long_sequence_among_many_short_ones_is_refused_before_it_is_padded(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    desk.join("a")
+    desk.run(("a", forward(0, (2000, 0), *[(1, 0)] * 2000, step=0, grad=False)))
+    assert desk.outlet.ended["a"].code == "too-many-tokens"
+
+
+def test_the_budget_of_a_batch_counts_its_pads(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "b")
+    sizes = []
+    run = desk.engine.forward
+    desk.engine.forward = lambda batch: sizes.append(len(batch.members)) or run(batch)
+    desk.run(("a", forward(0, (600, 0))), ("b", forward(0, *[(4, 0)] * 8)), ("b", forward(1)))
+    assert sizes == [1, 2]  # 9 rows of 600 would be 5400 tokens for 632
+
+
+def test_a_batch_the_trunk_cannot_run_ends_the_session_that_sent_it(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "b")
+    run = desk.engine.forward
+
+    def choke(batch):
+        if any(member.session == "b" for member in batch.members):
+            raise RuntimeError("index out of range")
+        return run(batch)
+
+    desk.engine.forward = choke
+    desk.run(("a", forward(0)), ("b", forward(0)))
+    assert "index out of range" in desk.outlet.ended["b"].text
+    assert "a" not in desk.outlet.ended
+    desk.run(*honest("a"))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+    assert desk.events("forward-failed")[0]["client"] == "b"
+    assert not desk.engine._graphs
+
+
+@pytest.mark.parametrize(("value", "divisor"), [(math.nan, 4.0), (math.inf, 4.0), (1.0, 1e300)])
+def test_a_gradient_that_is_not_finite_counts_for_nothing(model, tmp_path, value, divisor):
+    weights = []
+    for case in ("alone", "together"):
+        (tmp_path / case).mkdir()
+        desk = Desk(model, tmp_path / case, clients=1 if case == "alone" else 2)
+        desk.join(*(["a"] if case == "alone" else ["a", "b"]))
+        if case == "together":
+            desk.take(("b", forward(0)))
+        desk.run(("a", forward(0)))
+        if case == "together":
+            desk.loop.inbox.put(Event("b", backward(0, divisor=divisor), torch.full((4, HIDDEN), value)))
+            desk.take(("b", StepDone(0, 1, 1, "continue")))
+        desk.run(*honest("a"))
+        (closed,) = desk.outlet.closed()
+        assert closed.targets == 4
+        assert closed.grad_norm is not None
+        weights.append({name: p.detach().clone() for name, p in desk.engine.trainables.items()})
+    assert desk.events("gradient-not-finite")[0]["client"] == "b"
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-6), name
+
+
+def test_a_tiny_divisor_harms_nobody(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    desk.run(("a", backward(0, divisor=1e-300)), ("a", StepDone(0, 1, 1, "continue")))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+
+
+def test_what_arrived_for_a_step_never_runs_in_the_next(model, tmp_path):
+    """A client that leaves at once after its StepDone: all it declared is here, so all of it counts, in this step."""
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "b")
+    for micro in range(3):  # one at a time: a batch each
+        desk.run(("b", forward(micro)))
+    desk.run(("a", forward(0)))
+    desk.run(*honest("a"))
+    backs = [("b", backward(micro, want=False)) for micro in range(3)]
+    desk.run(*backs, ("b", StepDone(0, 3, 3, "leave")), ("b", None))
+    (closed,) = desk.outlet.closed()
+    assert closed.targets == 16
+    assert all(parameter.grad is None for parameter in desk.engine.trainables.values())
+    assert not desk.events("step")[0]["parts"]["b"]["dropped"]
+
+
+def test_a_forward_that_runs_after_its_end_of_step_holds_nobody_up(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "liar")
+    desk.take(("a", forward(0)), ("liar", forward(0)), ("liar", StepDone(0, 1, 0, "continue")))
+    desk.run()
+    desk.run(*honest("a"))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+
+
+def test_sessions_that_come_and_go_leave_nothing_behind(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    for index in range(20):
+        name = f"s{index}"
+        desk.run((name, "open"), (name, Enrol()))
+        desk.run((name, forward(0)))
+        desk.run((name, None))
+    loop = desk.loop
+    assert not any([loop._gone, loop._names, loop._enrolments, loop._steps._enrolled, desk.engine._graphs])
+    assert not any([loop._scheduler._open, loop._scheduler._kept, loop._scheduler._by_micro, loop._scheduler._underway])
+
+
+def test_whoever_waits_when_the_run_is_complete_is_told(model, tmp_path):
+    desk = Desk(model, tmp_path, last=1)
+    desk.join("a", "late")
+    desk.run(("a", forward(0)))
+    desk.run(*honest("a"))
+    faults = {session: message.code for session, message in desk.outlet.told if isinstance(message, Fault)}
+    assert faults["late"] == "run-complete"
+    assert [session for session, message in desk.outlet.told if isinstance(message, StepOpened)] == ["a"]
+
+
+def test_a_step_all_withdrew_from_opens_again_under_its_number(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    desk.run(("a", Pause()))
+    desk.run(("a", Enrol()), ("a", forward(1)))
+    desk.run(("a", backward(1)), ("a", StepDone(0, 1, 1, "continue")))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+
+
+def test_stopping_a_loop_that_has_failed_with_a_full_inbox(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    loop = desk.loop
+    loop._engine = None  # whatever it does next fails
+    loop.start()
+    desk.take(("a", "open"), ("a", Enrol()), ("a", forward(0)))
+    assert loop.join(10)
+    assert loop.failure is not None
+    while not loop.inbox.full():
+        loop.inbox.put_nowait(None)
+    loop.stop()
