@@ -217,11 +217,16 @@ def _observed(forward: Any) -> Any:
     @functools.wraps(forward)
     def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind_partial(self, *args, **kwargs).arguments
-        arguments = {**bound, **bound.get("kwargs", {})}
+        arguments = {**bound, **kwargs}
         per_token = isinstance(self, SplitModelForCausalLM)
-        if per_token and isinstance(kwargs.get("labels"), torch.Tensor):
-            kwargs["labels"] = without_targets_after_padding(kwargs["labels"], arguments.get("attention_mask"))
-            arguments["labels"] = kwargs["labels"]
+        if per_token and isinstance(arguments.get("labels"), torch.Tensor):
+            labels = without_targets_after_padding(arguments["labels"], arguments.get("attention_mask"))
+            arguments["labels"] = labels
+            if "labels" in kwargs:
+                kwargs["labels"] = labels
+            else:  # given by position; `self` is the first
+                place = list(bound).index("labels") - 1
+                args = (*args[:place], labels, *args[place + 1 :])
         objective = self._set_objective or objective_of(arguments, per_token=per_token)
         self._remote.training = self.training
         self._remote.objective = objective

@@ -31,6 +31,7 @@ class _Call:
     rows: range
     device: torch.device
     want_grad: bool = False
+    answered: bool = False
 
 
 class _Send(torch.autograd.Function):
@@ -61,6 +62,9 @@ class _Receive(torch.autograd.Function):
         call: _Call = ctx.call
         if call.objective is None:
             raise UserError("the loss of this forward is unknown: pass labels= to the model, or set model.objective(...)")
+        if call.answered:
+            raise UserError("the trunk keeps the graph of a forward for one backward: add losses up and call backward() once")
+        call.answered = True
         targets, divisor = call.objective.share(call.rows)
         call.session.send_backward(call.number, gradients[0], targets=targets, divisor=divisor, want_grad=call.want_grad)
         return gradients[0].new_zeros(0), None
@@ -88,6 +92,9 @@ class RemoteTrunk:
         segments = segments_of(attention_mask, position_ids, (batch, length))
         if not len(segments):
             return torch.zeros_like(hidden_states)  # nothing but padding: there is nothing to send
+        own = hidden_states.dtype
+        # Under autocast, or with norms kept in fp32, it may be another than the run's.
+        hidden_states = hidden_states.to(self.session.dtype)
         grad = torch.is_grad_enabled() and self.training
         calls: list[tuple[_Call, torch.Tensor]] = []
         for rows in self._cut_rows(segments, batch):
@@ -103,7 +110,10 @@ class RemoteTrunk:
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         if torch.is_grad_enabled() and not grad:
             flat = _Refuse.apply(flat.requires_grad_())
-        return unpack(flat, segments, (batch, length))
+        return unpack(flat.to(own), segments, (batch, length))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteTrunk:
+        return self  # a copy of the ends talks to the same trunk
 
     def _send(self, flat: torch.Tensor, part: Segments, call: _Call, grad: bool) -> torch.Tensor:
         if self.on_first_forward is not None:

@@ -115,6 +115,11 @@ class TrunkSession:
         return self.channel.bytes_received
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What hidden states travel in: the run's own."""
+        return DTYPES[self.terms["dtype"]]
+
+    @property
     def max_rows(self) -> int:
         """The most tokens one message can carry."""
         return int(self.channel.max_message // (self.terms["hidden_size"] * DTYPES[self.terms["dtype"]].itemsize))
@@ -131,15 +136,17 @@ class TrunkSession:
         if grad:
             self._take_part()
             self._forwards += 1
+        # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
+        train = train and self._enrolled
         host = flat.detach().to("cpu").contiguous()
         rows, hidden = host.shape
         dtype = dtype_name(host.dtype)
         with self._lock:
             number, self._next_micro = self._next_micro, self._next_micro + 1
-            # Before this client has enrolled, a forward belongs to no step; in training mode it must still name one.
-            step = max(self.step, 0) if train else self.step
-            self._micros[number] = _Micro(step, rows, hidden, dtype)
-        self.channel.send(Forward(step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host))
+            self._micros[number] = _Micro(self.step, rows, hidden, dtype)
+        self.channel.send(
+            Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host)
+        )
         return number
 
     def await_hidden(self, number: int) -> torch.Tensor:
@@ -150,11 +157,19 @@ class TrunkSession:
     def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float, want_grad: bool = True) -> None:
         """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by
         ``divisor``.
+
+        Raises:
+            UserError: more targets than tokens.
         """
         self._check()
         host = gradient.detach().to("cpu").contiguous()
         micro = self._micros[number]
         rows, hidden = host.shape
+        if targets > rows:
+            raise UserError(
+                f"{targets} targets in {rows} tokens: set the labels of padding to -100, or mend what objective() was given"
+            )
+        self._await_opened(micro.step)
         self._backwards += 1
         self.channel.send(
             Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor, want_grad),
@@ -189,6 +204,12 @@ class TrunkSession:
             assert self._opened is not None
             self.step, self._enrolled = self._opened, True
 
+    def _await_opened(self, step: int) -> None:
+        """Wait until this client has heard that ``step`` is open: a data message may overtake that word."""
+        with self._lock:
+            self._lock.wait_for(lambda: (self._opened is not None and self._opened >= step) or self._lost is not None)
+            self._check()
+
     def step_done(self, then: str = "continue") -> None:
         """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``.
 
@@ -200,14 +221,19 @@ class TrunkSession:
         total = self.terms["optimizer"]["steps"]
         if total and self.step + 1 >= total and then == "continue":
             then = "leave"
+        self._await_opened(self.step)
         self.channel.tell(StepDone(self.step, self._forwards, self._backwards, then))
+        self._clear_step()
+        self.step += 1
+        self._enrolled = then == "continue"
+
+    def _clear_step(self) -> None:
+        """Nothing of the step under way counts any more."""
         with self._lock:
             # Forwards whose loss was thrown away, and answers nobody awaits because the input end is frozen.
             for number in [number for number, micro in self._micros.items() if micro.step <= self.step]:
                 del self._micros[number]
-        self.step += 1
         self._forwards = self._backwards = 0
-        self._enrolled = then == "continue"
 
     @property
     def contributed(self) -> bool:
@@ -232,6 +258,7 @@ class TrunkSession:
         self._check_between_steps("pause")
         if self._enrolled:
             self.channel.tell(Pause())
+            self._clear_step()
             self._enrolled = False
 
     def leave(self) -> None:
@@ -239,6 +266,7 @@ class TrunkSession:
         self._check_between_steps("leave")
         if self._enrolled:
             self.channel.tell(Leave())
+            self._clear_step()
             self._enrolled = False
 
     def _check_between_steps(self, what: str) -> None:

@@ -35,9 +35,13 @@ def tiny_llama(directory: Path, *, seed: int = 0, blocks: int = 4) -> str:
 
 
 class World:
-    """``clients`` authorised clients of one server. ``join_as`` gives a client's model."""
+    """``clients`` authorised clients of one server, of whom step 0 awaits ``needed`` (default all). ``join_as`` gives a
+    client's model.
+    """
 
-    def __init__(self, work: Path, model: str, clients: int, *, memory: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, work: Path, model: str, clients: int, *, needed: int | None = None, memory: bool = True, **settings: Any
+    ) -> None:
         self.work, self.model = work, model
         self.keys = [work / f"client{index}.key" for index in range(clients)]
         lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self.keys)]
@@ -45,7 +49,7 @@ class World:
         write_identity(work / "server.key")
         values = {
             "model": model,
-            "clients": clients,
+            "clients": needed or clients,
             "out": str(work / "server"),
             "identity": str(work / "server.key"),
             "authorized_clients": str(work / "authorized_clients"),
