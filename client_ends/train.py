@@ -146,7 +146,8 @@ def train(settings: TrainSettings, *, log: RunLog | None = None, progress: Progr
 
     Raises:
         UserError: bad data, settings, keys or address; one sentence with the mend.
-        SessionLost: the session broke; what was trained so far is kept as a checkpoint of the last whole step.
+        SessionLost: the session broke; the ends are kept as they were after their last step, under its number. The trunk may
+            stand one step earlier: it steps once every client is done.
     """
     if settings.task not in _FACES:
         raise ConfigError(f"the task is {' or '.join(_FACES)}, not {settings.task!r}")
@@ -239,6 +240,7 @@ class _Run:
             else Batches(held_out, settings.batch_size, seed=settings.seed, pad_token_id=pad, shuffle=False)
         )
         self.losses: list[float] = []
+        self.last_step = -1  # the run's number of the newest step the ends have made
         self.out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
         theirs = self.session.channel.welcome.libraries
         for name, (mine, other) in differences(library_versions(), theirs).items():
@@ -259,12 +261,14 @@ class _Run:
         if settings.dump_hidden:
             self.split.trunk.on_first_forward = self._dump_hidden
         before = self._evaluate("before")
-        total = self.total_steps
+        total, run_steps = self.total_steps, self.terms["optimizer"]["steps"]
         self.progress.begin(total)
         stream = self._stream()
         self.model.train()
         try:
             for step in range(total):
+                if run_steps and self.session.step >= run_steps:
+                    break  # joined late: the run has made all its steps
                 self._step(stream, step, last=step + 1 == total)
                 if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < total:
                     self.session.pause()
@@ -274,7 +278,7 @@ class _Run:
             # The trunk must have made its last step before the held-out part is judged with it.
             self.split.wait_step()
         except BaseException:
-            if self.losses:
+            if self.last_step >= 0:
                 self._save()
             raise
         finally:
@@ -282,8 +286,8 @@ class _Run:
         after = self._evaluate("after")
         checkpoint = self._save()
         sent, received = self.session.bytes_sent, self.session.bytes_received
-        self.log.write("done", steps=total, bytes_sent=sent, bytes_received=received, checkpoint=str(checkpoint))
-        return TrainResult(total, self.losses, before, after, checkpoint, sent, received)
+        self.log.write("done", steps=len(self.losses), bytes_sent=sent, bytes_received=received, checkpoint=str(checkpoint))
+        return TrainResult(len(self.losses), self.losses, before, after, checkpoint, sent, received)
 
     def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
@@ -301,6 +305,7 @@ class _Run:
             total, targets = total + float(loss.detach()) * counted, targets + counted
             tokens += float(batch["attention_mask"].sum())
         rate = learning_rate_at(step, self.optim_settings)
+        self.last_step = self.session.step
         if self.optimizer is not None:
             if self.optim_settings.clip:
                 torch.nn.utils.clip_grad_norm_(list(self.trainables.values()), self.optim_settings.clip)
@@ -343,7 +348,7 @@ class _Run:
 
         The checkpoint bears the run's own step number, so that it finds the trunk's of the same step.
         """
-        step = self.session.step - 1
+        step = self.last_step
         directory = checkpoint_directory(self.out, step)
         trained = {"lora": "lora", "full": "full", "frozen": "none"}[self.settings.ends]
         cut = Cut.parse(self.terms["cut"])
