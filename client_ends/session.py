@@ -61,6 +61,7 @@ class TrunkSession:
         self._opened: int | None = None
         self._forwards = self._backwards = 0
         self._closed: StepClosed | None = None
+        self._complete = False
         self.step = -1
 
     @classmethod
@@ -194,13 +195,16 @@ class TrunkSession:
         if self._enrolled:
             return
         total = self.terms["optimizer"]["steps"]
+        complete = f"the run has made its {total} steps; start a new run to train on"
         if total and self.step >= total:
-            raise UserError(f"the run has made its {total} steps; start a new run to train on")
+            raise UserError(complete)
         self._opened = None
         self.channel.tell(Enrol())
         with self._lock:
-            self._lock.wait_for(lambda: self._opened is not None or self._lost is not None)
+            self._lock.wait_for(lambda: self._opened is not None or self._lost is not None or self._complete)
             self._check()
+            if self._opened is None:
+                raise UserError(complete)
             assert self._opened is not None
             self.step, self._enrolled = self._opened, True
 
@@ -310,6 +314,8 @@ class TrunkSession:
                 for future in (self._micros[message.micro].y, self._micros[message.micro].dh):
                     if not future.done():
                         future.set_exception(error)
+            elif isinstance(message, Fault) and message.code == "run-complete":
+                self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):
                 self._lost = self._lost or SessionLost(message.text, message.code)
             self._lock.notify_all()

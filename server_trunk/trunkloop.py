@@ -309,6 +309,15 @@ class TrunkLoop:
         if self._took_part and not self._names:
             self._on_idle()
 
+    def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
+        """What each participant gave to a step, by the client's name (and the session, where a client has several)."""
+        named: dict[str, dict[str, Any]] = {}
+        for session, part in ledger.parts.items():
+            name = self._names.get(session) or self._gone.get(session, session)
+            key = f"{name}/{session[:4]}" if name in named else name
+            named[key] = {"targets": part.targets, "dropped": part.dropped}
+        return named
+
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
         report = self._engine.close_step(ledger.step, ledger.targets)
@@ -329,10 +338,7 @@ class TrunkLoop:
             seconds=round(seconds, 4),
             tokens_per_second=round(self._tokens / seconds, 1) if seconds > 0 else None,
             busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
-            parts={
-                self._names.get(session) or self._gone.get(session, session): {"targets": part.targets, "dropped": part.dropped}
-                for session, part in ledger.parts.items()
-            },
+            parts=self._named(ledger),
         )
         self._step_began, self._busy, self._tokens = now, 0.0, 0
         self._on_step(ledger.step)

@@ -165,7 +165,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cut", str, "input blocks and output blocks that stay with each client, as a:b"),
     Setting("run", str, "name of the run; part of the join string"),
     Setting("out", str, "directory the run is kept in (default runs/RUN)"),
-    Setting("seed", int, "seed of the LoRA initialisation and of dropout", _at_least(0)),
+    Setting("seed", int, "seed of the LoRA initialisation, on both sides", _at_least(0)),
     Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
     Setting("lora.rank", int, "LoRA rank", _at_least(1), flag="lora-rank"),

@@ -294,6 +294,31 @@ def test_a_finished_run_takes_no_more_steps(tmp_path, model):
     assert (tmp_path / "server" / "checkpoints" / "step-00000001").is_dir()
 
 
+def test_whoever_comes_after_the_last_step_may_still_evaluate(tmp_path, model):
+    world = World(tmp_path, model, 1, **{"optimizer.steps": 1})
+    with running(world):
+        first = world.join_as(0)
+        train_step(first)
+        first.wait_step()
+        late = world.join_as(0)
+        with pytest.raises(UserError, match="has made its 1 steps"):
+            train_step(late)
+        with torch.no_grad():
+            assert float(late.eval()(**batch()).loss) == float(first.eval()(**batch()).loss)
+        first.close()
+        late.close()
+
+
+def test_two_sessions_of_one_client_are_told_apart_in_the_log(tmp_path, model):
+    world = World(tmp_path, model, 2)
+    with running(world):
+        side_by_side(2, lambda _: train_step(world.join_as(0)))
+        wait_for(lambda: world.events("step"))
+    (event,) = world.events("step")
+    assert len(event["parts"]) == 2
+    assert event["targets"] == sum(part["targets"] for part in event["parts"].values()) == 28
+
+
 def test_a_second_session_after_the_first(tmp_path, model):
     world = World(tmp_path, model, 1)
     with running(world):
