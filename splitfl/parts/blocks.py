@@ -145,3 +145,10 @@ class NotHeld(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Only for what is missing: hasattr still answers no.
         raise AttributeError(f"{vars(self).get('path')}.{name} belongs to the client")
+
+
+def leave_unread(model: Any, pattern: str) -> None:
+    """Tensors of the checkpoint whose names match are the other side's: the loader neither reads nor mentions them."""
+    known = model._keys_to_ignore_on_load_unexpected
+    # A set in newer transformers, a list in older ones, and each adds only its own kind to it.
+    model._keys_to_ignore_on_load_unexpected = known | {pattern} if isinstance(known, set) else [*(known or ()), pattern]

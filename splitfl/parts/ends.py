@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
-from splitfl.parts.blocks import Layout, PassThrough, StandIn, hidden_argument
+from splitfl.parts.blocks import Layout, PassThrough, StandIn, hidden_argument, leave_unread
 from splitfl.parts.cut import Cut
 from splitfl.parts.segments import check_layout
 from splitfl.parts.trunk import TrunkCallable, TrunkPart, find_trunk
@@ -107,8 +107,7 @@ def make_ends(model: Any, layout: Layout, cut: Cut) -> None:
     model.layout = layout
     inside = "|".join(str(index) for index in held_by_trunk)
     tail = layout.blocks.rsplit(".", 1)[-1]
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(.*\.)?{tail}\.({inside})\."}
+    leave_unread(model, rf"^(.*\.)?{tail}\.({inside})\.")
 
 
 def _watch(module: nn.Module, layout: Layout, family: str) -> None:

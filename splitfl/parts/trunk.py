@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitfl.parts.blocks import Layout, NotHeld, PassThrough, with_hidden
+from splitfl.parts.blocks import Layout, NotHeld, PassThrough, leave_unread, with_hidden
 from splitfl.parts.cut import Cut
 
 TrunkCallable = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
@@ -123,8 +123,7 @@ def make_trunk(model: Any, layout: Layout, cut: Cut) -> None:
     model.all_tied_weights_keys = {}
     inside = "|".join(str(index) for index in held)
     tail = layout.blocks.rsplit(".", 1)[-1]
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"^(?!(.*\.)?{tail}\.({inside})\.)"}
+    leave_unread(model, rf"^(?!(.*\.)?{tail}\.({inside})\.)")
 
 
 def _remove_rest(module: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype | None, path: str) -> None:
