@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     joining.add_argument("--model", metavar="MODEL", help="directory or hub id (default: the hub model the run names)")
     joining.add_argument("--revision", metavar="REV", help="hub revision")
     joining.add_argument("--cut", metavar="A:B", help="insist on a cut (default: the run's)")
-    joining.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds to wait for the server (10)")
+    joining.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="seconds that any one answer of the server may take (10)"
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="FILE", help="txt, jsonl, csv or tsv; never leaves this machine")
@@ -73,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
     for name, low in (("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("micro_batches", 1), ("steps", 0)):
         if values[name] < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
+    for name in ("epochs", "learning_rate", "weight_decay", "clip", "evaluate", "timeout"):
+        value = values[name]
+        if value is not None and (value < 0 or (value == 0 and name in ("epochs", "timeout"))):
+            shown = {"learning_rate": "lr"}.get(name, name).replace("_", "-")
+            raise ConfigError(f"--{shown} {value:g}: it must be {'above' if name in ('epochs', 'timeout') else 'at least'} 0")
     if not Path(args.data).is_file():
         raise ConfigError(f"--data {args.data}: no such file")
     from splitfl.protocol.join import JoinString
@@ -84,16 +91,24 @@ def run(args: argparse.Namespace) -> int:
 
     from client_ends.progress import Progress
     from client_ends.train import TrainSettings, train
+    from splitfl.checkpoint import checkpoint_steps
     from splitfl.libraries import quiet_libraries
     from splitfl.runlog import RunLog
 
     quiet_libraries()
     values["out"] = args.out or str(Path("runs") / f"{join.run}-ends")
-    log = RunLog(Path(values["out"]) / "log.jsonl", echo=None)
+    if checkpoint_steps(values["out"]):
+        raise ConfigError(
+            f"{values['out']} holds the ends of an earlier run: choose another directory with --out, or move it away"
+        )
+    try:
+        log = RunLog(Path(values["out"]) / "log.jsonl", echo=None)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {values['out']} ({error.strerror}): choose another directory with --out") from None
     try:
         result = train(TrainSettings(**values), log=log, progress=Progress())
     finally:
         log.close()
-    print(f"{result.steps} steps, loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}", file=sys.stderr)
+    print(f"{result.steps} step(s), loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}", file=sys.stderr)
     print(f"ends kept in {result.checkpoint}", file=sys.stderr)
     return 0

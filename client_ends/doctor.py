@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="directory or hub id to hold against the run's model")
     parser.add_argument("--revision", metavar="REV", help="hub revision")
     parser.add_argument("--cut", metavar="A:B", help="the cut you mean to use (default: the run's)")
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds to wait for the server (10)")
+    parser.add_argument(
+        "--timeout", type=float, default=10.0, metavar="S", help="seconds that any one answer of the server may take (10)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from client_ends.objective import Objective, objective_of, without_targets_after
 from client_ends.remote import RemoteTrunk
 from client_ends.session import TrunkSession
 from splitfl.channel.client import OpenTerms
-from splitfl.errors import ModelError, UserError
+from splitfl.errors import ConfigError, ModelError, UserError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare, model_identity
 from splitfl.parts.loading import Task, attach_trunk, load_ends
@@ -132,13 +132,17 @@ class _SplitModel:
                     f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}"
                 )
             own = Cut.parse(session.terms["cut"])
+            try:
+                where_to = str(resolve_device(device))
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
             ends = load_ends(
                 where,
                 (own.input_blocks, own.output_blocks),
                 task=cls._task,
                 revision=revision,
                 dtype=DTYPES[used],
-                device=str(resolve_device(device)),
+                device=where_to,
                 attn=attn,
                 trust_remote_code=trust_remote_code,
                 **kwargs,

@@ -96,7 +96,8 @@ def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset
     dataset = tokenize(
         examples,
         tokenizer,
-        max_length=settings.max_length,
+        # A tokenizer that knows no limit says so by an astronomical number.
+        max_length=min(settings.max_length, tokenizer.model_max_length),
         task=settings.task,  # type: ignore[arg-type]
         num_labels=settings.num_labels,
         label_names=settings.label_names,
@@ -262,6 +263,8 @@ class _Run:
             self.split.trunk.on_first_forward = self._dump_hidden
         before = self._evaluate("before")
         total, run_steps = self.total_steps, self.terms["optimizer"]["steps"]
+        if self.terms["clients"] > 1:
+            self.progress.say(f"enrolling; the first step of the run begins when {self.terms['clients']} clients have enrolled")
         self.progress.begin(total)
         stream = self._stream()
         self.model.train()
@@ -279,7 +282,7 @@ class _Run:
             self.split.wait_step()
         except BaseException:
             if self.last_step >= 0:
-                self._save()
+                self.progress.say(f"ends kept in {self._save()}")
             raise
         finally:
             self.progress.end()

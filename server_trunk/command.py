@@ -39,14 +39,14 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
-
     from server_trunk.server import TrunkServer
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
+    print(f"loading the trunk of {config.model}", file=sys.stderr)
     server = TrunkServer(config, echo=sys.stderr)
     server.start()
+    print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
     print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
     stopping = threading.Event()
 

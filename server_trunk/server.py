@@ -23,7 +23,7 @@ from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
 from splitfl.adapters.results import describe_part
 from splitfl.channel.server import ServerChannel
-from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, prune_checkpoints, save_checkpoint
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.parts.cut import Cut
@@ -53,16 +53,25 @@ class TrunkServer:
         """
         self.config = config
         out = config.out_dir
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        if checkpoint_steps(out):
+            raise ConfigError(
+                f"{out} holds the checkpoints of an earlier run, which a new one would push out: name the new one with --run "
+                "or --out, or move that directory away"
+            )
         try:
             self._device = resolve_device(config.device)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        listed = authorized_file(config)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {out} ({error.strerror}): choose another directory with --out") from None
         if config.threads:
             torch.set_num_threads(config.threads)
         self.identity = server_identity(config)
-        self.authorized = AuthorizedClients(authorized_file(config))
+        self.authorized = AuthorizedClients(listed)
         self._log = RunLog(out / "log.jsonl", echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._model = load_run_trunk(config, self._device)
@@ -205,6 +214,7 @@ class TrunkServer:
         finally:
             self._channel.stop(text)
             self._channel = None
+            self._log.write("stopped", why=text)
             self._log.close()
 
 

@@ -93,7 +93,7 @@ class TrunkLoop:
         self._step_began = time.monotonic()
         self._tokens = 0
         self._stopping = False
-        self._took_part = False
+        self._trained = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
@@ -183,7 +183,6 @@ class TrunkLoop:
             else:
                 self._steps.enrol(session)
                 self._enrolments[session] = self._enrolments.get(session, 0) + 1
-                self._took_part = True
         elif isinstance(message, StepDone):
             self._steps.done(session, message)
             self._abandon_if_all_arrived(session)
@@ -306,7 +305,7 @@ class TrunkLoop:
             self._step_began = time.monotonic()
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
             self._outlet.tell(session, StepOpened(self._steps.number, self._enrolments[session]))
-        if self._took_part and not self._names:
+        if self._trained and not self._names:
             self._on_idle()
 
     def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
@@ -321,6 +320,7 @@ class TrunkLoop:
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
         report = self._engine.close_step(ledger.step, ledger.targets)
+        self._trained = True
         now = time.monotonic()
         self._busy += now - began
         closed = StepClosed(ledger.step, ledger.targets, len(ledger.parts), report.learning_rate, report.grad_norm)

@@ -16,14 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from splitfl.protocol.keys import write_identity
+    from splitfl.protocol.keys import public_path, write_identity
 
     path = Path(args.file)
     name = args.name or path.stem
     if any(character.isspace() or character == "#" for character in name):
         raise KeyFileError(f"the name {name!r} has a space or # in it; choose one word with --name")
     identity = write_identity(path)
+    line = f"{identity.public} {name}"
+    public_path(path).write_text(line + "\n", encoding="utf-8")
     print(f"secret key: {path}  (keep it; it never leaves this machine)")
-    print("give the operator this line for the file of authorised clients:\n")
-    print(f"{identity.public} {name}")
+    print(f"give the operator this line for the file of authorised clients (it is in {public_path(path)} too):\n")
+    print(line)
     return 0
