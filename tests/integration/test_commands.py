@@ -204,6 +204,8 @@ def test_every_command_has_its_module():
         (["serve", "--config", "missing.toml"], "cannot read the config"),
         (["keygen", "a.key", "--name", "two words"], "one word"),
         (["train", "--trunk", "x", "--identity", "k", "--data", "missing.txt"], "no such file"),
+        (["train", "--trunk", "x", "--identity", "k", "--data", "d", "--lr", "-1"], "--lr -1: it must be at least 0"),
+        (["train", "--trunk", "x", "--identity", "k", "--data", "d", "--epochs", "0"], "--epochs 0: it must be above 0"),
         (["plan", "missing-model-directory/x/y"], "missing-model-directory"),
         (["export", "missing", "out"], "missing"),
         (["merge", "missing", "missing", "out"], "missing"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from client_ends import SplitModelForCausalLM, SplitModelForSequenceClassification
-from splitfl.errors import ConnectError, ModelError, Refused, SessionLost, UserError
+from server_trunk.server import TrunkServer
+from splitfl.config import build_config
+from splitfl.errors import ConfigError, ConnectError, ModelError, Refused, SessionLost, UserError
 from splitfl.protocol.keys import write_identity
 from splitfl.protocol.messages import Backward, Forward
 from tests.world import World, running, side_by_side, tiny_llama
@@ -317,6 +319,40 @@ def test_two_sessions_of_one_client_are_told_apart_in_the_log(tmp_path, model):
     (event,) = world.events("step")
     assert len(event["parts"]) == 2
     assert event["targets"] == sum(part["targets"] for part in event["parts"].values()) == 28
+
+
+def test_a_run_is_never_written_over(tmp_path, model):
+    world = World(tmp_path, model, 1, checkpoint_every=1)
+    with running(world):
+        split = world.join_as(0)
+        train_step(split)
+        split.wait_step()
+        split.close()
+    with pytest.raises(ConfigError, match="earlier run"):
+        TrunkServer(world.server.config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"out": "/dev/null/run"}, "cannot write to"),
+        ({"device": "cuda:7"}, "no cuda device"),
+        ({"authorized_clients": "missing"}, "nobody could join"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(tmp_path, model, monkeypatch, settings, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients").write_text("")
+    values = {"model": model, "out": "out", "device": "cpu", "authorized_clients": "clients"} | settings
+    with pytest.raises(ConfigError, match=words):
+        TrunkServer(build_config(values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_this_client_does_not_have(tmp_path, model):
+    world = World(tmp_path, model, 1)
+    with running(world), pytest.raises(ConfigError, match="no cuda device"):
+        world.join_as(0, device="cuda:7")
 
 
 def test_a_second_session_after_the_first(tmp_path, model):
