@@ -91,7 +91,7 @@ def compare(mine: ModelIdentity, theirs: ModelIdentity) -> str | None:
         else ""
     )
     if mine.config_digest != theirs.config_digest:
-        return f"the two sides' config.json differ{revisions}: another model, or the same saved anew; use the same files on both sides"
+        return f"the two sides' config.json differ{revisions}: another model, or saved anew; use the same files on both sides"
     if (mine.index_digest is None) != (theirs.index_digest is None):
         return f"one side has the weights in one file and the other in several{revisions}: use the same files on both"
     if mine.index_digest != theirs.index_digest:
