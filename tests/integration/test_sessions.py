@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from client_ends import SplitModelForCausalLM, SplitModelForSequenceClassification
-from server_trunk.server import TrunkServer
-from splitfl.config import build_config
-from splitfl.errors import ConfigError, ConnectError, ModelError, Refused, SessionLost, UserError
+from splitfl.errors import SessionLost, UserError
 from splitfl.protocol.keys import write_identity
 from splitfl.protocol.messages import Backward, Forward
 from tests.world import World, running, side_by_side, tiny_llama
@@ -321,40 +319,6 @@ def test_two_sessions_of_one_client_are_told_apart_in_the_log(tmp_path, model):
     assert event["targets"] == sum(part["targets"] for part in event["parts"].values()) == 28
 
 
-def test_a_run_is_never_written_over(tmp_path, model):
-    world = World(tmp_path, model, 1, checkpoint_every=1)
-    with running(world):
-        split = world.join_as(0)
-        train_step(split)
-        split.wait_step()
-        split.close()
-    with pytest.raises(ConfigError, match="earlier run"):
-        TrunkServer(world.server.config)
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"out": "/dev/null/run"}, "cannot write to"),
-        ({"device": "cuda:7"}, "no cuda device"),
-        ({"authorized_clients": "missing"}, "nobody could join"),
-    ],
-)
-def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(tmp_path, model, monkeypatch, settings, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "clients").write_text("")
-    values = {"model": model, "out": "out", "device": "cpu", "authorized_clients": "clients"} | settings
-    with pytest.raises(ConfigError, match=words):
-        TrunkServer(build_config(values))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_device_this_client_does_not_have(tmp_path, model):
-    world = World(tmp_path, model, 1)
-    with running(world), pytest.raises(ConfigError, match="no cuda device"):
-        world.join_as(0, device="cuda:7")
-
-
 def test_a_second_session_after_the_first(tmp_path, model):
     world = World(tmp_path, model, 1)
     with running(world):
@@ -375,31 +339,6 @@ def test_a_stopping_server_tells_its_clients(tmp_path, model):
         world.server.stop("gone for lunch")
         with pytest.raises(SessionLost, match="gone for lunch"):
             train_step(split)
-
-
-@pytest.mark.parametrize("memory", [True, False])
-def test_who_may_not_join_is_told_why(tmp_path, model, memory, tmp_path_factory):
-    world = World(tmp_path, model, 1, memory=memory)
-    other = tiny_llama(tmp_path_factory.mktemp("other"), seed=1)
-    write_identity(tmp_path / "stranger.key")
-    with running(world):
-        join = world.join
-        wrong_key = join.replace(str(world.server.identity.public), str(write_identity(tmp_path / "x.key").public))
-        cases = [
-            (ModelError, "float64", {"dtype": "float64"}),
-            (Refused, "cut at 1:1", {"cut": "2:1"}),
-            (Refused, "differ", {"model": other}),
-            (Refused, "not 'elsewhere'", {"join": join.replace("/run", "/elsewhere")}),
-            (ConnectError, "another key", {"join": wrong_key}),
-        ]
-        for kind, words, options in cases:
-            with pytest.raises(kind, match=words):
-                world.join_as(0, **options)
-        world.keys[0] = tmp_path / "stranger.key"
-        with pytest.raises(ConnectError, match="ask the operator to add this line"):
-            world.join_as(0)
-    codes = {event["code"] for event in world.events("refused")}
-    assert {"cut-mismatch", "model-mismatch", "unknown-run", "not-authorized"} <= codes
 
 
 def test_classifiers_and_language_models_share_one_trunk(tmp_path, model):

@@ -1,0 +1,78 @@
+"""Who is not let in, and what does not start: each is told why, before anything is written or loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server_trunk.server import TrunkServer
+from splitfl.config import build_config
+from splitfl.errors import ConfigError, ConnectError, ModelError, Refused
+from splitfl.protocol.keys import write_identity
+from tests.world import World, running, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def test_a_run_is_never_written_over(tmp_path, model):
+    world = World(tmp_path, model, 1, checkpoint_every=1)
+    with running(world):
+        split = world.join_as(0).train()
+        ids = torch.ones(1, 8, dtype=torch.long)
+        split(input_ids=ids, labels=ids).loss.backward()
+        split.step()
+        split.wait_step()
+        split.close()
+    with pytest.raises(ConfigError, match="earlier run"):
+        TrunkServer(world.server.config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"out": "/dev/null/run"}, "cannot write to"),
+        ({"device": "cuda:7"}, "no cuda device"),
+        ({"authorized_clients": "missing"}, "nobody could join"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(tmp_path, model, monkeypatch, settings, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clients").write_text("")
+    values = {"model": model, "out": "out", "device": "cpu", "authorized_clients": "clients"} | settings
+    with pytest.raises(ConfigError, match=words):
+        TrunkServer(build_config(values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_this_client_does_not_have(tmp_path, model):
+    world = World(tmp_path, model, 1)
+    with running(world), pytest.raises(ConfigError, match="no cuda device"):
+        world.join_as(0, device="cuda:7")
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_who_may_not_join_is_told_why(tmp_path, model, memory, tmp_path_factory):
+    world = World(tmp_path, model, 1, memory=memory)
+    other = tiny_llama(tmp_path_factory.mktemp("other"), seed=1)
+    write_identity(tmp_path / "stranger.key")
+    with running(world):
+        join = world.join
+        wrong_key = join.replace(str(world.server.identity.public), str(write_identity(tmp_path / "x.key").public))
+        cases = [
+            (ModelError, "float64", {"dtype": "float64"}),
+            (Refused, "cut at 1:1", {"cut": "2:1"}),
+            (Refused, "differ", {"model": other}),
+            (Refused, "not 'elsewhere'", {"join": join.replace("/run", "/elsewhere")}),
+            (ConnectError, "another key", {"join": wrong_key}),
+        ]
+        for kind, words, options in cases:
+            with pytest.raises(kind, match=words):
+                world.join_as(0, **options)
+        world.keys[0] = tmp_path / "stranger.key"
+        with pytest.raises(ConnectError, match="ask the operator to add this line"):
+            world.join_as(0)
+    codes = {event["code"] for event in world.events("refused")}
+    assert {"cut-mismatch", "model-mismatch", "unknown-run", "not-authorized"} <= codes
