@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.demo_display import Watched, events, follow, last_line
 from splitfl.errors import ConfigError, SplitflError
 
 __all__ = ["add_arguments", "run"]
@@ -183,7 +184,10 @@ def train_split(plan: Plan, stack: contextlib.ExitStack) -> tuple[list[Any], lis
         )
         for client in range(CLIENTS)
     ]
-    follow(plan, server, clients)
+    watched = {"server": Watched(server, plan.out / "server.txt", plan.server_out / "log.jsonl")}
+    for index, process in enumerate(clients):
+        watched[f"client-{index}"] = Watched(process, plan.out / f"client-{index}.txt", plan.ends_out(index) / "log.jsonl")
+    follow(watched, plan.steps)
     return [control, data], [read_client(plan, client) for client in range(CLIENTS)]
 
 
@@ -199,61 +203,6 @@ def wait_for_join(plan: Plan, server: subprocess.Popen[str], seconds: float = 12
             break
         time.sleep(0.1)
     raise SplitflError(f"the server did not start: {last_line(plan.out / 'server.txt')}")
-
-
-def last_line(path: Path) -> str:
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
-
-
-def events(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's JSON log; a line still being written is left for later."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def follow(plan: Plan, server: subprocess.Popen[str], clients: list[subprocess.Popen[str]]) -> None:
-    """Show each process live until all have ended. Raises SplitflError naming the first that failed."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console()
-    processes = [server, *clients]
-    names = ["server", *(f"client-{index}" for index in range(CLIENTS))]
-    logs = [plan.server_out / "log.jsonl", *(plan.ends_out(index) / "log.jsonl" for index in range(CLIENTS))]
-    spoken = 0.0
-    with Live(console=console, refresh_per_second=4) if console.is_terminal else contextlib.nullcontext() as live:
-        while True:
-            running = [process.poll() is None for process in processes]
-            for name, process in zip(names, processes, strict=True):
-                if process.poll() not in (None, 0):
-                    raise SplitflError(f"{name} failed: {last_line(plan.out / f'{name}.txt')}")
-            steps = [[event for event in events(log) if event["event"] == "step"] for log in logs]
-            if live is not None:
-                live.update(progress_table(names, steps, plan.steps))
-            elif time.monotonic() - spoken > 5 or not any(running):
-                spoken = time.monotonic()
-                print("  ".join(f"{name} {len(own)}/{plan.steps}" for name, own in zip(names, steps, strict=True)), flush=True)
-            if not any(running):
-                return
-            time.sleep(0.25)
-
-
-def progress_table(names: list[str], steps: list[list[dict[str, Any]]], total: int) -> Any:
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-
-    table = Table(box=None)
-    for column in ("process", "", "step", "loss", "tokens/s"):
-        table.add_column(column)
-    for name, own in zip(names, steps, strict=True):
-        newest = own[-1] if own else {}
-        loss = f"{newest['loss']:.4f}" if "loss" in newest else ""
-        rate = newest.get("tokens_per_second")
-        bar = ProgressBar(total=total, completed=len(own), width=30)
-        table.add_row(name, bar, f"{len(own)}/{total}", loss, f"{rate:.0f}" if rate else "")
-    return table
 
 
 def read_client(plan: Plan, client: int) -> dict[str, Any]:

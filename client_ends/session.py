@@ -244,10 +244,6 @@ class TrunkSession:
         """Whether a backward went out since the last step ended."""
         return self._backwards > 0
 
-    @property
-    def enrolled(self) -> bool:
-        return self._enrolled
-
     def wait_closed(self, step: int) -> StepClosed:
         """Wait until ``step`` has closed; returns the newest closed step's report."""
         with self._lock:

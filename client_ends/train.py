@@ -21,7 +21,7 @@ from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassi
 from client_ends.progress import Progress
 from splitfl.adapters import attach_lora, named_trainables, set_trainable
 from splitfl.adapters.results import describe_part
-from splitfl.checkpoint import checkpoint_directory, pack_state, prune_checkpoints, save_checkpoint
+from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
 from splitfl.config import LoraSettings, OptimizerSettings
 from splitfl.errors import ConfigError, ModelError
 from splitfl.libraries import differences, library_versions
@@ -368,9 +368,9 @@ class _Run:
             step=step,
             run=self.session.channel.welcome.run,
         )
-        extra = {"generator": pack_state(torch.get_rng_state()), "data": pack_state(self.batches.state_dict())}
+        extra: dict[str, Any] = {"generator": torch.get_rng_state(), "data": self.batches.state_dict()}
         if self.optimizer is not None:
-            extra["optimizer"] = pack_state(self.optimizer.state_dict())
+            extra["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(directory, {name: p.detach() for name, p in self.trainables.items()}, meta, extra)
         prune_checkpoints(self.out, 3)
         return directory

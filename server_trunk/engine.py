@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from server_trunk.scheduler import BackwardBatch, ForwardBatch
 from splitfl.adapters import named_trainables
-from splitfl.checkpoint import pack_state
 from splitfl.config import OptimizerSettings
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from splitfl.parts.segments import pad_segments, unpad
@@ -136,10 +136,10 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(rate, norm if finite else None, skipped=not finite)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a checkpoint holds of the trunk: the trained weights by name, and the optimizer's and generator's state."""
         tensors = {name: parameter.detach() for name, parameter in self.trainables.items()}
-        extra = {"generator": pack_state(torch.get_rng_state())}
+        extra: dict[str, Any] = {"generator": torch.get_rng_state()}
         if self.optimizer is not None:
-            extra["optimizer"] = pack_state(self.optimizer.state_dict())
+            extra["optimizer"] = self.optimizer.state_dict()
         return tensors, extra

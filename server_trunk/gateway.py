@@ -19,7 +19,7 @@ from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.libraries import differences, library_versions
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
-from splitfl.protocol.messages import PROTOCOL_VERSION, Forward, Hello, Open, Welcome
+from splitfl.protocol.messages import PROTOCOL_VERSION, Forward, Hello, Open, RefusalCode, Welcome
 from splitfl.runlog import RunLog
 from splitfl.tensors import DTYPES, receive_buffer
 
@@ -52,13 +52,13 @@ class Gateway:
     def welcome(self, peer: Any, hello: Hello) -> Welcome:
         if hello.protocol != PROTOCOL_VERSION:
             raise Refused(
-                "protocol-version",
+                RefusalCode.PROTOCOL_VERSION,
                 f"this server speaks protocol {PROTOCOL_VERSION} (splitfl {__version__}), your client protocol "
                 f"{hello.protocol}; install the same splitfl on both sides",
             )
         if hello.run != self._config.run:
             raise Refused(
-                "unknown-run",
+                RefusalCode.UNKNOWN_RUN,
                 f"this server runs {self._config.run!r}, not {hello.run!r}; ask the operator for the present join string",
             )
         for library, (theirs, mine) in differences(hello.libraries, self._libraries).items():
@@ -69,7 +69,8 @@ class Gateway:
         if tuple(message.cut) != (self._cut.input_blocks, self._cut.output_blocks):
             theirs = f"{message.cut[0]}:{message.cut[1]}"
             raise Refused(
-                "cut-mismatch", f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}"
+                RefusalCode.CUT_MISMATCH,
+                f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}",
             )
         try:
             identity = ModelIdentity.from_plain(message.model)
@@ -77,7 +78,7 @@ class Gateway:
             raise RemoteProtocolError("a model identity that is none") from None
         difference = compare(identity, self._identity)
         if difference:
-            raise Refused("model-mismatch", f"your model is not the one this run trains: {difference}")
+            raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
 
     def on_opened(self, session: Any) -> None:
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])

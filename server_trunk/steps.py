@@ -62,10 +62,6 @@ class Steps:
     def complete(self) -> bool:
         return bool(self._last) and self.number >= self._last
 
-    @property
-    def participants(self) -> list[str]:
-        return [session for session, part in self._ledger.parts.items() if not part.dropped] if self.is_open else []
-
     def enrol(self, session: str) -> None:
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")

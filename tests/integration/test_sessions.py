@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client_ends import SplitModelForCausalLM, SplitModelForSequenceClassification
+from splitfl.checkpoint import load_checkpoint, unpack_state
 from splitfl.errors import SessionLost, UserError
 from splitfl.protocol.keys import write_identity
 from splitfl.protocol.messages import Backward, Forward
@@ -307,6 +308,24 @@ def test_whoever_comes_after_the_last_step_may_still_evaluate(tmp_path, model):
             assert float(late.eval()(**batch()).loss) == float(first.eval()(**batch()).loss)
         first.close()
         late.close()
+
+
+def test_a_checkpoint_holds_the_weights_and_the_optimizer_as_they_are(tmp_path, model):
+    world = World(tmp_path, model, 1, checkpoint_every=2)
+    with running(world):
+        split = world.join_as(0)
+        for _ in range(2):
+            train_step(split)
+        split.wait_step()
+        split.close()
+    tensors, meta, extra = load_checkpoint(tmp_path / "server" / "checkpoints" / "step-00000001")
+    engine = world.server._engine
+    assert meta["step"] == 1
+    assert tensors.keys() == engine.trainables.keys()
+    assert all(torch.equal(tensors[name], parameter) for name, parameter in engine.trainables.items())
+    held, kept = engine.optimizer.state_dict()["state"], unpack_state(extra["optimizer"])["state"]
+    assert held.keys() == kept.keys()
+    assert all(torch.equal(held[key]["exp_avg"], kept[key]["exp_avg"]) for key in held)
 
 
 def test_two_sessions_of_one_client_are_told_apart_in_the_log(tmp_path, model):
