@@ -1,0 +1,66 @@
+"""Whose rows a trunk is running on: told to the modules inside it that treat clients apart.
+
+The hidden state a block sees says nothing of where its rows come from. Dropout whose masks are keyed, an adapter a client, and
+attention over packed rows need to know; they look it up here. A context variable, not an attribute of the model: several threads
+may run one trunk, each on rows of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+__all__ = ["Rows", "current_rows", "running_on"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The segments of one run of the trunk, in the order of its rows.
+
+    ``wire``: (length, start) of each segment. ``packed``: the trunk sees ``(1, tokens, H)``, all segments behind one another;
+    else ``(S, Tmax, H)``, a segment a row, padded on the right. ``owners``: for each segment, the client it belongs to (an adapter's
+    name where each client has its own). ``keys``: for each segment, what its dropout masks are keyed by; None where nothing is
+    dropped.
+    """
+
+    wire: tuple[tuple[int, int], ...]
+    packed: bool
+    owners: tuple[str, ...] = ()
+    keys: tuple[bytes, ...] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(length for length, _ in self.wire)
+
+    @cached_property
+    def longest(self) -> int:
+        return max((length for length, _ in self.wire), default=0)
+
+    def by_segment(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the real tokens of each segment, ``(length, ...)``, of a tensor ``(1, tokens, ...)`` or ``(S, Tmax, ...)``."""
+        if self.packed:
+            return list(tensor[0].split([length for length, _ in self.wire]))
+        return [tensor[row, :length] for row, (length, _) in enumerate(self.wire)]
+
+
+_current: ContextVar[Rows | None] = ContextVar("splitfl_rows", default=None)
+
+
+def current_rows() -> Rows | None:
+    """The rows the calling thread's trunk is running on; None outside a run."""
+    return _current.get()
+
+
+@contextmanager
+def running_on(rows: Rows) -> Iterator[None]:
+    """Inside, :func:`current_rows` is ``rows``. Wraps a run of the trunk, and wraps it again when it is recomputed."""
+    token = _current.set(rows)
+    try:
+        yield
+    finally:
+        _current.reset(token)
