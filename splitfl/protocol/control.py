@@ -76,7 +76,8 @@ class Open(Message):
     cut.
 
     ``model`` is the model identity (plain msgpack values, opaque here); ``cut`` = (blocks in the input end, in the
-    output end).
+    output end). ``adapter``: what the client asks for its own adapter in the trunk, where each client has one; empty
+    for the run's defaults.
     """
 
     client_secret: bytes = field(repr=False)
@@ -85,6 +86,7 @@ class Open(Message):
     model: dict[str, Any]
     cut: tuple[int, int]
     name: str
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     TYPE: ClassVar[int] = 2
     FIELDS: ClassVar = {
@@ -94,6 +96,7 @@ class Open(Message):
         "model": plain(),
         "cut": pair(integer(0, 65535), integer(0, 65535)),
         "name": short_text(64),
+        "adapter": plain(depth=2, nodes=64),
     }
 
 
@@ -246,8 +249,9 @@ class StepOpened(Message):
 
 @dataclass(frozen=True)
 class StepClosed(Message):
-    """The optimizer step is done. ``targets``: counted target tokens of all participants; ``grad_norm`` before
-    clipping.
+    """The step is done for this session. ``targets``: counted target tokens of all participants; ``counted``: those of this
+    one; ``grad_norm`` before clipping. ``dropped``: the step did not wait for this session's part, which is out of steps until it
+    enrols again. ``staleness``: optimizer steps made since the oldest forward of this session's part (asynchronous mode).
     """
 
     step: int
@@ -255,6 +259,9 @@ class StepClosed(Message):
     participants: int
     learning_rate: float
     grad_norm: float | None
+    counted: int = 0
+    dropped: bool = False
+    staleness: int = 0
 
     TYPE: ClassVar[int] = 37
     FIELDS: ClassVar = {
@@ -263,6 +270,9 @@ class StepClosed(Message):
         "participants": integer(0, MAX_COUNT),
         "learning_rate": number(0.0),
         "grad_norm": optional(number(0.0)),
+        "counted": integer(0),
+        "dropped": boolean,
+        "staleness": integer(0, MAX_COUNT),
     }
 
 

@@ -62,7 +62,7 @@ class Forward(DataMessage):
 
     ``segments``: (length, start position) of each run of consecutive tokens; rows = sum of the lengths. ``train`` is
     the mode of the trunk (dropout), ``grad`` keeps the graph for a Backward, ``adapter_on`` turns the trunk's adapter
-    on.
+    on. ``ordinal``: which of this client's forwards with ``grad`` in this step it is, from 0; 0 for others.
     """
 
     step: int
@@ -74,6 +74,7 @@ class Forward(DataMessage):
     train: bool
     grad: bool
     adapter_on: bool
+    ordinal: int = 0
 
     TYPE: ClassVar[int] = 65
     FIELDS: ClassVar = {
@@ -86,6 +87,7 @@ class Forward(DataMessage):
         "train": boolean,
         "grad": boolean,
         "adapter_on": boolean,
+        "ordinal": integer(0, MAX_COUNT),
     }
 
     @property

@@ -47,12 +47,13 @@ class State(Enum):
     IN_STEP = "in a step"
     DONE = "done with its part, enrolled for the next step"
     DONE_OUT = "done with its part, in no further step"
+    DONE_AGAIN = "done with its part, enrolled anew for the next step"
     PARTING = "over, as soon as what was sent before Bye has arrived"
     CLOSED = "closed"
 
 
 _ALIVE = {"Heartbeat": None, "Fault": None, "Fault+fatal": State.CLOSED, "Bye": State.PARTING, "Closing": State.CLOSED}
-_OPEN = {**_ALIVE, "Credit": None, "StepClosed": None}
+_OPEN = {**_ALIVE, "Credit": None, "StepClosed": None, "StepClosed+dropped": None}
 
 # state -> event -> next state (None: the same). An event is a message's class, with what matters of its content after a
 # plus.
@@ -68,17 +69,40 @@ TRANSITIONS: dict[State, dict[str, State | None]] = {
         "StepDone+continue": State.DONE,
         "StepDone+pause": State.DONE_OUT,
         "StepDone+leave": State.DONE_OUT,
-        "StepClosed": State.ENROLLED,  # the step closed without this participant's part
+        "StepClosed": State.ENROLLED,
+        "StepClosed+dropped": State.OUT,  # the step did not wait for this participant, nor will the next
         "Pause": State.OUT,
         "Leave": State.OUT,
     },
-    State.DONE: {**_OPEN, "StepClosed": State.ENROLLED, "Pause": State.DONE_OUT, "Leave": State.DONE_OUT},
-    State.DONE_OUT: {**_OPEN, "StepClosed": State.OUT, "Enrol": State.DONE, "Pause": None, "Leave": None},
+    State.DONE: {
+        **_OPEN,
+        "StepClosed": State.ENROLLED,
+        "StepClosed+dropped": State.OUT,  # it crossed this participant's StepDone
+        "Pause": State.DONE_OUT,
+        "Leave": State.DONE_OUT,
+    },
+    State.DONE_OUT: {
+        **_OPEN,
+        "StepClosed": State.OUT,
+        "StepClosed+dropped": State.OUT,
+        "Enrol": State.DONE_AGAIN,
+        "Pause": None,
+        "Leave": None,
+    },
+    # An Enrol of its own outlives being dropped: the server hears it after it has dropped this participant.
+    State.DONE_AGAIN: {
+        **_OPEN,
+        "StepClosed": State.ENROLLED,
+        "StepClosed+dropped": State.ENROLLED,
+        "Pause": State.DONE_OUT,
+        "Leave": State.DONE_OUT,
+    },
     State.PARTING: {"Closing": State.CLOSED, "Fault+fatal": State.CLOSED},
     State.CLOSED: {},
 }
 
-OPEN_STATES = frozenset({State.OUT, State.ENROLLED, State.IN_STEP, State.DONE, State.DONE_OUT})
+_DONE = frozenset({State.DONE, State.DONE_OUT, State.DONE_AGAIN})
+OPEN_STATES = frozenset({State.OUT, State.ENROLLED, State.IN_STEP}) | _DONE
 
 
 def event_of(message: Message) -> str:
@@ -87,6 +111,8 @@ def event_of(message: Message) -> str:
         return f"StepDone+{message.then}"
     if isinstance(message, Fault) and message.fatal:
         return "Fault+fatal"
+    if isinstance(message, StepClosed) and message.dropped:
+        return "StepClosed+dropped"
     return type(message).__name__
 
 
@@ -155,11 +181,19 @@ class ClientSession(_Session):
         self._kem: schedule.KemKey | None = None
         self._open: Open | None = None
 
-    def make_open(self, *, ciphers: tuple[str, ...], model: dict[str, Any], cut: tuple[int, int], name: str) -> Open:
+    def make_open(
+        self,
+        *,
+        ciphers: tuple[str, ...],
+        model: dict[str, Any],
+        cut: tuple[int, int],
+        name: str,
+        adapter: dict[str, Any] | None = None,
+    ) -> Open:
         """An Open with fresh secrets."""
         self._kem = schedule.KemKey()
         secret = schedule.new_secret()
-        self._open = Open(secret, self._kem.public, ciphers, model, cut, name)
+        self._open = Open(secret, self._kem.public, ciphers, model, cut, name, adapter or {})
         return self._open
 
     def send(self, message: Message) -> bytes:
@@ -214,10 +248,11 @@ class ClientSession(_Session):
             return
         # A forward of the next step may leave before that step has opened: it waits at the server, which saves a round
         # trip.
-        ahead = isinstance(message, Forward) and self.newest_step >= 0 and self.state in (State.DONE, State.ENROLLED)
+        waits = self.state in (State.DONE, State.DONE_AGAIN, State.ENROLLED)
+        ahead = isinstance(message, Forward) and self.newest_step >= 0 and waits
         if step > self.newest_step + ahead:
             raise LocalProtocolError(f"{type(message).__name__} for step {step}, which has not opened")
-        if step == self.step and self.state in (State.DONE, State.DONE_OUT):
+        if step == self.step and self.state in _DONE:
             raise LocalProtocolError(f"{type(message).__name__} for step {step} after its StepDone")
 
 

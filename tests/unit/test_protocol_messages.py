@@ -68,7 +68,7 @@ FROM_SERVER = st.one_of(
     ),
     st.builds(m.Refused, WORD, TEXT),
     st.builds(m.StepOpened, STEP, COUNT),
-    st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE),
+    st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE, STEP, st.booleans(), COUNT),
     st.builds(m.Credit, st.integers(1, 2**40)),
     st.builds(m.Heartbeat, FINITE),
     st.builds(m.Fault, WORD, TEXT, st.booleans(), st.none() | MICRO),
@@ -76,7 +76,7 @@ FROM_SERVER = st.one_of(
 )
 DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),
-    st.builds(m.Forward, STEP, MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.booleans(), st.booleans(), st.booleans()),
+    st.builds(m.Forward, STEP, MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.booleans(), st.booleans(), st.booleans(), COUNT),
     st.builds(m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()),
     st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9), st.booleans()),
 )
