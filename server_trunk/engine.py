@@ -1,105 +1,176 @@
-"""The trunk's arithmetic: forward, backward, one optimizer step. Only the trunk's thread calls it.
+"""The trunk's arithmetic: forward and backward of a batch. Only the trunk's thread calls it.
 
 The objective of a step is ``sum_i n_i L_i / sum_i n_i`` with ``n_i`` the target tokens of client ``i``. A client sends the
 gradient of its own loss, which is a sum over targets divided by some ``d``; it is scaled by ``d`` here, summed over
 everything that comes, and divided by the counted targets when the step closes. So it does not matter how the work was batched.
+
+A batch whose graph is kept waits for its backward as it is; of any other the members' hidden states are kept, and its forward
+runs again. A batch for which the device has no memory is run again in smaller pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from peft import PeftModel
+from torch.nn import Parameter
 
-from server_trunk.scheduler import BackwardBatch, ForwardBatch
-from splitfl.adapters import named_trainables
-from splitfl.config import OptimizerSettings
-from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
+from server_trunk.training import StepReport, Training
+from splitfl.parts.rows import Rows, running_on
 from splitfl.parts.segments import pad_segments, unpad
 from splitfl.parts.trunk import find_trunk
+from splitfl.tensors import DTYPES
 
-__all__ = ["Engine", "StepReport"]
+__all__ = ["Engine"]
+
+#: Pieces are not made smaller than this by themselves: a device that cannot run so few tokens cannot run the model.
+_SMALLEST = 16
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One optimizer step. ``grad_norm`` (before clipping) is None where nothing was trained or the gradient was not finite."""
+class _Sum:
+    """The gradients of one batch, on their way into the step's sum: all of them, or, where one fails, none.
 
-    learning_rate: float
-    grad_norm: float | None
-    skipped: bool = False
+    ``in_place``: straight into ``.grad``, piece by piece. That spares a copy of all gradients, and a failure midway is final.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], in_place: bool) -> None:
+        self._parameters, self._in_place = parameters, in_place
+        self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
+        self._lock = threading.Lock()
+
+    def differentiate(self, out: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The gradient of ``hidden``, for ``weights`` the gradient of ``out``; those of the parameters are added up."""
+        if self._in_place and self._parameters:
+            out.backward(weights)
+            return _taken(hidden.grad)
+        own, *others = torch.autograd.grad(out, [hidden, *self._parameters], weights, allow_unused=True)
+        with self._lock:
+            for index, gradient in enumerate(others):
+                if gradient is not None:
+                    held = self._gradients[index]
+                    self._gradients[index] = gradient if held is None else held.add_(gradient)
+        return _taken(own)
+
+    def clear(self) -> None:
+        self._gradients = [None] * len(self._parameters)
+
+    def count(self) -> None:
+        """All pieces have run: the batch counts."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 class Engine:
-    """The loaded trunk and its optimizer."""
+    """The loaded trunk. ``training`` owns what is trained in it."""
 
-    def __init__(self, model: torch.nn.Module, settings: OptimizerSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        training: Training,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        lanes: int = 1,
+        in_place: bool = False,
+        choose_packed: Callable[[Sequence[tuple[int, int]]], bool] = lambda wire: False,
+        report: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        """``lanes``: pieces of a batch that run side by side on a CPU. ``in_place``: gradients are added up where they stand,
+        which saves one more set of them in memory; running out of it amid a backward then ends the run. ``choose_packed``:
+        whether a run of these segments is packed or padded. ``report``: told of the new most tokens of a piece when the device
+        was out of memory.
+        """
         self._model = model
         self._trunk = find_trunk(model)
-        self._settings = settings
+        self.training = training
         self._device = device
-        self.trainables = named_trainables(model)
-        self.optimizer = build_optimizer(self.trainables.values(), settings) if self.trainables else None
-        self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seed, self._in_place = seed, in_place
+        self._choose_packed, self._report = choose_packed, report
+        self._lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
+        self._graphs: dict[int, list[Piece]] = {}
+        self._most: int | None = None  # tokens of a piece, once the device was out of memory
+        self.is_atomic = not in_place  # whether a backward that fails has left the step's sum as it was
         self.closed: int | None = -1  # the step after which the weights stand; None while they are moved
         model.eval()
 
-    def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
-        """Run the trunk on the members together; returns each member's ``y: (tokens, hidden)`` in host memory.
+    # --- forward ----------------------------------------------------------------------------------------------------------------
 
-        Where the batch keeps its graph, :meth:`backward` or :meth:`discard` must follow under the same number.
+    def forward(self, batch: ForwardBatch) -> tuple[list[torch.Tensor], bool]:
+        """Run the trunk on the members together; returns each member's ``y: (tokens, hidden)`` in host memory, and whether the
+        graph is kept.
+
+        It is where ``batch.keep`` asks for it, unless the device had no memory for it; then :meth:`backward` or :meth:`discard`
+        must follow under the same number.
         """
-        kind = batch.members[0].forward
-        sizes = [member.tokens for member in batch.members]
-        hidden = [member.hidden.to(self._device, non_blocking=True) for member in batch.members]
-        flat = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-        segments = [segment for member in batch.members for segment in member.forward.segments]
-        if self._model.training != kind.train:
-            self._model.train(kind.train)
-        with contextlib.ExitStack() as stack:
-            if not kind.adapter_on and isinstance(self._model, PeftModel):
-                stack.enter_context(self._model.disable_adapter())
-            stack.enter_context(torch.set_grad_enabled(kind.grad))
-            flat = flat.requires_grad_(kind.grad)
-            padded, attention_mask, position_ids = pad_segments(flat, segments)
-            out = unpad(self._trunk.trunk_forward(padded, attention_mask, position_ids), segments)
-        if kind.grad:
-            self._graphs[batch.number] = (flat, out)
-        return [part.contiguous() for part in out.detach().to("cpu").split(sizes)]
+        members, keep = batch.members, batch.keep
+        pieces = self._cut(members)
+        with self._mode(members[0]):
+            try:
+                self._lanes.run(lambda piece: self._run(piece, grad=keep), pieces)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # What fills a device is graphs, so this one is not kept either.
+                keep = False
+                pieces = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
+        out = [(piece.places, _taken(piece.out).detach().to("cpu")) for piece in pieces]
+        if keep:
+            self._graphs[batch.number] = pieces
+        return scatter(out, members), keep
+
+    def _run(self, piece: Piece, *, grad: bool) -> None:
+        with torch.set_grad_enabled(grad), running_on(piece.rows):
+            padded, mask, positions = pad_segments(piece.hidden, list(piece.rows.wire))
+            piece.out = unpad(self._trunk.trunk_forward(padded, mask, positions), list(piece.rows.wire))
+
+    # --- backward ---------------------------------------------------------------------------------------------------------------
 
     def backward(self, batch: BackwardBatch) -> list[torch.Tensor | None]:
         """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None where nobody wants it.
 
-        A gradient that is not finite counts as zero; its member is marked ``spoilt``.
+        A gradient that is not finite counts as zero; its member is marked ``spoilt``. A replayed member adds nothing to the sum:
+        what it would add is there already.
         """
-        flat, out = self._graphs.pop(batch.number)
-        gradient = torch.zeros_like(out)
-        sizes = [member.tokens for member in batch.members]
-        for rows, member in zip(gradient.split(sizes), batch.members, strict=True):
-            if member.backward is not None:
-                rows.copy_(member.gradient)
-                rows.mul_(member.backward.divisor)
-                if not bool(torch.isfinite(rows).all()):
-                    # One client's overflow must not cost all others the step.
-                    rows.zero_()
-                    member.spoilt = True
-        out.backward(gradient)
-        assert flat.grad is not None
-        replies: list[torch.Tensor | None] = []
-        for rows, member in zip(flat.grad.split(sizes), batch.members, strict=True):
-            back = member.backward
-            if back is None or not back.want_grad:
-                replies.append(None)
-            elif member.spoilt:
-                # Whoever sends NaN gets NaN back, as from a whole model; nobody is told that all is well.
-                replies.append(torch.full_like(rows, math.nan, device="cpu"))
-            else:
-                replies.append((rows / back.divisor).to("cpu").contiguous())
-        return replies
+        members = batch.members
+        gradients = [_summed(member) for member in members]
+        pieces = self._graphs.pop(batch.number, None) if batch.kept else None
+        owners = sorted({member.client for member in members if not member.replayed})
+        total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place)
+        found: dict[int, torch.Tensor] = {}
+
+        def differentiate(piece: Piece) -> None:
+            if piece.out is None:
+                self._run(piece, grad=True)
+            weights = gather(gradients, piece.places).to(self._device, non_blocking=True)
+            hidden = total.differentiate(_taken(piece.out), piece.hidden, weights)
+            piece.out = None  # the graph is used up
+            found[id(piece)] = hidden.to("cpu")
+
+        with self._mode(members[0]):
+            try:
+                if pieces is None:
+                    pieces = self._cut(members)
+                self._lanes.run(differentiate, pieces)
+            except Exception as error:
+                if not is_out_of_memory(error) or self._in_place:
+                    raise
+                total.clear()
+                found.clear()
+                pieces = self._in_smaller_pieces(members, pieces or [], differentiate)
+        total.count()
+        rows = scatter([(piece.places, found[id(piece)]) for piece in pieces], members)
+        return [_reply(member, own) for member, own in zip(members, rows, strict=True)]
+
+    def discard(self, number: int) -> None:
+        """Free a graph whose backward will never come."""
+        self._graphs.pop(number, None)
 
     @staticmethod
     def is_lost(error: Exception) -> bool:
@@ -108,38 +179,100 @@ class Engine:
         kind = getattr(torch, "AcceleratorError", None)
         return kind is not None and isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
 
-    def discard(self, number: int) -> None:
-        """Free a graph whose backward will never come."""
-        self._graphs.pop(number, None)
+    # --- the step ---------------------------------------------------------------------------------------------------------------
 
-    def close_step(self, step: int, targets: int) -> StepReport:
-        """Divide by the counted targets, clip, step, and clear the gradients for the next step."""
-        report = self._move(targets, learning_rate_at(step, self._settings))
+    def close_step(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        """Divide by the counted targets (by client), clip, step, and clear the gradients for the next step."""
+        self.closed = None
+        report = self.training.close(step, targets)
         self.closed = step
         return report
 
-    def _move(self, targets: int, rate: float) -> StepReport:
-        if self.optimizer is None:
-            return StepReport(rate, None)
-        gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
-        if targets == 0 or not gradients:
-            self.optimizer.zero_grad(set_to_none=True)
-            return StepReport(rate, None, skipped=True)
-        torch._foreach_div_(gradients, float(targets))
-        limit = self._settings.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.trainables.values()), limit))
-        finite = math.isfinite(norm)
-        if finite:
-            set_learning_rate(self.optimizer, rate)
-            self.closed = None
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepReport(rate, norm if finite else None, skipped=not finite)
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         """What a checkpoint holds of the trunk: the trained weights by name, and the optimizer's and generator's state."""
-        tensors = {name: parameter.detach() for name, parameter in self.trainables.items()}
-        extra: dict[str, Any] = {"generator": torch.get_rng_state()}
-        if self.optimizer is not None:
-            extra["optimizer"] = self.optimizer.state_dict()
-        return tensors, extra
+        tensors, extra = self.training.state()
+        return tensors, extra | {"generator": torch.get_rng_state()}
+
+    # --- pieces -----------------------------------------------------------------------------------------------------------------
+
+    def _cut(self, members: Sequence[Member], most: int | None = None) -> list[Piece]:
+        """The batch as pieces to run: one a lane, or smaller ones where the device was out of memory before."""
+        limit = most if most is not None else self._most
+        hidden = [member.hidden.to(self._device, non_blocking=True) for member in members]
+        return [self._piece(members, hidden, group) for group in cut(places_of(members), self._lanes.count, limit)]
+
+    def _piece(self, members: Sequence[Member], hidden: Sequence[torch.Tensor], places: list[Place]) -> Piece:
+        kind = members[0].forward
+        wire = tuple((place.length, place.start) for place in places)
+        keys = None
+        owners = tuple(members[place.member].client for place in places) if kind.adapter_on else ("",) * len(places)
+        rows = Rows(wire, self._choose_packed(wire), owners, keys)
+        return Piece(places, rows, gather(hidden, places).detach().requires_grad_(kind.grad))
+
+    def _in_smaller_pieces(
+        self, members: Sequence[Member], pieces: Sequence[Piece], work: Callable[[Piece], None]
+    ) -> list[Piece]:
+        """Run a batch that was too large for the device one piece at a time, smaller until it fits; returns the pieces.
+
+        Raises what the device raised where even the smallest does not fit.
+        """
+        most = max((piece.tokens for piece in pieces), default=sum(member.tokens for member in members))
+        for piece in pieces:
+            piece.out = None
+        while True:
+            most //= 2
+            self._free()
+            smaller = self._cut(members, max(1, most))
+            try:
+                for piece in smaller:
+                    work(piece)
+            except Exception as error:
+                if not is_out_of_memory(error) or most < max(piece.tokens for piece in smaller):
+                    raise  # not even a segment alone has room
+                continue
+            # Batches to come are cut as small from the start.
+            self._most = most if self._most is None else min(self._most, most)
+            self._report(self._most)
+            return smaller
+
+    def _free(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _mode(self, member: Member) -> Iterator[None]:
+        """The model in the mode of the member's kind: dropout on or off, the adapter on or off."""
+        if self._model.training != member.forward.train:
+            self._model.train(member.forward.train)
+        with contextlib.ExitStack() as stack:
+            if not member.forward.adapter_on and isinstance(self._model, PeftModel):
+                stack.enter_context(self._model.disable_adapter())
+            yield
+
+
+def _taken(out: torch.Tensor | None) -> torch.Tensor:
+    assert out is not None, "a piece that has not run"
+    return out
+
+
+def _summed(member: Member) -> torch.Tensor:
+    """The gradient ``(tokens, H)`` of the member's *summed* loss: its own scaled by the divisor; zero where none counts."""
+    if member.backward is None:
+        return torch.zeros(member.tokens, member.forward.hidden, dtype=DTYPES[member.forward.dtype])
+    rows: torch.Tensor = member.gradient.mul_(member.backward.divisor)
+    # The sum of finite numbers is finite but for an overflow, and takes no memory; only then each is looked at.
+    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
+        # One client's overflow must not cost all others the step.
+        rows.zero_()
+        member.spoilt = True
+    return rows
+
+
+def _reply(member: Member, rows: torch.Tensor) -> torch.Tensor | None:
+    back = member.backward
+    if back is None or not back.want_grad:
+        return None
+    if member.spoilt:
+        # Whoever sends NaN gets NaN back, as from a whole model; nobody is told that all is well.
+        return torch.full_like(rows, math.nan)
+    return rows.div_(back.divisor)

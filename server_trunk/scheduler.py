@@ -1,96 +1,123 @@
-"""Which batch the trunk runs next. Pure bookkeeping over pieces of work; no torch, no sockets, no clock.
+"""Which batch the trunk runs next. Pure bookkeeping over pieces of work; no torch, no sockets, no clock of its own.
 
-Ready backwards go first, since they free memory and let clients go on; then waiting forwards, oldest first, as many of one kind
-as the token budget takes. The unit of a backward is the batch its forwards ran in: it is ready when each member's gradient has
-arrived or is known never to arrive (its rows are then zero).
+Ready backwards go first, since they free memory and let clients go on; then waiting forwards, as many of one kind as the policy
+and the token budget take. They wait in the order of fairness, not of arrival: start-time fair queueing (Goyal, Vin, Cheng,
+SIGCOMM 1996), so that a client that sends much cannot push back one that sends little.
+
+The unit of a backward is the batch its forwards ran in, where the graph of that batch is kept: it is ready when each member's
+gradient has arrived or is known never to arrive (its rows are then zero). Where only the hidden states are kept, each member is
+ready by itself, and whatever is ready runs together.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.policies import POLICIES, Policy
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, Forward
 
-__all__ = ["BackwardBatch", "ForwardBatch", "Member", "Scheduler"]
+__all__ = ["MAX_UNDERWAY", "BackwardBatch", "Budget", "ForwardBatch", "Member", "Scheduler"]
 
-#: Micro-batches of one session that wait or whose graph is kept. Far more than a step needs; the loop walks them often.
+#: Micro-batches of one session that wait or whose graph is kept. Far more than a step needs.
 MAX_UNDERWAY = 4096
+
+Allowed = Callable[[Member], bool]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Room in one batch: at most ``tokens``, pads included unless the trunk runs ``packed``; a single member always has room."""
+
+    tokens: int
+    packed: bool = False
+    _first: Member | None = None
+    _rows: int = 0
+    _longest: int = 0
+    _real: int = 0
+
+    def take(self, member: Member) -> bool:
+        """Whether ``member`` can run together with what was taken; if so, it is taken."""
+        rows, longest = self._rows + member.segments, max(self._longest, member.longest)
+        real = self._real + member.tokens
+        if self._first is None:
+            self._first = member
+        elif member.kind != self._first.kind or (real if self.packed else rows * longest) > self.tokens:
+            return False
+        self._rows, self._longest, self._real = rows, longest, real
+        return True
 
 
 @dataclass(slots=True, eq=False)
-class Member:
-    """One micro-batch of one session on its way through the trunk. ``hidden`` is ``(tokens, hidden)``, as is ``gradient``."""
-
-    session: str
-    forward: Forward
-    hidden: Any
-    backward: Backward | None = None
-    gradient: Any = None
-    abandoned: bool = False
-    spoilt: bool = False  # its gradient was not finite and counted as zero
-    longest: int = field(init=False)  # of its segments, in tokens
-
-    def __post_init__(self) -> None:
-        self.longest = max(length for length, _ in self.forward.segments)
-
-    @property
-    def tokens(self) -> int:
-        return self.forward.rows
-
-    @property
-    def segments(self) -> int:
-        return len(self.forward.segments)
-
-    @property
-    def settled(self) -> bool:
-        return self.backward is not None or self.abandoned
-
-
-@dataclass(slots=True)
-class ForwardBatch:
-    """Forwards of one kind that run together. ``number`` is what its backward will be known by."""
+class _Unit:
+    """What one backward must wait for: all members of a batch with one graph, or a single member."""
 
     number: int
     members: list[Member]
+    kept: bool
 
     @property
-    def keeps_graph(self) -> bool:
-        return self.members[0].forward.grad
-
-
-@dataclass(slots=True)
-class BackwardBatch:
-    """The backward of a whole forward batch. With nobody left in it (``is_void``), the graph is only to be freed."""
-
-    number: int
-    members: list[Member]
-
-    @property
-    def is_void(self) -> bool:
-        return all(member.backward is None for member in self.members)
+    def ready(self) -> bool:
+        return all(member.settled for member in self.members)
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """``batch_tokens``: most tokens of one forward batch, pads included (a larger micro-batch runs alone)."""
+    """``batch_tokens``: most tokens of one batch (a larger micro-batch runs alone). ``policy``: a name of ``POLICIES``.
+
+    ``graph_tokens``: tokens whose graphs are kept at a time over all clients, None: all of them; forwards beyond run without
+    keeping theirs and once more for their backward. ``batch_wait``: seconds a batch that is not full waits for more, counted
+    from its oldest member. ``packed``: the trunk has no pads.
+    """
 
     batch_tokens: int
-    _waiting: deque[Member] = field(default_factory=deque)
-    _open: dict[int, list[Member]] = field(default_factory=dict)
-    _by_micro: dict[tuple[str, int], tuple[int, Member]] = field(default_factory=dict)
+    policy: str = "client-batching"
+    graph_tokens: int | None = None
+    batch_wait: float = 0.0
+    packed: bool = False
+    kept_graph_tokens: int = 0
+    _policy: Policy = field(init=False)
+    _waiting: list[tuple[float, int, Member]] = field(default_factory=list)  # by start tag, then arrival
+    _arrivals: int = 0
+    _virtual: float = 0.0
+    _finish: dict[str, float] = field(default_factory=dict)  # by client: the finish tag of its newest member
+    _open: dict[str, dict[int, tuple[_Unit, Member]]] = field(default_factory=dict)  # by session and micro-batch
+    _ready: dict[int, _Unit] = field(default_factory=dict)  # in the order in which they became ready
+    _arrived: Counter[int] = field(default_factory=Counter)  # by step: gradients that are here and have not run
     _underway: dict[str, set[int]] = field(default_factory=dict)  # numbers of micro-batches, by session
-    _kept: dict[str, int] = field(default_factory=dict)
+    _kept: Counter[str] = field(default_factory=Counter)  # tokens under way, by session
     _next_number: int = 0
 
-    def kept_tokens(self, session: str) -> int:
-        """Tokens of this session that wait for their forward, or whose graph is kept."""
-        return self._kept.get(session, 0)
+    def __post_init__(self) -> None:
+        self._policy = POLICIES[self.policy]()
 
-    def add_forward(self, session: str, forward: Forward, hidden: Any) -> None:
+    # --- what comes in ----------------------------------------------------------------------------------------------------------
+
+    def kept_tokens(self, session: str) -> int:
+        """Tokens of this session that wait for their forward, or whose graph or hidden state is kept."""
+        return self._kept[session]
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that wait for their forward."""
+        return sum(member.tokens for _, _, member in self._waiting)
+
+    def add_forward(
+        self,
+        session: str,
+        forward: Forward,
+        hidden: Any,
+        *,
+        client: str = "",
+        ordinal: int = 0,
+        replayed: bool = False,
+        now: float = 0.0,
+    ) -> None:
         """Raises RemoteProtocolError where the number is that of a micro-batch under way, or too many are."""
         underway = self._underway.setdefault(session, set())
         if forward.micro in underway:
@@ -98,119 +125,178 @@ class Scheduler:
         if len(underway) >= MAX_UNDERWAY:
             raise RemoteProtocolError(f"more than {MAX_UNDERWAY} micro-batches under way")
         underway.add(forward.micro)
-        member = Member(session, forward, hidden)
-        self._waiting.append(member)
-        self._count(member, +1)
+        member = Member(session, forward, hidden, client or session, ordinal, replayed, now)
+        start = max(self._virtual, self._finish.get(member.client, 0.0))
+        self._finish[member.client] = start + member.tokens
+        self._arrivals += 1
+        insort(self._waiting, (start, self._arrivals, member))
+        self._kept[session] += member.tokens
 
     def add_backward(self, session: str, backward: Backward, gradient: Any) -> None:
         """Raises RemoteProtocolError where no forward awaits this backward."""
-        _, member = self._by_micro.get((session, backward.micro), (0, None))
-        if member is None or member.settled:
+        unit, member = self._open.get(session, {}).get(backward.micro, (None, None))
+        if unit is None or member is None or member.settled:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro}, whose graph is not kept")
         if backward.rows != member.tokens or backward.step != member.forward.step:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro} of another size or step")
         member.backward, member.gradient = backward, gradient
-
-    def waits(self, session: str) -> bool:
-        """Whether a forward of this session with a graph to keep has not run yet."""
-        return any(member.session == session and member.forward.grad for member in self._waiting)
-
-    def open_micros(self, session: str, step: int) -> int:
-        """How many of the session's backwards for ``step`` have arrived and not yet run."""
-        return sum(
-            1
-            for (owner, _), (_, member) in self._by_micro.items()
-            if owner == session and member.forward.step == step and member.backward is not None
-        )
+        self._arrived[backward.step] += 1
+        self._settle(unit)
 
     def abandon(self, session: str, step: int | None = None) -> None:
         """No more backwards come from this session (for ``step``, or at all): missing rows become zero."""
-        for (owner, _), (_, member) in self._by_micro.items():
-            if owner == session and member.backward is None and step in (None, member.forward.step):
+        for unit, member in list(self._open.get(session, {}).values()):
+            if member.backward is None and step in (None, member.forward.step):
                 member.abandoned = True
+                self._settle(unit)
 
     def forget(self, session: str) -> None:
         """The session is gone: its waiting forwards go too, and nobody waits for its gradients."""
-        gone = [member for member in self._waiting if member.session == session]
-        self._waiting = deque(member for member in self._waiting if member.session != session)
+        self.withdraw(session)
+        self.abandon(session)
+
+    def withdraw(self, session: str, step: int | None = None) -> list[Member]:
+        """Take back the session's waiting forwards (of ``step``, or all); returns them."""
+        gone = [m for _, _, m in self._waiting if m.session == session and step in (None, m.forward.step)]
+        self._drop(gone)
         for member in gone:
             self._release(member)
-        self.abandon(session)
+        return gone
+
+    def _settle(self, unit: _Unit) -> None:
+        if unit.ready:
+            self._ready.setdefault(unit.number, unit)
+
+    # --- what is asked ----------------------------------------------------------------------------------------------------------
+
+    def waits(self, session: str) -> bool:
+        """Whether a forward of this session with a graph to keep has not run yet."""
+        return any(member.session == session and member.forward.grad for _, _, member in self._waiting)
+
+    def open_micros(self, session: str, step: int) -> int:
+        """How many of the session's backwards for ``step`` have arrived and not yet run."""
+        held = self._open.get(session, {}).values()
+        return sum(1 for _, member in held if member.forward.step == step and member.backward is not None)
 
     def runs_later(self, step: int) -> bool:
         """Whether a gradient of ``step`` has arrived that has not run yet: until it has, the step's sum is not whole."""
-        return any(member.backward is not None and member.forward.step == step for _, member in self._by_micro.values())
+        return self._arrived[step] > 0
 
-    def split(self, batch: ForwardBatch) -> list[ForwardBatch]:
-        """The members of a batch that could not run together, each in a batch of its own."""
-        self._open.pop(batch.number, None)
-        return [self._batch([member]) for member in batch.members]
+    def has_work(self, may_run: Allowed) -> bool:
+        """Whether there is a ready backward, or a forward that may run."""
+        return bool(self._ready) or any(may_run(member) for _, _, member in self._waiting)
 
-    def has_work(self, may_run: Callable[[Member], bool]) -> bool:
-        """Whether :meth:`next` would return something."""
-        return any(all(m.settled for m in members) for members in self._open.values()) or any(
-            may_run(member) for member in self._waiting
-        )
+    # --- what runs --------------------------------------------------------------------------------------------------------------
 
-    def next(self, may_run: Callable[[Member], bool]) -> ForwardBatch | BackwardBatch | None:
-        """The next batch, or None where nothing can run now. ``may_run`` holds back forwards whose step is not open yet."""
-        for number, members in self._open.items():
-            if all(member.settled for member in members):
-                return self._take_backward(number)
-        return self._take_forwards(may_run)
+    def next(self, may_run: Allowed, now: float = 0.0, *, more_expected: bool = False) -> ForwardBatch | BackwardBatch | None:
+        """The next batch, or None where nothing runs now. ``may_run`` holds back forwards whose step is not open yet.
 
-    def _take_backward(self, number: int) -> BackwardBatch:
-        members = self._open.pop(number)
+        ``more_expected``: further forwards of the open step will come, so a batch that is not full may wait ``batch_wait``.
+        """
+        if self._ready:
+            return self._take_backwards()
+        return self._take_forwards(may_run, now, more_expected)
+
+    def _take_backwards(self) -> BackwardBatch:
+        number, unit = next(iter(self._ready.items()))
+        units = [self._ready.pop(number)]
+        if not unit.kept:
+            budget = Budget(self.batch_tokens, self.packed)
+            budget.take(unit.members[0])
+            more = [other for other in self._ready.values() if not other.kept and budget.take(other.members[0])]
+            units += [self._ready.pop(other.number) for other in more]
+        members = [member for each in units for member in each.members]
         for member in members:
-            del self._by_micro[member.session, member.forward.micro]
+            held = self._open[member.session]
+            del held[member.forward.micro]
+            if not held:
+                del self._open[member.session]
+            if member.backward is not None:
+                self._arrived[member.backward.step] -= 1
+                if not self._arrived[member.backward.step]:
+                    del self._arrived[member.backward.step]
             self._release(member)
-        return BackwardBatch(number, members)
+        if unit.kept:
+            self.kept_graph_tokens -= sum(member.tokens for member in members)
+        return BackwardBatch(number, members, unit.kept)
 
-    def _take_forwards(self, may_run: Callable[[Member], bool]) -> ForwardBatch | None:
-        taken: list[Member] = []
-        rows = longest = 0
-        for member in self._waiting:
-            if not may_run(member):
-                continue
-            together = (rows + member.segments) * max(longest, member.longest)
-            if taken and (_kind(member) != _kind(taken[0]) or together > self.batch_tokens):
-                continue
-            taken.append(member)
-            rows, longest = rows + member.segments, max(longest, member.longest)
+    def _take_forwards(self, may_run: Allowed, now: float, more_expected: bool) -> ForwardBatch | None:
+        waiting = [member for _, _, member in self._waiting if may_run(member)]
+        if not waiting:
+            return None
+        budget = Budget(self.batch_tokens, self.packed)
+        taken = self._policy.choose(waiting, budget.take, self._open)
         if not taken:
             return None
-        chosen = {id(member) for member in taken}
-        self._waiting = deque(member for member in self._waiting if id(member) not in chosen)
-        batch = self._batch(taken)
-        if not batch.keeps_graph:
+        full = len(taken) < len(waiting) or sum(member.tokens for member in taken) >= self.batch_tokens
+        if more_expected and not full and now < min(member.arrived for member in taken) + self.batch_wait:
+            return None
+        self._drop(taken)
+        tokens = sum(member.tokens for member in taken)
+        room = self.graph_tokens is None or self.kept_graph_tokens + tokens <= self.graph_tokens
+        batch = ForwardBatch(self._number(), taken, keep=room and taken[0].forward.grad)
+        if batch.has_backward:
+            self._open_units([_Unit(batch.number, taken, True)] if room else self._single(taken))
+        else:
             for member in taken:
                 self._release(member)
         return batch
 
-    def _batch(self, members: list[Member]) -> ForwardBatch:
-        batch = ForwardBatch(self._next_number, members)
+    def split(self, batch: ForwardBatch) -> list[ForwardBatch]:
+        """The members of a batch that could not run together, each in a batch of its own."""
+        apart = [ForwardBatch(self._number(), [member], batch.keep) for member in batch.members]
+        if batch.has_backward:
+            self._close_units(batch)
+            self._open_units([_Unit(one.number, one.members, one.keep) for one in apart])
+        return apart
+
+    def unkeep(self, batch: ForwardBatch) -> None:
+        """The device had no room for the batch's graph: its members' forwards will run again for their backwards."""
+        batch.keep = False
+        self._close_units(batch)
+        self._open_units(self._single(batch.members))
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------------------
+
+    def _number(self) -> int:
         self._next_number += 1
-        if batch.keeps_graph:
-            self._open[batch.number] = members
-            for member in members:
-                self._by_micro[member.session, member.forward.micro] = (batch.number, member)
-        return batch
+        return self._next_number - 1
+
+    def _single(self, members: list[Member]) -> list[_Unit]:
+        return [_Unit(self._number(), [member], False) for member in members]
+
+    def _open_units(self, units: list[_Unit]) -> None:
+        for unit in units:
+            for member in unit.members:
+                member.kept = unit.kept
+                self._open.setdefault(member.session, {})[member.forward.micro] = (unit, member)
+                if unit.kept:
+                    self.kept_graph_tokens += member.tokens
+            self._settle(unit)
+
+    def _close_units(self, batch: ForwardBatch) -> None:
+        for member in batch.members:
+            unit, _ = self._open[member.session].pop(member.forward.micro)
+            self._ready.pop(unit.number, None)
+            if unit.kept:
+                self.kept_graph_tokens -= member.tokens
+
+    def _drop(self, members: list[Member]) -> None:
+        """Take members off the queue; the virtual time moves on to the last of them."""
+        chosen = {id(member) for member in members}
+        for start, _, member in self._waiting:
+            if id(member) in chosen:
+                self._virtual = max(self._virtual, start)
+        self._waiting = [entry for entry in self._waiting if id(entry[2]) not in chosen]
+        if not self._waiting:
+            self._virtual = 0.0
+            self._finish.clear()
 
     def _release(self, member: Member) -> None:
         underway = self._underway[member.session]
         underway.discard(member.forward.micro)
         if not underway:
             del self._underway[member.session]
-        self._count(member, -1)
-
-    def _count(self, member: Member, sign: int) -> None:
-        left = self._kept.get(member.session, 0) + sign * member.tokens
-        if left:
-            self._kept[member.session] = left
-        else:
-            self._kept.pop(member.session, None)
-
-
-def _kind(member: Member) -> tuple[bool, bool, bool]:
-    """Training and evaluation never share a batch, nor do forwards with and without the adapter."""
-    return member.forward.train, member.forward.grad, member.forward.adapter_on
+        self._kept[member.session] -= member.tokens
+        if not self._kept[member.session]:
+            del self._kept[member.session]

@@ -19,6 +19,7 @@ from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
 from server_trunk.scheduler import Scheduler
 from server_trunk.steps import Steps
+from server_trunk.training import SharedTraining
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
 from splitfl.adapters.results import describe_part
@@ -75,7 +76,17 @@ class TrunkServer:
         self._log = RunLog(out / "log.jsonl", echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._model = load_run_trunk(config, self._device)
-        self._engine = Engine(self._model, config.optimizer, self._device)
+        self._training = SharedTraining(self._model, config.optimizer)
+        self._engine = Engine(
+            self._model,
+            self._training,
+            self._device,
+            seed=config.seed,
+            lanes=config.lanes or min(4, torch.get_num_threads()),
+            # One more copy of all gradients is only worth it where the device can run out of memory and go on.
+            in_place=config.trainables == "full" and self._device.type == "cpu",
+            report=lambda tokens: self._log.write("out-of-memory", most_tokens=tokens),
+        )
         self._done = threading.Event()
         self._saved = -1
         self._channel: ServerChannel | None = None
@@ -93,7 +104,12 @@ class TrunkServer:
         self._loop = TrunkLoop(
             self._engine,
             Steps(clients=config.clients, last=config.optimizer.steps),
-            Scheduler(config.batch_tokens),
+            Scheduler(
+                config.batch_tokens,
+                policy=config.policy,
+                graph_tokens={"keep": None, "recompute": 0}.get(config.graphs, config.graph_tokens or None),
+                batch_wait=config.batch_wait,
+            ),
             self,
             self._log,
             client_tokens=config.client_tokens,

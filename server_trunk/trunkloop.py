@@ -210,7 +210,7 @@ class TrunkLoop:
                 )
                 self._end(session, "too-many-tokens", text)
                 return
-        self._scheduler.add_forward(session, forward, hidden)
+        self._scheduler.add_forward(session, forward, hidden, client=self._names[session], now=time.monotonic())
 
     def _abandon_if_all_arrived(self, session: str) -> None:
         """Once all announced backwards are here, the other forwards of the step will never get one."""
@@ -238,16 +238,19 @@ class TrunkLoop:
     def _forward(self, batch: ForwardBatch) -> None:
         began = time.monotonic()
         try:
-            outputs = self._engine.forward(batch)
+            outputs, kept = self._engine.forward(batch)
         except Exception as error:
             if self._engine.is_lost(error):
                 raise
             self._fail(batch, error)
             return
         self._busy += time.monotonic() - began
+        if batch.keep and not kept:
+            self._scheduler.unkeep(batch)
         for member, out in zip(batch.members, outputs, strict=True):
             forward = member.forward
-            member.hidden = None  # the graph holds what it needs
+            if kept or not batch.has_backward:
+                member.hidden = None  # the graph holds what it needs
             self._tokens += member.tokens
             if forward.grad:
                 self._steps.forward_ran(member.session)
@@ -275,7 +278,13 @@ class TrunkLoop:
             self._engine.discard(batch.number)
             return
         began = time.monotonic()
-        gradients = self._engine.backward(batch)
+        try:
+            gradients = self._engine.backward(batch)
+        except Exception as error:
+            if self._engine.is_lost(error) or not self._engine.is_atomic:
+                raise
+            self._fail_backward(batch, error)
+            return
         self._busy += time.monotonic() - began
         for member, gradient in zip(batch.members, gradients, strict=True):
             back = member.backward
@@ -289,6 +298,13 @@ class TrunkLoop:
                 continue  # the client's input end is frozen: nobody awaits it
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
             self._outlet.send(member.session, reply, self._payload_of(gradient))
+
+    def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
+        """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        for session in {member.session for member in batch.members if member.backward is not None}:
+            self._log.write("backward-failed", client=self._names.get(session), error=said)
+            self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -319,7 +335,11 @@ class TrunkLoop:
 
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
-        report = self._engine.close_step(ledger.step, ledger.targets)
+        targets: dict[str, int] = {}
+        for session, part in ledger.parts.items():
+            name = self._names.get(session) or self._gone.get(session, session)
+            targets[name] = targets.get(name, 0) + part.targets
+        report = self._engine.close_step(ledger.step, targets)
         self._trained = True
         now = time.monotonic()
         self._busy += now - began

@@ -82,7 +82,12 @@ class RunConfig:
     identity: str = ""
     authorized_clients: str = ""
     window: int = 64 * MIB
+    policy: str = "client-batching"
     batch_tokens: int = 16384
+    batch_wait: float = 0.0
+    lanes: int = 0
+    graphs: str = "auto"
+    graph_tokens: int = 0
     client_tokens: int = 262144
     checkpoint_every: int = 100
     checkpoint_keep: int = 3
@@ -196,7 +201,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("identity", str, "the server's secret key file (made on first use)"),
     Setting("authorized_clients", str, "file with one client key a line"),
     Setting("window", int, "bytes a client may have in flight towards the server", _at_least(MIB)),
+    Setting(
+        "policy",
+        str,
+        "which forwards run together: client-batching, or serial (one client after the other)",
+        _one_of("client-batching", "serial"),
+    ),
     Setting("batch_tokens", int, "most tokens of one trunk batch", _at_least(1)),
+    Setting("batch_wait", float, "seconds a batch that is not full waits for clients still to come", _at_least(0)),
+    Setting("lanes", int, "pieces of a batch that run side by side on a CPU (0: one a thread, at most 4)", _at_least(0)),
+    Setting(
+        "graphs",
+        str,
+        "keep each graph for its backward, recompute it, or auto: keep as many as graph_tokens allow",
+        _one_of("auto", "keep", "recompute"),
+    ),
+    Setting("graph_tokens", int, "tokens whose graphs are kept at a time over all clients (0: no limit)", _at_least(0)),
     Setting("client_tokens", int, "most tokens whose graph the trunk keeps for one client", _at_least(1)),
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),

@@ -13,6 +13,7 @@ from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
+from server_trunk.training import SharedTraining
 from server_trunk.trunkloop import Event, TrunkLoop
 from splitfl.adapters import set_trainable
 from splitfl.config import OptimizerSettings, build_config
@@ -61,7 +62,8 @@ class Desk:
     def __init__(self, model, work, *, clients=1, last=0, client_tokens=4096, **settings):
         self.trunk = load_trunk(model, (1, 1))
         set_trainable(self.trunk, "full")
-        self.engine = Engine(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings), torch.device("cpu"))
+        training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
+        self.engine = Engine(self.trunk, training, torch.device("cpu"), in_place=True)
         self.outlet, self.log = Outlet(), work / "log.jsonl"
         self.loop = TrunkLoop(
             self.engine,
@@ -199,7 +201,7 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing(model, tmp_path, value
         (closed,) = desk.outlet.closed()
         assert closed.targets == 4
         assert closed.grad_norm is not None
-        weights.append({name: p.detach().clone() for name, p in desk.engine.trainables.items()})
+        weights.append({name: p.detach().clone() for name, p in desk.engine.training.trainables.items()})
     assert desk.events("gradient-not-finite")[0]["client"] == "b"
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-6), name
@@ -225,7 +227,7 @@ def test_what_arrived_for_a_step_never_runs_in_the_next(model, tmp_path):
     desk.run(*backs, ("b", StepDone(0, 3, 3, "leave")), ("b", None))
     (closed,) = desk.outlet.closed()
     assert closed.targets == 16
-    assert all(parameter.grad is None for parameter in desk.engine.trainables.values())
+    assert all(parameter.grad is None for parameter in desk.engine.training.trainables.values())
     assert not desk.events("step")[0]["parts"]["b"]["dropped"]
 
 
@@ -247,7 +249,7 @@ def test_sessions_that_come_and_go_leave_nothing_behind(model, tmp_path):
         desk.run((name, None))
     loop = desk.loop
     assert not any([loop._gone, loop._names, loop._enrolments, loop._steps._enrolled, desk.engine._graphs])
-    assert not any([loop._scheduler._open, loop._scheduler._kept, loop._scheduler._by_micro, loop._scheduler._underway])
+    assert not any([loop._scheduler._open, loop._scheduler._kept, loop._scheduler._ready, loop._scheduler._underway])
 
 
 def test_whoever_waits_when_the_run_is_complete_is_told(model, tmp_path):

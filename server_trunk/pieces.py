@@ -1,0 +1,141 @@
+"""A batch cut into pieces of whole segments, run side by side or one after another.
+
+On a CPU the pieces run side by side, a thread each: two threads that each run half the rows never wait for each other inside an
+operation, as two threads that share every operation do. Where memory is short they run one after another, smaller each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from server_trunk.members import Member
+from splitfl.parts.rows import Rows
+
+__all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "scatter"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One segment of a batch: the ``number``-th of its member, whose rows ``begin..begin+length`` it is."""
+
+    member: int
+    number: int
+    begin: int
+    length: int
+    start: int
+
+
+@dataclass(slots=True)
+class Piece:
+    """Some segments of a batch. ``hidden: (tokens, H)`` on the device; ``out`` likewise, with its graph where that is kept."""
+
+    places: list[Place]
+    rows: Rows
+    hidden: torch.Tensor
+    out: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.tokens
+
+
+def places_of(members: Sequence[Member]) -> list[Place]:
+    """All segments of a batch, member by member."""
+    places = []
+    for index, member in enumerate(members):
+        begin = 0
+        for number, (length, start) in enumerate(member.forward.segments):
+            places.append(Place(index, number, begin, length, start))
+            begin += length
+    return places
+
+
+def cut(places: Sequence[Place], lanes: int, most: int | None) -> list[list[Place]]:
+    """Cut into ``lanes`` groups of about equal cost, or more where a group would have over ``most`` tokens.
+
+    Segments of like length stay together, so that little is padded. One group where segments are too few or too unequal to
+    keep the lanes busy: the threads then share every operation.
+    """
+    total = sum(place.length for place in places)
+    count = lanes if most is None else max(lanes, -(-total // most))
+    if count <= 1 or len(places) < 2:
+        return [list(places)]
+    ordered = sorted(places, key=lambda place: -place.length)
+    # Each group is a run of the sorted list, and ends where its share of the tokens is reached.
+    groups: list[list[Place]] = [[]]
+    reached = 0
+    for place in ordered:
+        if groups[-1] and len(groups) < count and reached + place.length / 2 > total * len(groups) / count:
+            groups.append([])
+        groups[-1].append(place)
+        reached += place.length
+    largest = max(sum(place.length for place in group) for group in groups)
+    if most is None and largest * lanes > total * 1.5:
+        return [list(places)]
+    # In the order of the batch again: rows that lie together are gathered without a copy.
+    return [sorted(group, key=lambda place: (place.member, place.number)) for group in groups]
+
+
+def gather(tensors: Sequence[torch.Tensor], places: Sequence[Place]) -> torch.Tensor:
+    """The rows of some segments, one after another: ``(tokens, H)``. A view where they lie together in one tensor."""
+    parts: list[torch.Tensor] = []
+    run: tuple[int, int, int] | None = None
+    for place in [*places, None]:
+        if run is not None and place is not None and (place.member, place.begin) == (run[0], run[2]):
+            run = (run[0], run[1], place.begin + place.length)
+            continue
+        if run is not None:
+            parts.append(tensors[run[0]][run[1] : run[2]])
+        if place is not None:
+            run = (place.member, place.begin, place.begin + place.length)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def scatter(pieces: Sequence[tuple[Sequence[Place], torch.Tensor]], members: Sequence[Member]) -> list[torch.Tensor]:
+    """The inverse: each member's own rows ``(tokens, H)``, from the rows of all pieces, contiguous and on their device."""
+    found: list[dict[int, torch.Tensor]] = [{} for _ in members]
+    for places, rows in pieces:
+        for place, part in zip(places, rows.split([place.length for place in places]), strict=True):
+            found[place.member][place.begin] = part
+        if len(pieces) == 1 and len(members) == 1:
+            return [rows.contiguous()]
+    return [torch.cat([parts[begin] for begin in sorted(parts)]) for parts in found]
+
+
+class Lanes:
+    """``count`` threads that run pieces side by side, ``threads`` of the CPU between them; one lane is the caller itself."""
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.count = max(1, count)
+        each = max(1, threads // self.count)
+        self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, "trunk-lane", initializer=torch.set_num_threads, initargs=(each,))
+
+    def run(self, work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
+        """``[work(item) for item in items]``; the first error is raised once all have ended."""
+        if self._pool is None or len(items) < 2:
+            return [work(item) for item in items]
+        futures = [self._pool.submit(work, item) for item in items]
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller piece might succeed: the device's own error, or the CPU allocator's, which has no class."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -1,0 +1,92 @@
+"""What the trunk's gradients do: which parameters they go to, and the optimizer step that uses them.
+
+The engine computes; a :class:`Training` owns parameters and optimizers. One a mode: here the one in which all clients train one
+set of parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Parameter
+
+from splitfl.adapters import named_trainables
+from splitfl.config import OptimizerSettings
+from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+
+__all__ = ["SharedTraining", "StepReport", "Training"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step. ``grad_norm`` (before clipping) is None where nothing was trained or the gradient was not finite;
+    ``clients``: the same of each client, where each trains parameters of its own.
+    """
+
+    learning_rate: float
+    grad_norm: float | None
+    skipped: bool = False
+    clients: Mapping[str, float | None] | None = None
+
+
+class Training(Protocol):
+    """Called from the trunk's thread only. ``owners`` and ``clients`` are names from the operator's list."""
+
+    def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
+        """The parameters that rows of these clients have a gradient for."""
+
+    def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        """Divide the summed gradients by the counted ``targets`` (by client), clip, step, and clear them."""
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a checkpoint holds: the trained weights by their full names, and further state by file name."""
+
+    def moved_partly(self) -> bool:
+        """Whether a step failed midway, so that the weights are of no step."""
+
+
+class SharedTraining:
+    """All clients train the same parameters towards ``sum_i n_i L_i / sum_i n_i``; one AdamW."""
+
+    def __init__(self, model: torch.nn.Module, settings: OptimizerSettings) -> None:
+        self.trainables = named_trainables(model)
+        self._settings = settings
+        self._parameters = list(self.trainables.values())
+        self.optimizer = build_optimizer(self._parameters, settings) if self._parameters else None
+        self._moving = False
+
+    def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
+        return self._parameters
+
+    def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        rate = learning_rate_at(step, self._settings)
+        if self.optimizer is None:
+            return StepReport(rate, None)
+        counted = sum(targets.values())
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if counted == 0 or not gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+            return StepReport(rate, None, skipped=True)
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / counted
+        finite = math.isfinite(norm)
+        if finite:
+            # Division and clipping in one pass over the gradients; the small number is clip_grad_norm_'s own.
+            clip = min(1.0, self._settings.clip / (norm + 1e-6)) if self._settings.clip else 1.0
+            torch._foreach_mul_(gradients, clip / counted)
+            set_learning_rate(self.optimizer, rate)
+            self._moving = True
+            self.optimizer.step()
+            self._moving = False
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(rate, norm if finite else None, skipped=not finite)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {name: parameter.detach() for name, parameter in self.trainables.items()}
+        return tensors, {"optimizer": self.optimizer.state_dict()} if self.optimizer is not None else {}
+
+    def moved_partly(self) -> bool:
+        return self._moving
