@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from splitfl.channel.datapath import DataPath, data_address
@@ -59,6 +59,7 @@ class OpenTerms:
 
     model: dict[str, Any]
     cut: tuple[int, int]
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 class ClientChannel:
@@ -223,7 +224,9 @@ class ClientChannel:
         ciphers = pick_ciphers()
         with self._lock:
             self._check_alive()
-            message = self._session.make_open(ciphers=ciphers, model=terms.model, cut=terms.cut, name=self._name)
+            message = self._session.make_open(
+                ciphers=ciphers, model=terms.model, cut=terms.cut, name=self._name, adapter=terms.adapter
+            )
             self._control_queue.append(self._session.send(message))
         self._transport.wake()
 

@@ -42,6 +42,7 @@ class RefusalCode:
     UNKNOWN_RUN = "unknown-run"
     MODEL_MISMATCH = "model-mismatch"
     CUT_MISMATCH = "cut-mismatch"
+    ADAPTER = "adapter"
     NOT_AUTHORIZED = "not-authorized"
     FULL = "full"
     CIPHER = "cipher"

@@ -18,12 +18,14 @@ from cryptography.exceptions import InvalidTag
 
 from splitfl.errors import LocalProtocolError, SealError
 from splitfl.protocol.ciphers import TAG_BYTES, AeadFactory, Buffer, make_aead
-from splitfl.protocol.message import PROTOCOL_VERSION
 from splitfl.protocol.schedule import key_and_iv, next_secret
 
 _HEADER = struct.Struct(">BBBBIQQQ")
 HEADER_BYTES = _HEADER.size
 OVERHEAD_BYTES = HEADER_BYTES + TAG_BYTES
+
+# The form of a record, which newer versions of the protocol have left as it was.
+RECORD_VERSION = 1
 
 METADATA = 1  # the first record of a message: msgpack
 PAYLOAD = 2
@@ -110,7 +112,7 @@ class Sealer:
             self._begin_epoch()
         if self._sequence >= 2**63 or self._epoch.number >= 2**32 - 1:
             raise LocalProtocolError("the session is worn out: open another")
-        header = _HEADER.pack(PROTOCOL_VERSION, kind, flags, 0, self._epoch.number, self._sequence, message, total)
+        header = _HEADER.pack(RECORD_VERSION, kind, flags, 0, self._epoch.number, self._sequence, message, total)
         frame = bytearray(HEADER_BYTES + size + TAG_BYTES)
         frame[:HEADER_BYTES] = header
         nonce = self._epoch.nonce(self._sequence)
@@ -144,7 +146,7 @@ class Opener:
         if len(frame) < OVERHEAD_BYTES:
             raise self._fail(f"a record of {len(frame)} bytes")
         version, kind, flags, zero, epoch, sequence, message, total = _HEADER.unpack_from(frame)
-        if version != PROTOCOL_VERSION or zero or kind not in (METADATA, PAYLOAD) or flags & ~(FIRST | LAST):
+        if version != RECORD_VERSION or zero or kind not in (METADATA, PAYLOAD) or flags & ~(FIRST | LAST):
             raise self._fail("a record with a malformed header")
         if sequence != self._sequence:
             raise self._fail(f"record {sequence} where {self._sequence} was expected")

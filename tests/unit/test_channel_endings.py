@@ -19,6 +19,7 @@ from splitfl.protocol import messages
 from splitfl.protocol.ciphers import AES_256_GCM
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
+    PROTOCOL_VERSION,
     Enrol,
     Fault,
     Heartbeat,
@@ -209,7 +210,7 @@ def opened_by_hand(world: World) -> tuple[Any, Any]:
     transport, session = world.client_transport(), ClientSession()
     join = world.join_string
     transport.connect_control(join.host, join.port, join.key, world.identity, 3.0)
-    transport.send_control(session.send(Hello(1, "run", {}, "")))
+    transport.send_control(session.send(Hello(PROTOCOL_VERSION, "run", {}, "")))
     while True:
         for frame in transport.poll(0.1):
             message = session.receive(bytes(frame.frame))

@@ -34,7 +34,7 @@ def exactly(length: int) -> st.SearchStrategy[bytes]:
 
 
 FROM_CLIENT = st.one_of(
-    st.builds(m.Hello, st.just(1), WORD, LIBRARIES, TEXT),
+    st.builds(m.Hello, st.just(m.PROTOCOL_VERSION), WORD, LIBRARIES, TEXT),
     st.builds(
         m.Open,
         exactly(32),
@@ -43,6 +43,7 @@ FROM_CLIENT = st.one_of(
         PLAIN,
         st.tuples(st.integers(0, 99), st.integers(0, 99)),
         WORD,
+        st.dictionaries(WORD, COUNT | NOT_NEGATIVE, max_size=4),
     ),
     st.builds(m.Enrol),
     st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"])),
@@ -52,7 +53,7 @@ FROM_CLIENT = st.one_of(
     st.builds(m.Bye, STEP),
 )
 FROM_SERVER = st.one_of(
-    st.builds(m.Welcome, st.just(1), WORD, PLAIN, LIBRARIES, FINITE),
+    st.builds(m.Welcome, st.just(m.PROTOCOL_VERSION), WORD, PLAIN, LIBRARIES, FINITE),
     st.builds(
         m.Opened,
         WORD,
@@ -272,3 +273,14 @@ def test_secrets_are_not_shown() -> None:
     with pytest.raises(LocalProtocolError) as caught:
         m.Open(b"secret", b"", (), {}, (1, 1), "n")
     assert "secret'" not in str(caught.value)
+
+
+def test_an_open_carries_what_the_client_asks_for_its_adapter() -> None:
+    asked = {"rank": 16, "learning_rate": 1e-4}
+    message = m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n", asked)
+    assert m.decode_control(m.encode(message), from_client=True) == message
+    assert m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n").adapter == {}
+    with pytest.raises(LocalProtocolError, match="adapter must be a map"):
+        m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n", ["rank"])  # type: ignore[arg-type]
+    with pytest.raises(LocalProtocolError, match="adapter must be nested at most 2 deep"):
+        m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n", {"a": {"b": {"c": 1}}})

@@ -18,8 +18,8 @@ CIPHER = "aes-256-gcm"
 
 def handshake() -> tuple[ClientSession, ServerSession]:
     client, server = ClientSession(), ServerSession()
-    server.receive(client.send(m.Hello(1, "run", {}, "")))
-    client.receive(sent(server.send(m.Welcome(1, "run", {}, {}, 0.0))))
+    server.receive(client.send(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")))
+    client.receive(sent(server.send(m.Welcome(m.PROTOCOL_VERSION, "run", {}, {}, 0.0))))
     server.receive(client.send(client.make_open(ciphers=(CIPHER,), model={}, cut=(1, 1), name="a")))
     _, frame = opened(server)
     client.receive(frame)
@@ -51,9 +51,9 @@ def test_both_sides_derive_the_same_keys() -> None:
 
 def test_a_changed_handshake_gives_other_keys() -> None:
     client, server = ClientSession(), ServerSession()
-    server.receive(client.send(m.Hello(1, "run", {}, "")))
-    server.send(m.Welcome(1, "run", {"lr": 1.0}, {}, 0.0))
-    client.receive(m.encode(m.Welcome(1, "run", {"lr": 2.0}, {}, 0.0)))
+    server.receive(client.send(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")))
+    server.send(m.Welcome(m.PROTOCOL_VERSION, "run", {"lr": 1.0}, {}, 0.0))
+    client.receive(m.encode(m.Welcome(m.PROTOCOL_VERSION, "run", {"lr": 2.0}, {}, 0.0)))
     server.receive(client.send(client.make_open(ciphers=(CIPHER,), model={}, cut=(1, 1), name="a")))
     client.receive(opened(server)[1])
     assert client.secrets is not None
@@ -62,8 +62,8 @@ def test_a_changed_handshake_gives_other_keys() -> None:
 
 def test_a_cipher_that_was_not_offered() -> None:
     client, server = ClientSession(), ServerSession()
-    server.receive(client.send(m.Hello(1, "run", {}, "")))
-    client.receive(sent(server.send(m.Welcome(1, "run", {}, {}, 0.0))))
+    server.receive(client.send(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")))
+    client.receive(sent(server.send(m.Welcome(m.PROTOCOL_VERSION, "run", {}, {}, 0.0))))
     server.receive(client.send(client.make_open(ciphers=(CIPHER,), model={}, cut=(1, 1), name="a")))
     with pytest.raises(RemoteProtocolError, match="did not offer"):
         client.receive(opened(server, "none")[1])
@@ -71,8 +71,8 @@ def test_a_cipher_that_was_not_offered() -> None:
 
 def test_a_key_that_is_no_ml_kem_key() -> None:
     client, server = ClientSession(), ServerSession()
-    server.receive(client.send(m.Hello(1, "run", {}, "")))
-    server.send(m.Welcome(1, "run", {}, {}, 0.0))
+    server.receive(client.send(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")))
+    server.send(m.Welcome(m.PROTOCOL_VERSION, "run", {}, {}, 0.0))
     server.receive(m.encode(m.Open(bytes(32), b"\xff" * 1184, (CIPHER,), {}, (1, 1), "a")))
     with pytest.raises(RemoteProtocolError, match="ML-KEM"):
         opened(server)
@@ -89,9 +89,9 @@ def test_nothing_before_hello(message: m.Message) -> None:
 def test_nothing_twice() -> None:
     client, server = handshake()
     with pytest.raises(RemoteProtocolError):
-        server.receive(m.encode(m.Hello(1, "run", {}, "")))
+        server.receive(m.encode(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")))
     with pytest.raises(LocalProtocolError):
-        client.send(m.Hello(1, "run", {}, ""))
+        client.send(m.Hello(m.PROTOCOL_VERSION, "run", {}, ""))
     client.send(m.Enrol())
     with pytest.raises(LocalProtocolError):
         client.send(m.Enrol())
