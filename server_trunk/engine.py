@@ -161,9 +161,12 @@ class Engine:
             except Exception as error:
                 if not is_out_of_memory(error) or self._in_place:
                     raise
-                total.clear()
-                found.clear()
-                pieces = self._in_smaller_pieces(members, pieces or [], differentiate)
+                if batch.kept and pieces is not None:
+                    # Only the pieces still hold what went in.
+                    rows = scatter([(piece.places, piece.hidden.detach()) for piece in pieces], members)
+                    for member, hidden in zip(members, rows, strict=True):
+                        member.hidden = hidden
+                pieces = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
         total.count()
         rows = scatter([(piece.places, found[id(piece)]) for piece in pieces], members)
         return [_reply(member, own) for member, own in zip(members, rows, strict=True)]
@@ -210,9 +213,14 @@ class Engine:
         return Piece(places, rows, gather(hidden, places).detach().requires_grad_(kind.grad))
 
     def _in_smaller_pieces(
-        self, members: Sequence[Member], pieces: Sequence[Piece], work: Callable[[Piece], None]
+        self,
+        members: Sequence[Member],
+        pieces: Sequence[Piece],
+        work: Callable[[Piece], None],
+        start_over: Callable[[], None] = lambda: None,
     ) -> list[Piece]:
         """Run a batch that was too large for the device one piece at a time, smaller until it fits; returns the pieces.
+        ``start_over`` is called before each attempt.
 
         Raises what the device raised where even the smallest does not fit.
         """
@@ -222,6 +230,7 @@ class Engine:
         while True:
             most //= 2
             self._free()
+            start_over()
             smaller = self._cut(members, max(1, most))
             try:
                 for piece in smaller:

@@ -58,29 +58,48 @@ def places_of(members: Sequence[Member]) -> list[Place]:
 
 
 def cut(places: Sequence[Place], lanes: int, most: int | None) -> list[list[Place]]:
-    """Cut into ``lanes`` groups of about equal cost, or more where a group would have over ``most`` tokens.
+    """Cut into ``lanes`` groups of about equal cost, and further where a group would have over ``most`` tokens, pads counted.
 
     Segments of like length stay together, so that little is padded. One group where segments are too few or too unequal to
     keep the lanes busy: the threads then share every operation.
     """
-    total = sum(place.length for place in places)
-    count = lanes if most is None else max(lanes, -(-total // most))
-    if count <= 1 or len(places) < 2:
+    if len(places) < 2 or (lanes <= 1 and most is None):
         return [list(places)]
     ordered = sorted(places, key=lambda place: -place.length)
-    # Each group is a run of the sorted list, and ends where its share of the tokens is reached.
-    groups: list[list[Place]] = [[]]
-    reached = 0
-    for place in ordered:
-        if groups[-1] and len(groups) < count and reached + place.length / 2 > total * len(groups) / count:
-            groups.append([])
-        groups[-1].append(place)
-        reached += place.length
-    largest = max(sum(place.length for place in group) for group in groups)
-    if most is None and largest * lanes > total * 1.5:
+    groups = _even(ordered, lanes)
+    if most is not None:
+        # The first of a group is its longest: what the group takes, padded, is its number times that.
+        groups = [part for group in groups for part in _runs(group, lambda part: (len(part) + 1) * part[0].length <= most)]
+    elif max(map(_tokens, groups)) * lanes > _tokens(places) * 1.5:
         return [list(places)]
     # In the order of the batch again: rows that lie together are gathered without a copy.
     return [sorted(group, key=lambda place: (place.member, place.number)) for group in groups]
+
+
+def _tokens(places: Sequence[Place]) -> int:
+    return sum(place.length for place in places)
+
+
+def _even(ordered: Sequence[Place], count: int) -> list[list[Place]]:
+    """Runs of ``ordered`` with about as many tokens each."""
+    share, reached = _tokens(ordered) / count, 0
+    groups: list[list[Place]] = [[]]
+    for place in ordered:
+        if groups[-1] and len(groups) < count and reached + place.length / 2 > share * len(groups):
+            groups.append([])
+        groups[-1].append(place)
+        reached += place.length
+    return groups
+
+
+def _runs(ordered: Sequence[Place], has_room: Callable[[list[Place]], bool]) -> list[list[Place]]:
+    """Runs of ``ordered``, each as long as it has room for one more."""
+    groups: list[list[Place]] = [[ordered[0]]]
+    for place in ordered[1:]:
+        if not has_room(groups[-1]):
+            groups.append([])
+        groups[-1].append(place)
+    return groups
 
 
 def gather(tensors: Sequence[torch.Tensor], places: Sequence[Place]) -> torch.Tensor:

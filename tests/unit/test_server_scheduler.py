@@ -124,3 +124,136 @@ def test_kept_tokens_count_waiting_and_kept_ones():
     scheduler.abandon("a", 0)
     scheduler.next(always)
     assert scheduler.kept_tokens("a") == 0
+
+
+def served(scheduler, count):
+    """Tokens of each client in the next ``count`` batches."""
+    tokens = {}
+    for _ in range(count):
+        for member in scheduler.next(always).members:
+            tokens[member.client] = tokens.get(member.client, 0) + member.tokens
+    return tokens
+
+
+def test_a_client_that_sends_much_does_not_push_back_one_that_sends_little():
+    scheduler = Scheduler(batch_tokens=100)
+    for micro in range(50):
+        scheduler.add_forward("much", forward(micro, 100, train=False), None)
+    for micro in range(5):
+        scheduler.add_forward("little", forward(micro, 100, train=False), None)
+    assert served(scheduler, 10) == {"much": 500, "little": 500}
+
+
+def test_clients_with_small_and_large_micro_batches_get_the_same_tokens():
+    scheduler = Scheduler(batch_tokens=100)
+    for micro in range(100):
+        scheduler.add_forward("small", forward(micro, 10, train=False), None)
+        scheduler.add_forward("large", forward(micro, 100, train=False), None)
+    tokens = served(scheduler, 12)
+    assert abs(tokens["small"] - tokens["large"]) <= 100
+
+
+def test_a_client_that_was_idle_saves_nothing_up():
+    scheduler = Scheduler(batch_tokens=100)
+    for micro in range(20):
+        scheduler.add_forward("always", forward(micro, 100, train=False), None)
+    served(scheduler, 10)
+    for micro in range(10):
+        scheduler.add_forward("late", forward(micro, 100, train=False), None)
+    tokens = served(scheduler, 10)
+    assert tokens == {"always": 500, "late": 500}
+
+
+def test_serial_gives_the_trunk_to_one_client_until_its_backward_has_run():
+    scheduler = Scheduler(batch_tokens=1000, policy="serial")
+    for session in "ab":
+        for micro in range(2):
+            scheduler.add_forward(session, forward(micro), None)
+    assert members(scheduler.next(always)) == [("a", 0), ("a", 1)]
+    assert scheduler.next(always) is None
+    scheduler.add_forward("b", forward(7, train=False), None)
+    assert members(scheduler.next(always)) == [("b", 7)]  # an evaluation keeps nobody waiting
+    for micro in range(2):
+        scheduler.add_backward("a", backward(micro), "dy")
+    assert isinstance(scheduler.next(always), BackwardBatch)
+    assert members(scheduler.next(always)) == [("b", 0), ("b", 1)]
+
+
+def test_graphs_beyond_the_bound_are_computed_again_and_need_not_wait_for_each_other():
+    scheduler = Scheduler(batch_tokens=20, graph_tokens=20)
+    for session in "abcd":
+        scheduler.add_forward(session, forward(0), None)
+    first, second = scheduler.next(always), scheduler.next(always)
+    assert first.keep
+    assert not second.keep
+    assert scheduler.kept_graph_tokens == 20
+    # Of a kept graph both are awaited; of the others each runs as it comes.
+    scheduler.add_backward("a", backward(0), "dy")
+    assert scheduler.next(always) is None
+    scheduler.add_backward("c", backward(0), "dy")
+    ready = scheduler.next(always)
+    assert members(ready) == [("c", 0)]
+    assert not ready.kept
+    scheduler.add_backward("b", backward(0), "dy")
+    assert members(scheduler.next(always)) == [("a", 0), ("b", 0)]
+    assert scheduler.kept_graph_tokens == 0
+    scheduler.abandon("d")
+    assert scheduler.next(always).is_void
+    assert not scheduler._open
+
+
+def test_backwards_to_be_computed_again_run_together_within_the_budget():
+    scheduler = Scheduler(batch_tokens=20, graph_tokens=0)
+    for session in "abc":
+        scheduler.add_forward(session, forward(0), None)
+    while scheduler.next(always) is not None:
+        pass
+    for session in "abc":
+        scheduler.add_backward(session, backward(0), "dy")
+    assert members(scheduler.next(always)) == [("a", 0), ("b", 0)]
+    assert members(scheduler.next(always)) == [("c", 0)]
+
+
+def test_a_graph_for_which_there_was_no_memory_is_forgotten():
+    scheduler = Scheduler(batch_tokens=100)
+    for session in "ab":
+        scheduler.add_forward(session, forward(0), None)
+    batch = scheduler.next(always)
+    scheduler.unkeep(batch)
+    assert scheduler.kept_graph_tokens == 0
+    scheduler.add_backward("a", backward(0), "dy")
+    ready = scheduler.next(always)
+    assert members(ready) == [("a", 0)]
+    assert not ready.kept
+
+
+def test_a_batch_that_is_not_full_waits_for_more_but_not_for_ever():
+    scheduler = Scheduler(batch_tokens=30, batch_wait=2.0)
+    scheduler.add_forward("a", forward(0), None, now=10.0)
+    assert scheduler.next(always, 11.0, more_expected=True) is None
+    scheduler.add_forward("b", forward(0), None, now=11.5)
+    assert scheduler.next(always, 11.9, more_expected=True) is None
+    assert members(scheduler.next(always, 12.0, more_expected=True)) == [("a", 0), ("b", 0)]
+    scheduler.add_forward("a", forward(1), None, now=13.0)
+    assert len(scheduler.next(always, 13.0, more_expected=False).members) == 1  # nobody else will come
+    for session in "cde":
+        scheduler.add_forward(session, forward(0), None, now=14.0)
+    assert len(scheduler.next(always, 14.0, more_expected=True).members) == 3  # full
+
+
+def test_packed_batches_count_no_pads():
+    def two(**options):
+        scheduler = Scheduler(batch_tokens=110, **options)
+        scheduler.add_forward("a", forward(0, 100), None)
+        scheduler.add_forward("b", forward(0, 10), None)
+        return len(scheduler.next(always).members)
+
+    assert two() == 1
+    assert two(packed=True) == 2
+
+
+def test_replayed_forwards_run_by_themselves():
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add_forward("a", forward(0), None, replayed=True)
+    scheduler.add_forward("b", forward(0), None)
+    assert members(scheduler.next(always)) == [("a", 0)]

@@ -1,0 +1,210 @@
+"""The engine: however a batch is cut, kept, run again or made smaller, the same numbers come out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server_trunk.engine import Engine
+from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.pieces import Place, cut, gather, is_out_of_memory, places_of, scatter
+from server_trunk.training import SharedTraining
+from splitfl.adapters import attach_lora, set_trainable
+from splitfl.config import LoraSettings, OptimizerSettings
+from splitfl.parts.loading import load_trunk
+from splitfl.protocol.messages import Backward, Forward
+from tests.world import tiny_llama
+
+HIDDEN = 32
+#: Two clients, segments of unequal length, one that does not begin at 0.
+SEGMENTS = {"a": ((7, 0), (3, 0), (12, 4)), "b": ((5, 0), (5, 0))}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def engine_of(model: str, trainables: str = "lora", **options) -> Engine:
+    trunk = load_trunk(model, (1, 1))
+    if trainables == "lora":
+        trunk = attach_lora(trunk, LoraSettings(rank=4), seed=0)
+        for name, parameter in trunk.named_parameters():
+            if ".lora_B." in name:  # zero at the start, which would hide the gradient of lora_A
+                parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    else:
+        set_trainable(trunk, trainables)
+    return Engine(trunk, SharedTraining(trunk, OptimizerSettings(learning_rate=1e-2)), torch.device("cpu"), **options)
+
+
+def members_of(*, replayed: bool = False) -> list[Member]:
+    draw = torch.Generator().manual_seed(1)
+    members = []
+    for name, segments in SEGMENTS.items():
+        forward = Forward(0, 0, segments, HIDDEN, "float32", "raw", True, True, True)
+        member = Member(name, forward, torch.randn(forward.rows, HIDDEN, generator=draw), name, replayed=replayed)
+        member.backward = Backward(0, 0, forward.rows, HIDDEN, "float32", "raw", forward.rows, 3.0)
+        member.gradient = torch.randn(forward.rows, HIDDEN, generator=draw)
+        members.append(member)
+    return members
+
+
+def both_ways(engine: Engine, *, keep: bool = True, members: list[Member] | None = None):
+    """(y of each member, dh of each, the gradients in the step's sum)."""
+    members = members or members_of()
+    outputs, kept = engine.forward(ForwardBatch(0, members, keep))
+    gradients = engine.backward(BackwardBatch(0, members, kept))
+    return outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+
+
+def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert float((mine - theirs).norm()) <= 2e-6 * float(theirs.norm())
+
+
+def assert_same(mine, theirs):
+    for own, other in zip(mine[:2], theirs[:2], strict=True):
+        for tensor, reference in zip(own, other, strict=True):
+            assert_close(tensor, reference)
+    assert mine[2].keys() == theirs[2].keys()
+    for name, gradient in theirs[2].items():
+        assert float(gradient.norm()) > 0, name
+        assert_close(mine[2][name], gradient)
+
+
+@pytest.mark.parametrize("trainables", ["lora", "full"])
+@pytest.mark.parametrize("options", [{"lanes": 2}, {"lanes": 4}, {"in_place": True}, {"lanes": 2, "in_place": True}])
+def test_lanes_and_sums_in_place_change_nothing(model, trainables, options):
+    assert_same(both_ways(engine_of(model, trainables, **options)), both_ways(engine_of(model, trainables)))
+
+
+@pytest.mark.parametrize("options", [{}, {"lanes": 2}])
+def test_a_graph_computed_again_equals_one_kept(model, options):
+    engine = engine_of(model, **options)
+    again = both_ways(engine, keep=False)
+    assert not engine._graphs
+    assert_same(again, both_ways(engine_of(model)))
+
+
+class ShortOfMemory:
+    """A trunk that has room for ``tokens`` (rows times columns) with a graph, and for as many times ``bare`` without."""
+
+    def __init__(self, engine: Engine, tokens: int, bare: int = 1) -> None:
+        self.tokens, self.bare, self.sizes = tokens, bare, []
+        self._run = engine._trunk.trunk_forward
+        engine._trunk.trunk_forward = self
+
+    def __call__(self, hidden, mask, positions):
+        size = hidden.shape[0] * hidden.shape[1]
+        if size > self.tokens * (1 if torch.is_grad_enabled() else self.bare):
+            raise torch.OutOfMemoryError("no memory (injected)")
+        self.sizes.append(size)
+        return self._run(hidden, mask, positions)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_out_of_memory_makes_the_batch_smaller_and_goes_on(model, lanes):
+    told = []
+    engine = engine_of(model, lanes=lanes, report=told.append)
+    short = ShortOfMemory(engine, 13)
+    members = members_of()
+    outputs, kept = engine.forward(ForwardBatch(0, members, True))
+    assert not kept
+    assert told
+    assert max(short.sizes) <= 13
+    gradients = engine.backward(BackwardBatch(0, members, kept))
+    mine = outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+    assert_same(mine, both_ways(engine_of(model)))
+    # The next batch is cut small from the start: nothing fails any more.
+    told.clear()
+    engine.forward(ForwardBatch(1, members_of(), False))
+    assert not told
+
+
+def test_out_of_memory_in_the_backward_alone_counts_once(model):
+    engine = engine_of(model)
+    # The forward fits without its graph; its rerun for the backward does not.
+    short = ShortOfMemory(engine, 13, bare=100)
+    assert_same(both_ways(engine, keep=False), both_ways(engine_of(model)))
+    assert max(short.sizes[1:]) <= 13
+
+
+def test_out_of_memory_in_the_backward_of_a_kept_graph(model, monkeypatch):
+    engine = engine_of(model, lanes=2)
+    members = members_of()
+    outputs, kept = engine.forward(ForwardBatch(0, members, True))
+    for member in members:
+        member.hidden = None  # as the loop does: the graph holds what it needs
+    failures = [torch.OutOfMemoryError("no memory (injected)")]
+    differentiate = torch.autograd.grad
+
+    def once(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return differentiate(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", once)
+    gradients = engine.backward(BackwardBatch(0, members, kept))
+    mine = outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+    assert_same(mine, both_ways(engine_of(model)))
+
+
+def test_a_segment_that_never_fits_fails_and_leaves_the_sum_alone(model):
+    engine = engine_of(model)
+    ShortOfMemory(engine, 4, bare=100)
+    members = members_of()
+    engine.forward(ForwardBatch(0, members, False))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.backward(BackwardBatch(0, members, False))
+    assert all(parameter.grad is None for parameter in engine.training.trainables.values())
+
+
+def test_a_replayed_member_gets_its_answers_and_adds_nothing(model):
+    _, dh, _ = both_ways(engine_of(model))
+    outputs, gradients, summed = both_ways(engine_of(model), members=members_of(replayed=True))
+    assert all(gradient is None for gradient in summed.values())
+    for own, reference in zip(gradients, dh, strict=True):
+        assert_close(own, reference)
+    assert len(outputs) == 2
+
+
+def test_an_abandoned_member_counts_as_zero(model):
+    members = members_of()
+    members[1].backward = members[1].gradient = None
+    members[1].abandoned = True
+    alone = members_of()[:1]
+    mine = both_ways(engine_of(model, lanes=2), members=members)
+    theirs = both_ways(engine_of(model), members=alone)
+    assert mine[1][1] is None
+    assert_same(([mine[0][0]], [mine[1][0]], mine[2]), theirs)
+
+
+def test_pieces_hold_every_segment_once_and_about_as_much_each():
+    places = [Place(0, number, 0, length, 0) for number, length in enumerate([128] * 6 + [64] * 4 + [7, 9])]
+    groups = cut(places, 2, None)
+    assert sorted(place.number for group in groups for place in group) == list(range(12))
+    sizes = [sum(place.length for place in group) for group in groups]
+    assert len(groups) == 2
+    assert max(sizes) <= 1.3 * min(sizes)
+    # Too unequal for two lanes: the threads share every operation instead.
+    assert len(cut([Place(0, 0, 0, 500, 0), Place(0, 1, 0, 10, 0)], 2, None)) == 1
+    # Where memory is short, no piece has more than asked, save a segment that is longer itself.
+    for most in (100, 150, 300):
+        groups = cut(places, 1, most)
+        assert sorted(place.number for group in groups for place in group) == list(range(12))
+        assert all(len(group) * max(p.length for p in group) <= most or len(group) == 1 for group in groups)
+
+
+def test_rows_come_back_to_where_they_were():
+    members = members_of()
+    places = places_of(members)
+    groups = cut(places, 2, None)
+    tensors = [member.hidden for member in members]
+    rows = scatter([(group, gather(tensors, group)) for group in groups], members)
+    assert all(torch.equal(own, member.hidden) for own, member in zip(rows, members, strict=True))
+
+
+def test_the_cpu_allocator_s_error_is_known():
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(2**46, dtype=torch.float32)
+    assert is_out_of_memory(failure.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
