@@ -17,6 +17,7 @@ from splitfl.errors import ConfigError
 
 __all__ = [
     "SETTINGS",
+    "LimitSettings",
     "LoraSettings",
     "OptimizerSettings",
     "RunConfig",
@@ -58,6 +59,14 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """What a client may ask for its own adapter, where each client has one."""
+
+    max_rank: int = 64
+    max_learning_rate: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything the server needs to know. Sizes are bytes or tokens as their names say, times are seconds."""
 
@@ -69,7 +78,9 @@ class RunConfig:
     seed: int = 0
     clients: int = 1
     trainables: str = "lora"
+    adapters: str = "shared"
     lora: LoraSettings = field(default_factory=LoraSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     device: str = "auto"
     dtype: str = "float32"
@@ -92,6 +103,8 @@ class RunConfig:
     checkpoint_every: int = 100
     checkpoint_keep: int = 3
     until_done: bool = False
+    status_every: float = 10.0
+    metrics: str = ""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -116,7 +129,9 @@ class RunConfig:
             "seed": self.seed,
             "clients": self.clients,
             "trainables": self.trainables,
+            "adapters": self.adapters,
             "lora": lora,
+            "limits": dataclasses.asdict(self.limits),
             "optimizer": dataclasses.asdict(self.optimizer),
             "dtype": self.dtype,
             "client_tokens": self.client_tokens,
@@ -146,6 +161,11 @@ def _host_and_port(value: str) -> str | None:
     return None if host and port.isdigit() and int(port) < 65536 else "is no HOST:PORT"
 
 
+def _port_or_address(value: str) -> str | None:
+    is_port = value.isdigit() and int(value) < 65536
+    return None if not value or is_port or _host_and_port(value) is None else "is neither a port nor HOST:PORT"
+
+
 def _anything(_: Any) -> None:
     return None
 
@@ -173,6 +193,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("seed", int, "seed of the LoRA initialisation, on both sides", _at_least(0)),
     Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
+    Setting(
+        "adapters",
+        str,
+        "one LoRA adapter shared by all clients, or one for each client: shared, per-client",
+        _one_of("shared", "per-client"),
+    ),
+    Setting("limits.max_rank", int, "largest rank a client may ask for its own adapter", _at_least(1)),
+    Setting("limits.max_learning_rate", float, "largest learning rate a client may ask for its own adapter", _at_least(0)),
     Setting("lora.rank", int, "LoRA rank", _at_least(1), flag="lora-rank"),
     Setting("lora.alpha", float, "LoRA alpha", _at_least(0), flag="lora-alpha"),
     Setting("lora.dropout", float, "dropout before the LoRA matrices", _between(0, 1), flag="lora-dropout"),
@@ -221,10 +249,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
     Setting("until_done", bool, "end when clients have trained and all have left"),
+    Setting("status_every", float, "seconds between status lines in the log (0: none)", _at_least(0)),
+    Setting("metrics", str, "HOST:PORT, or a port of loopback, that serves live numbers to Prometheus", _port_or_address),
 )
 
 _BY_KEY = {setting.key: setting for setting in SETTINGS} | {"model": Setting("model", str, "directory or hub id of the model")}
-_SECTIONS = {"lora": LoraSettings, "optimizer": OptimizerSettings}
+_SECTIONS: dict[str, Any] = {"lora": LoraSettings, "limits": LimitSettings, "optimizer": OptimizerSettings}
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -266,12 +296,29 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             continue
         section, _, leaf = key.rpartition(".")
         (sections[section] if section else top)[leaf] = _typed(setting, value)
-    config = RunConfig(**top, lora=LoraSettings(**sections["lora"]), optimizer=OptimizerSettings(**sections["optimizer"]))
+    config = RunConfig(**top, **{name: kind(**sections[name]) for name, kind in _SECTIONS.items()})
     if config.optimizer.schedule != "constant" and config.optimizer.steps == 0:
         raise ConfigError(f"the {config.optimizer.schedule} schedule needs its length: give --steps")
     if config.optimizer.steps and config.optimizer.warmup_steps > config.optimizer.steps:
         raise ConfigError("warmup_steps is larger than steps: warm up for fewer steps or train for more")
+    if config.adapters == "per-client":
+        _check_client_adapters(config)
     return config
+
+
+def _check_client_adapters(config: RunConfig) -> None:
+    """Raises ConfigError where the run cannot have an adapter for each client."""
+    if config.trainables != "lora":
+        raise ConfigError(f"an adapter for each client is LoRA, and this run trains {config.trainables}: use --trainables lora")
+    if config.lora.rank > config.limits.max_rank:
+        raise ConfigError(
+            f"the run's own rank {config.lora.rank} is above the limit of {config.limits.max_rank}: raise --max-rank"
+        )
+    if config.optimizer.learning_rate > config.limits.max_learning_rate:
+        raise ConfigError(
+            f"the run's own learning rate {config.optimizer.learning_rate:g} is above the limit of "
+            f"{config.limits.max_learning_rate:g}: raise --max-learning-rate"
+        )
 
 
 def _typed(setting: Setting, value: Any) -> Any:
