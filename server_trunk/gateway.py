@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from server_trunk.meter import Meter
 from server_trunk.trunkloop import Event
 from splitfl import __version__
 from splitfl.config import RunConfig
@@ -37,12 +38,14 @@ class Gateway:
         inbox: queue.Queue[Event | None],
         log: RunLog,
         *,
+        meter: Meter | None = None,
         pin: bool = False,
         longest: int | None = None,
     ) -> None:
         """``longest``: the position before which every token must lie, where the model's rotary table grows with what it sees."""
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
+        self._meter = meter or Meter()
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
         self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
@@ -82,6 +85,7 @@ class Gateway:
 
     def on_opened(self, session: Any) -> None:
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
+        self._meter.joined(session.session, session.peer.name)
         self._inbox.put(Event(session.session, opened=True, name=session.peer.name))
 
     def on_refused(self, who: str, code: str, text: str) -> None:
@@ -89,6 +93,7 @@ class Gateway:
 
     def on_closed(self, session: str, reason: str) -> None:
         self._log.write("left", session=session[:8], why=reason)
+        self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
         self._inbox.put(Event(session))
 
@@ -112,6 +117,7 @@ class Gateway:
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype], pin=self._pin)
 
     def on_data(self, session: str, message: Any, payload: torch.Tensor) -> None:
+        self._meter.arrived(session, "forward" if isinstance(message, Forward) else "backward", message.micro)
         self._put(Event(session, message, payload))
 
     def on_control(self, session: str, message: Any) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from server_trunk.async_steps import steps_of
+from server_trunk.async_training import AsyncTraining
 from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
+from server_trunk.live import Live
+from server_trunk.meter import Meter
 from server_trunk.scheduler import Scheduler
-from server_trunk.steps import Steps
 from server_trunk.training import SharedTraining
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
@@ -76,7 +79,8 @@ class TrunkServer:
         self._log = RunLog(out / "log.jsonl", echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._model = load_run_trunk(config, self._device)
-        self._training = SharedTraining(self._model, config.optimizer)
+        asynchronous = config.mode == "async"
+        self._training = (AsyncTraining if asynchronous else SharedTraining)(self._model, config.optimizer)
         self._engine = Engine(
             self._model,
             self._training,
@@ -84,9 +88,11 @@ class TrunkServer:
             seed=config.seed,
             lanes=config.lanes or min(4, torch.get_num_threads()),
             # One more copy of all gradients is only worth it where the device can run out of memory and go on.
-            in_place=config.trainables == "full" and self._device.type == "cpu",
+            in_place=asynchronous or (config.trainables == "full" and self._device.type == "cpu"),
             report=lambda tokens: self._log.write("out-of-memory", most_tokens=tokens),
         )
+        self.meter = Meter(config.batch_tokens)
+        self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._done = threading.Event()
         self._saved = -1
         self._channel: ServerChannel | None = None
@@ -101,19 +107,21 @@ class TrunkServer:
             ConfigError: an address cannot be bound.
         """
         config = self.config
+        scheduler = Scheduler(
+            config.batch_tokens,
+            policy="one-client" if config.mode == "async" else config.policy,
+            graph_tokens={"keep": None, "recompute": 0}.get(config.graphs, config.graph_tokens or None),
+            batch_wait=config.batch_wait,
+        )
         self._loop = TrunkLoop(
             self._engine,
-            Steps(clients=config.clients, last=config.optimizer.steps),
-            Scheduler(
-                config.batch_tokens,
-                policy=config.policy,
-                graph_tokens={"keep": None, "recompute": 0}.get(config.graphs, config.graph_tokens or None),
-                batch_wait=config.batch_wait,
-            ),
+            steps_of(config),
+            scheduler,
             self,
             self._log,
             client_tokens=config.client_tokens,
             payload_of=byte_view,
+            meter=self.meter,
             on_step=self._after_step,
             on_idle=self._when_idle,
         )
@@ -124,6 +132,7 @@ class TrunkServer:
             hidden,
             self._loop.inbox,
             self._log,
+            meter=self.meter,
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
         )
@@ -141,7 +150,14 @@ class TrunkServer:
         )
         channel.start()
         self._channel = channel
+        self.meter.watch(
+            waiting=lambda: scheduler.waiting_tokens,
+            graphs=lambda: scheduler.kept_graph_tokens,
+            kept=scheduler.kept_tokens,
+            traffic=channel.traffic,
+        )
         self._loop.start()
+        self._live.start()
         # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
         reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
@@ -230,6 +246,7 @@ class TrunkServer:
         finally:
             self._channel.stop(text)
             self._channel = None
+            self._live.stop()
             self._log.write("stopped", why=text)
             self._log.close()
 
