@@ -11,6 +11,14 @@ from splitfl.protocol.messages import Hello, Open
 from splitfl.protocol.session import ServerSession
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of frames of one client, over all its sessions."""
+
+    received: int = 0
+    sent: int = 0
+
+
 @dataclass(eq=False)
 class Link:
     """One client from its Hello on. Times are the channel's clock, seconds."""
@@ -20,6 +28,7 @@ class Link:
     heard: float
     deadline: float  # for the handshake: to be attached by then
     beat: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
     session: ServerSession = field(default_factory=ServerSession)
     hello: Hello | None = None
     open: Open | None = field(default=None, repr=False)

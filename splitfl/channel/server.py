@@ -120,13 +120,17 @@ class ServerChannel:
             if n < 0 or link.credit_due + n > link.account.window - link.account.left:
                 raise LocalProtocolError(f"{n} bytes of credit given back, more than that client has spent")
             link.credit_due += n
-        self._transport.wake()
+        self._do(link, lambda: None)
 
     def end(self, session: str, fault: Fault) -> None:
         """Tells the client the fault (made fatal), then closes its session."""
         link = self._sessions.find(session)
         if link is not None:
             self._do(link, functools.partial(self._sessions.end, link, fault.code, fault.text, fault.micro))
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes of frames (received, sent) by client's name, over all its sessions."""
+        return self._sessions.traffic()
 
     def _do(self, link: Link, command: Callable[[], None]) -> None:
         self._commands.append((link, command))
@@ -167,9 +171,11 @@ class ServerChannel:
     def _work(self) -> float:
         """Commands, credits, records; how long the next poll may wait."""
         while self._commands:
-            self._sessions.guard(*self._commands.popleft())
+            link, command = self._commands.popleft()
+            self._sessions.guard(link, command)
+            self._sessions.activate(link)
         self._wait = _TICK
-        for link in self._sessions.open_links():
+        for link in self._sessions.ready_links():
             self._sessions.guard(link, functools.partial(self._serve, link))
         return self._wait
 
@@ -181,6 +187,8 @@ class ServerChannel:
             frame = link.stuck or link.outbox.next_frame()
             link.stuck = None
             if frame is None:
+                self._sessions.give_credit(link)
+                self._sessions.active.pop(link, None)
                 return
             sent = self._transport.send_data(link.data_peer, frame)
             if sent is Sent.FULL:
@@ -190,12 +198,13 @@ class ServerChannel:
             if sent is Sent.GONE:
                 self._sessions.drop(link, "its data connection broke")
                 return
+            link.traffic.sent += len(frame)
         self._wait = 0.0
 
     def _flush(self) -> None:
         deadline = self._clock() + self._timing.flush
         while self._clock() < deadline and (
-            self._commands or any(link.outbox or link.stuck for link in self._sessions.open_links())
+            self._commands or any(link.outbox or link.stuck for link in self._sessions.ready_links())
         ):
             self._transport.poll(_FULL_RETRY)
             self._work()

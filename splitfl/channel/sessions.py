@@ -15,7 +15,7 @@ from typing import Any
 
 from splitfl.channel.admission import Admission
 from splitfl.channel.handler import ServerHandler, SessionInfo
-from splitfl.channel.link import Link
+from splitfl.channel.link import Link, Traffic
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, RemoteProtocolError, SealError
 from splitfl.protocol.assembly import Inbox, Outbox
@@ -86,16 +86,28 @@ class Sessions:
         self.lock = threading.RLock()
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
+        self._traffic: dict[str, Traffic] = {}  # by the client's name
+        # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
+        self.active: dict[Link, None] = {}
 
     def find(self, session: str) -> Link | None:
         """The link of a session; None when it is gone."""
         with self.lock:
             return self._sessions.get(session)
 
-    def open_links(self) -> list[Link]:
-        """The links whose data connection stands and whose client listens."""
-        links = self._sessions.values()
-        return [link for link in links if link.data_peer is not None and link.goodbye is None]
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes of frames (received, sent) by client's name, over all its sessions."""
+        with self.lock:
+            return {name: (traffic.received, traffic.sent) for name, traffic in self._traffic.items()}
+
+    def activate(self, link: Link) -> None:
+        """Something may have to be sent to this client."""
+        if self._sessions.get(link.id) is link:
+            self.active[link] = None
+
+    def ready_links(self) -> list[Link]:
+        """The active links whose data connection stands and whose client listens."""
+        return [link for link in self.active if link.data_peer is not None and link.goodbye is None]
 
     def guard(self, link: Link, action: Callable[[], None]) -> None:
         """Runs what belongs to one session; whatever it raises ends that session only."""
@@ -117,11 +129,15 @@ class Sessions:
         """A control frame; a client that cannot be reached loses its session."""
         if link.control_peer not in self._links or link.goodbye is not None:
             return
-        sent = self._transport.send_control(link.control_peer, frame)
+        sent = self._send(link, frame)
         if sent is Sent.GONE:
             self.drop(link, "its control connection broke")
         elif sent is Sent.FULL:
             self.drop(link, "it does not read its control messages")
+
+    def _send(self, link: Link, frame: bytes) -> Sent:
+        link.traffic.sent += len(frame)
+        return self._transport.send_control(link.control_peer, frame)
 
     def tell(self, link: Link, message: Message) -> None:
         """A control message of the channel's own."""
@@ -151,6 +167,7 @@ class Sessions:
         if link is None:
             return  # of a session that has ended
         link.heard = self._clock()
+        link.traffic.received += len(frame.frame)
         take = self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data
         self.guard(link, lambda: take(link, frame))
 
@@ -180,6 +197,7 @@ class Sessions:
             return None
         with self.lock:
             self._links[frame.peer] = link
+            link.traffic = self._traffic.setdefault(peer.name, link.traffic)
         return link
 
     def _take_control(self, link: Link, frame: ServerFrame) -> None:
@@ -280,7 +298,7 @@ class Sessions:
             return
         with self.lock:
             frame = link.session.send(Closing("goodbye"))
-        self._transport.send_control(link.control_peer, frame or b"")
+        self._send(link, frame or b"")
         self.drop(link, "the client said goodbye")
 
     def _take_message(self, link: Link, message: DataMessage, target: Any) -> None:
@@ -294,6 +312,7 @@ class Sessions:
         # Told before Attached leaves: the client's first message finds a handler that knows the session.
         self._handler.on_opened(SessionInfo(link.id, link.peer, link.open, link.hello))
         link.outbox.add(Attached(), b"")
+        self.active[link] = None
 
     # --- endings ---
 
@@ -317,7 +336,7 @@ class Sessions:
         """Tells the client why, then drops it. What it has sent meanwhile is passed over."""
         text = presentable(text, _TEXT_BYTES)
         if link.control_peer in self._links:
-            self._transport.send_control(link.control_peer, encode(Fault(code, text, True, micro)))
+            self._send(link, encode(Fault(code, text, True, micro)))
         self.drop(link, f"{code}: {text}")
 
     def drop(self, link: Link, reason: str) -> None:
@@ -336,13 +355,14 @@ class Sessions:
         with self.lock:
             known = self._links.pop(link.control_peer, None) is not None
             self._sessions.pop(link.id, None)
+        self.active.pop(link, None)
         return known
 
     def close_all(self, text: str) -> None:
         """Tells everybody Closing."""
         text = presentable(text, _TEXT_BYTES)
         for link in list(self._links.values()):
-            self._transport.send_control(link.control_peer, encode(Closing(text)))
+            self._send(link, encode(Closing(text)))
             self.drop(link, text)
 
     def tick(self) -> None:

@@ -51,8 +51,13 @@ class Wake:
         self.receiver, self._sender = socket.socketpair()
         self.receiver.setblocking(False)
         self._sender.setblocking(False)
+        self._is_set = False
 
     def set(self) -> None:
+        # Whoever finds it set has left its work before it looked; the poller works only after it has cleared it.
+        if self._is_set:
+            return
+        self._is_set = True
         # A full buffer means that a wake-up is under way already; a closed socket, that nobody polls any more.
         with contextlib.suppress(OSError):
             self._sender.send(b"\0")
@@ -61,6 +66,7 @@ class Wake:
         with contextlib.suppress(BlockingIOError):
             while len(self.receiver.recv(4096)) == 4096:
                 pass
+        self._is_set = False
 
     def close(self) -> None:
         self.receiver.close()
