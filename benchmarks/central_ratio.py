@@ -3,9 +3,9 @@
 N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches
 of all N clients at once; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the
 machine hits both; the figure is the median of the ratios of neighbouring blocks. Central runs with whichever thread count is
-faster for it.
+faster for it. The profile says where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
 
-    python -m benchmarks.central_ratio [--clients 1 4] [--pairs 20] [--quick] [--json]
+    python -m benchmarks.central_ratio [--clients 1 4 8] [--pairs 24] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.report import emit, median_interval
 
@@ -60,8 +62,10 @@ def _optimizer(parameters: Any) -> Any:
 def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
     """Worker: one process, whole model. Commands: (threads, steps) -> seconds."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir).train()
     optimizer = _optimizer(model.parameters())
     batch = _batch(1, ROWS * clients)
@@ -135,13 +139,22 @@ class Workers:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._all: list[tuple[Any, Connection]] = []
+        self._of: dict[str, list[psutil.Process]] = {}
 
-    def start(self, target: Any, *args: Any) -> Connection:
+    def start(self, role: str, target: Any, *args: Any) -> Connection:
         near, far = self._context.Pipe()
         process = self._context.Process(target=target, args=(far, *args), daemon=True)
         process.start()
         self._all.append((process, near))
+        self._of.setdefault(role, []).append(psutil.Process(process.pid))
         return near
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds used so far, by role."""
+        return {
+            role: sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+            for role, processes in self._of.items()
+        }
 
     def stop(self) -> None:
         for _, pipe in reversed(self._all):
@@ -156,6 +169,7 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
     """The ratio of tokens/s, split over central, for ``clients`` clients."""
     from splitfl.protocol.keys import write_identity
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     server_threads, client_threads = (int(n) for n in (args.threads or ("2:2" if clients == 1 else "2:1")).split(":"))
     with tempfile.TemporaryDirectory() as work:
         model_dir = f"{work}/model"
@@ -165,12 +179,12 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
         Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
         workers = Workers()
         try:
-            central = workers.start(run_central, model_dir, clients)
+            central = workers.start("central", run_central, model_dir, clients)
             central.recv()
-            server = workers.start(run_server, model_dir, work, clients, server_threads, args.batch_tokens)
+            server = workers.start("server", run_server, model_dir, work, clients, server_threads, args.batch_tokens)
             join = server.recv()
             pipes = [
-                workers.start(run_client, model_dir, join, key, client_threads, args.micro_batches, index)
+                workers.start("clients", run_client, model_dir, join, key, client_threads, args.micro_batches, index)
                 for index, key in enumerate(keys)
             ]
             for pipe in pipes:
@@ -189,9 +203,10 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
             split(2)
             for threads in (1, 2):
                 alone(threads, 1)
-            trial = {threads: min(alone(threads, args.steps) for _ in range(3)) for threads in (1, 2)}
+            trial = {threads: min(alone(threads, 1) for _ in range(2)) for threads in (1, 2)}
             best = min(trial, key=lambda threads: trial[threads])
             ratios, central_seconds, split_seconds = [], [], []
+            before = workers.cpu_seconds()
             for pair in range(args.pairs):
                 # The order within a pair alternates too, so that neither always runs on the warmer caches.
                 if pair % 2:
@@ -203,6 +218,7 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
                 central_seconds.append(a)
                 split_seconds.append(b)
                 ratios.append(a / b)
+            used = {role: seconds - before[role] for role, seconds in workers.cpu_seconds().items()}
         finally:
             workers.stop()
     median, low, high = median_interval(ratios)
@@ -216,11 +232,17 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
         "client_threads": client_threads,
         "central_tokens_per_second": round(tokens / median_interval(central_seconds)[0], 1),
         "split_tokens_per_second": round(tokens / median_interval(split_seconds)[0], 1),
+        "cpu_seconds_a_step": {role: round(seconds / args.pairs / args.steps, 3) for role, seconds in used.items()},
+        "idle": {
+            "central": round(1 - used["central"] / (sum(central_seconds) * cores), 3),
+            "split": round(1 - (used["server"] + used["clients"]) / (sum(split_seconds) * cores), 3),
+        },
     }
     print(
         f"{clients} client(s): {result['ratio']:.3f}  (95 % {low:.3f} to {high:.3f}, {args.pairs} pairs)   "
         f"central {result['central_tokens_per_second']:.0f} tokens/s with {best} thread(s), "
-        f"split {result['split_tokens_per_second']:.0f} with {server_threads} (server) and {client_threads} (each client)",
+        f"split {result['split_tokens_per_second']:.0f} with {server_threads} (server) and {client_threads} (each client)\n"
+        f"    CPU seconds a step: {result['cpu_seconds_a_step']}, idle share of the cores: {result['idle']}",
         flush=True,
     )
     return result
@@ -228,7 +250,7 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--steps", type=int, default=2, help="steps of one block")
     parser.add_argument("--hidden", type=int, default=512)
