@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from splitfl.channel.client import ClientChannel, OpenTerms
-from splitfl.errors import LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError, UserError
+from splitfl.errors import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    RunComplete,
+    SessionLost,
+    SplitflError,
+    StepMissed,
+    UserError,
+)
 from splitfl.libraries import library_versions
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
@@ -35,6 +43,9 @@ from splitfl.tensors import DTYPES, byte_view, dtype_name, receive_buffer
 
 __all__ = ["TrunkSession"]
 
+#: The word that a step has closed changes the channel's state a moment before it is heard here, seconds.
+_HEARD_SOON = 5.0
+
 
 @dataclass(slots=True)
 class _Micro:
@@ -44,8 +55,19 @@ class _Micro:
     rows: int
     hidden: int
     dtype: str
+    train: bool
     y: Future[torch.Tensor] = field(default_factory=Future)
     dh: Future[torch.Tensor] = field(default_factory=Future)
+
+    def fail(self, error: SplitflError) -> None:
+        """What has not been answered never will be."""
+        for future in (self.y, self.dh):
+            if not future.done():
+                future.set_exception(error)
+
+
+def _missed(step: int) -> StepMissed:
+    return StepMissed(f"step {step} went on without this client, which was late: go on with the next batch")
 
 
 class TrunkSession:
@@ -59,8 +81,10 @@ class TrunkSession:
         self._lost: SplitflError | None = None
         self._enrolled = False
         self._opened: int | None = None
-        self._forwards = self._backwards = 0
+        self._forwards = self._backwards = self._targets = 0  # sent of the present step
+        self._unanswered: set[int] = set()  # forwards with a graph
         self._closed: StepClosed | None = None
+        self._dropped: StepClosed | None = None  # the word that a step went on without this client
         self._complete = False
         self.step = -1
 
@@ -134,9 +158,11 @@ class TrunkSession:
         afterwards.
         """
         self._check()
+        ordinal = 0
         if grad:
+            self._check_missed()
             self._take_part()
-            self._forwards += 1
+            ordinal, self._forwards = self._forwards, self._forwards + 1
         # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
         train = train and self._enrolled
         host = flat.detach().to("cpu").contiguous()
@@ -144,16 +170,24 @@ class TrunkSession:
         dtype = dtype_name(host.dtype)
         with self._lock:
             number, self._next_micro = self._next_micro, self._next_micro + 1
-            self._micros[number] = _Micro(self.step, rows, hidden, dtype)
-        self.channel.send(
-            Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on), byte_view(host)
-        )
+            self._micros[number] = _Micro(self.step, rows, hidden, dtype, grad)
+            if grad:
+                self._unanswered.add(number)
+        message = Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on, ordinal)
+        try:
+            self.channel.send(message, byte_view(host))
+        except LocalProtocolError:
+            with self._lock:
+                self._unanswered.discard(number)
+            if not grad or not self._hears_of_drop():
+                raise
+            self._check_missed()
+            raise
         return number
 
     def await_hidden(self, number: int) -> torch.Tensor:
-        """The trunk's ``y: (tokens, hidden)`` for a forward, in host memory."""
-        micro = self._micros[number]
-        return micro.y.result()
+        """The trunk's ``y: (tokens, hidden)`` for a forward, in host memory. Raises StepMissed, SessionLost."""
+        return self._result(self._micros[number].y)
 
     def send_backward(self, number: int, gradient: torch.Tensor, *, targets: int, divisor: float, want_grad: bool = True) -> None:
         """Send ``dy: (tokens, hidden)``; the client's loss was a sum over ``targets`` in this micro-batch, divided by
@@ -161,8 +195,10 @@ class TrunkSession:
 
         Raises:
             UserError: more targets than tokens.
+            StepMissed: the step went on without this client.
         """
         self._check()
+        self._check_missed()
         host = gradient.detach().to("cpu").contiguous()
         micro = self._micros[number]
         rows, hidden = host.shape
@@ -172,16 +208,24 @@ class TrunkSession:
             )
         self._await_opened(micro.step)
         self._backwards += 1
+        self._targets += targets
         self.channel.send(
             Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor, want_grad),
             byte_view(host),
         )
 
     def await_grad(self, number: int) -> torch.Tensor:
-        """The trunk's ``dh: (tokens, hidden)`` for a backward, in host memory."""
-        gradient = self._micros[number].dh.result()
+        """The trunk's ``dh: (tokens, hidden)`` for a backward, in host memory. Raises StepMissed, SessionLost."""
+        gradient = self._result(self._micros[number].dh)
         self.forget(number)
         return gradient
+
+    def _result(self, answer: Future[torch.Tensor]) -> torch.Tensor:
+        try:
+            return answer.result()
+        except StepMissed:
+            self._give_up()
+            raise
 
     def forget(self, number: int) -> None:
         """Nothing more is awaited of this micro-batch; what still comes of it is received and dropped."""
@@ -194,42 +238,112 @@ class TrunkSession:
         """Enrol where that has not happened, and wait for the step to open."""
         if self._enrolled:
             return
-        total = self.terms["optimizer"]["steps"]
-        complete = f"the run has made its {total} steps; start a new run to train on"
-        if total and self.step >= total:
-            raise UserError(complete)
-        self._opened = None
+        complete = f"the run has made its {self.terms['optimizer']['steps']} steps; start a new run to train on"
+        if self._complete or (self._last_step and self.step >= self._last_step):
+            raise RunComplete(complete)
+        with self._lock:
+            # A forward of a step that went on without this client must not be taken for one of the step to come.
+            self._lock.wait_for(lambda: not self._unanswered or self._lost is not None)
+            self._check()
+            self._opened = None
         self.channel.tell(Enrol())
         with self._lock:
             self._lock.wait_for(lambda: self._opened is not None or self._lost is not None or self._complete)
             self._check()
             if self._opened is None:
-                raise UserError(complete)
+                raise RunComplete(complete)
             assert self._opened is not None
             self.step, self._enrolled = self._opened, True
 
     def _await_opened(self, step: int) -> None:
-        """Wait until this client has heard that ``step`` is open: a data message may overtake that word."""
+        """Wait until this client has heard that ``step`` is open: a data message may overtake that word. Raises StepMissed."""
+
+        def heard() -> bool:
+            opened = self._opened is not None and self._opened >= step
+            return opened or self._lost is not None or self._dropped is not None
+
         with self._lock:
-            self._lock.wait_for(lambda: (self._opened is not None and self._opened >= step) or self._lost is not None)
+            self._lock.wait_for(heard)
             self._check()
+        self._check_missed()
+
+    # --- a step that went on without this client --------------------------------------------------------------------------------
+
+    def _check_missed(self) -> None:
+        """Raises StepMissed, once, where a step went on without this client that it had begun to take part in."""
+        with self._lock:
+            dropped, begun = self._dropped, self._forwards > 0
+            if dropped is None:
+                return
+            self._give_up()
+        if begun:
+            raise _missed(dropped.step)
+
+    def _give_up(self) -> None:
+        """Out of steps; the next training forward enrols again."""
+        with self._lock:
+            self._dropped = None
+            self._enrolled = False
+            self._clear_step()
+
+    def _hears_of_drop(self) -> bool:
+        """Whether the word that a step went on without this client is what made the channel refuse a message."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._dropped is not None or self._lost is not None, timeout=_HEARD_SOON)
+            self._check()
+            return self._dropped is not None
+
+    # --- the end of a part ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _last_step(self) -> int:
+        """How many steps a participant of the whole run takes part in; 0: nobody knows, or there is no end."""
+        total: int = self.terms["optimizer"]["steps"]
+        return total if self.terms["mode"] == "sync" else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the server has said that the run has made all its steps."""
+        return self._complete
 
     def step_done(self, then: str = "continue") -> None:
         """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``.
 
         Returns at once; a forward of the next step waits at the server until the step has closed.
+
+        Raises:
+            StepMissed: the step went on without this client, and not all that it sent has counted.
         """
         self._check()
+        if self._dropped is not None:
+            self._done_too_late()
+            return
         if not self._enrolled:
             raise LocalProtocolError("a step ends that this client takes no part in")
-        total = self.terms["optimizer"]["steps"]
-        if total and self.step + 1 >= total and then == "continue":
+        if self._last_step and self.step + 1 >= self._last_step and then == "continue":
             then = "leave"
         self._await_opened(self.step)
-        self.channel.tell(StepDone(self.step, self._forwards, self._backwards, then))
+        try:
+            self.channel.tell(StepDone(self.step, self._forwards, self._backwards, then))
+        except LocalProtocolError:
+            if not self._hears_of_drop():
+                raise
+            self._done_too_late()
+            return
         self._clear_step()
         self.step += 1
         self._enrolled = then == "continue"
+
+    def _done_too_late(self) -> None:
+        """The step did not wait for the word that this part is done; where all of it had counted by then, nothing is missed."""
+        with self._lock:
+            dropped = self._dropped
+            assert dropped is not None
+            whole = dropped.step == self.step and dropped.counted == self._targets
+            if not whole:
+                self._check_missed()
+            self._give_up()
+            self.step = max(self.step, dropped.step + 1)
 
     def _clear_step(self) -> None:
         """Nothing of the step under way counts any more."""
@@ -237,7 +351,7 @@ class TrunkSession:
             # Forwards whose loss was thrown away, and answers nobody awaits because the input end is frozen.
             for number in [number for number, micro in self._micros.items() if micro.step <= self.step]:
                 del self._micros[number]
-        self._forwards = self._backwards = 0
+        self._forwards = self._backwards = self._targets = 0
 
     @property
     def contributed(self) -> bool:
@@ -255,7 +369,7 @@ class TrunkSession:
 
     def pause(self) -> None:
         """Withdraw from the next step; the next training forward enrols again. Raises UserError amid a step."""
-        self._check_between_steps("pause")
+        self._settle("pause")
         if self._enrolled:
             self.channel.tell(Pause())
             self._clear_step()
@@ -263,13 +377,15 @@ class TrunkSession:
 
     def leave(self) -> None:
         """Take no part in further steps; evaluation goes on working. Raises UserError amid a step."""
-        self._check_between_steps("leave")
+        self._settle("leave")
         if self._enrolled:
             self.channel.tell(Leave())
             self._clear_step()
             self._enrolled = False
 
-    def _check_between_steps(self, what: str) -> None:
+    def _settle(self, what: str) -> None:
+        if self._dropped is not None:
+            self._give_up()  # out of steps already
         if self._backwards:
             raise UserError(f"a step is under way: let the optimizer step, or call model.step(), before you {what}")
 
@@ -291,25 +407,36 @@ class TrunkSession:
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype])
 
     def _on_data(self, message: Any, payload: torch.Tensor) -> None:
+        if isinstance(message, Hidden):
+            with self._lock:
+                self._unanswered.discard(message.micro)
+                self._lock.notify_all()
         micro = self._micros.get(message.micro)
         if micro is None:
             return  # forgotten meanwhile: a forward whose loss was thrown away
         future = micro.y if isinstance(message, Hidden) else micro.dh
         if future.done():
+            if isinstance(future.exception(), StepMissed):
+                return  # the word that its step is over has overtaken it
             raise RemoteProtocolError(f"a second answer to micro-batch {message.micro}")
         future.set_result(payload)
 
     def _on_control(self, message: Any) -> None:
         with self._lock:
             if isinstance(message, StepOpened):
-                self._opened = message.step
+                self._opened, self._dropped = message.step, None
             elif isinstance(message, StepClosed):
                 self._closed = message
-            elif isinstance(message, Fault) and message.micro is not None and message.micro in self._micros:
-                error = SessionLost(message.text, message.code)
-                for future in (self._micros[message.micro].y, self._micros[message.micro].dh):
-                    if not future.done():
-                        future.set_exception(error)
+                if message.dropped:
+                    self._dropped = message
+                    for micro in self._micros.values():
+                        if micro.train and micro.step >= message.step:
+                            micro.fail(_missed(message.step))
+            elif isinstance(message, Fault) and message.micro is not None:
+                self._unanswered.discard(message.micro)
+                asked = self._micros.get(message.micro)
+                if asked is not None:
+                    asked.fail(_missed(asked.step) if message.code == "stale" else SessionLost(message.text, message.code))
             elif isinstance(message, Fault) and message.code == "run-complete":
                 self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):
@@ -320,9 +447,7 @@ class TrunkSession:
         with self._lock:
             self._lost = self._lost or error
             for micro in self._micros.values():
-                for future in (micro.y, micro.dh):
-                    if not future.done():
-                        future.set_exception(self._lost)
+                micro.fail(self._lost)
             self._lock.notify_all()
 
     def _check(self) -> None:

@@ -132,8 +132,8 @@ class Scheduler:
         insort(self._waiting, (start, self._arrivals, member))
         self._kept[session] += member.tokens
 
-    def add_backward(self, session: str, backward: Backward, gradient: Any) -> None:
-        """Raises RemoteProtocolError where no forward awaits this backward."""
+    def add_backward(self, session: str, backward: Backward, gradient: Any) -> Member:
+        """Returns the micro-batch it belongs to. Raises RemoteProtocolError where no forward awaits this backward."""
         unit, member = self._open.get(session, {}).get(backward.micro, (None, None))
         if unit is None or member is None or member.settled:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro}, whose graph is not kept")
@@ -142,6 +142,7 @@ class Scheduler:
         member.backward, member.gradient = backward, gradient
         self._arrived[backward.step] += 1
         self._settle(unit)
+        return member
 
     def abandon(self, session: str, step: int | None = None) -> None:
         """No more backwards come from this session (for ``step``, or at all): missing rows become zero."""
@@ -155,9 +156,9 @@ class Scheduler:
         self.withdraw(session)
         self.abandon(session)
 
-    def withdraw(self, session: str, step: int | None = None) -> list[Member]:
-        """Take back the session's waiting forwards (of ``step``, or all); returns them."""
-        gone = [m for _, _, m in self._waiting if m.session == session and step in (None, m.forward.step)]
+    def withdraw(self, session: str, chosen: Allowed = lambda member: True) -> list[Member]:
+        """Take back those of the session's waiting forwards that are ``chosen``; returns them."""
+        gone = [member for _, _, member in self._waiting if member.session == session and chosen(member)]
         self._drop(gone)
         for member in gone:
             self._release(member)

@@ -1,101 +1,233 @@
-"""Optimizer steps: which one is open, who takes part, what has counted. Pure bookkeeping; no torch, no sockets.
+"""Optimizer steps: which one is open, who takes part, what has counted. Pure bookkeeping; no torch, sockets or clock of its own.
 
 A session *enrols*; it is a **participant** of the next step to open. Step 0 opens when the configured number has enrolled. A step
-closes when every participant has said that its part is done and all it declared has run. A session that vanishes is dropped: what
-already ran counts, what did not does not, and nothing is ever subtracted.
+closes when every participant has said that its part is done and all it declared has run. A participant that is lost or late is
+dropped: what already ran counts, what did not does not, and nothing is ever subtracted. Under ``on_loss = "wait"`` the part of a
+lost one is held instead, until a new session of the same client takes it over and replays it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
 
-__all__ = ["Ledger", "Part", "Steps"]
+__all__ = ["LATE", "LOST", "PAUSED", "Ledger", "Part", "Steps", "check_done"]
+
+#: Why a part is not whole, as the log says it.
+LATE, LOST, PAUSED = "late", "lost", "paused"
 
 
 @dataclass(slots=True)
 class Part:
-    """What one session has contributed to one step. ``targets`` are the tokens whose gradient counted."""
+    """What one client has contributed to one step. ``targets`` are the tokens whose gradient counted, of ``micro_batches``.
 
-    forwards: int = 0
-    backwards: int = 0
+    ``session`` holds the part now; the counts of its messages begin anew where another session takes over. ``step``: as that
+    session numbers it. ``counted``: ordinals of the micro-batches whose gradient is in the sum, or has arrived and will be.
+    """
+
+    session: str
+    client: str = ""
+    step: int = 0
     targets: int = 0
+    micro_batches: int = 0
+    taken: int = 0  # forwards that have arrived
+    forwards: int = 0  # forwards that have run
+    arrived: int = 0  # gradients that have arrived
+    backwards: int = 0  # gradients that have run
+    unrun: int = 0  # gradients that are here, of whichever session, and have not run
+    counted: set[int] = field(default_factory=set)
+    replays: frozenset[int] = frozenset()  # ordinals that had counted when the present session took over
     done: StepDone | None = None
     dropped: bool = False
+    why: str = ""
+    withdrawn: bool = False  # its client has to enrol again before it takes part in another step
+    lost_at: float | None = None  # the part is held for its client's return
+    staleness: int = 0
+
+    @property
+    def all_arrived(self) -> bool:
+        """Whether every gradient that was announced is here."""
+        return self.done is not None and self.arrived >= self.done.backwards
 
     @property
     def finished(self) -> bool:
+        """Whether the step need not wait for this part."""
         if self.dropped:
             return True
-        return self.done is not None and self.forwards >= self.done.forwards and self.backwards >= self.done.backwards
+        whole = self.done is not None and self.forwards >= self.done.forwards and self.backwards >= self.done.backwards
+        return whole and self.lost_at is None
+
+    @property
+    def pending(self) -> bool:
+        """Whether something of it is here that has not run: then the server's work is awaited, not the client's."""
+        return self.taken > self.forwards or self.unrun > 0
+
+    def forward_ran(self, session: str) -> None:
+        if session == self.session:
+            self.forwards += 1
+
+    def backward_arrived(self, ordinal: int) -> None:
+        self.arrived += 1
+        self.unrun += 1
+        self.counted.add(ordinal)
+
+    def backward_ran(self, session: str, ordinal: int, targets: int) -> None:
+        """Its gradient is in the sum, also when the session vanished meanwhile; or it was there before (a replay)."""
+        self.unrun -= 1
+        replayed = False
+        if session == self.session:
+            self.backwards += 1
+            replayed = ordinal in self.replays
+        if not replayed:
+            self.targets += targets
+            self.micro_batches += 1
+
+    def backward_failed(self, session: str, ordinal: int) -> None:
+        """It will not be in the sum."""
+        self.unrun -= 1
+        if session != self.session or ordinal not in self.replays:
+            self.counted.discard(ordinal)
+
+    def hold(self, now: float) -> None:
+        """Its session is lost, and the step waits for another of the same client."""
+        self.lost_at, self.done = now, None
+
+    def take_over(self, session: str) -> None:
+        """Another session begins the part anew; what has counted stays."""
+        self.session, self.lost_at, self.replays = session, None, frozenset(self.counted)
+        self.taken = self.forwards = self.arrived = self.backwards = 0
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What one closed step was made of."""
+    """What one optimizer step was made of. ``parts``: by the session that began them."""
 
     step: int
     parts: dict[str, Part] = field(default_factory=dict)
+    ends_parts: bool = True  # the optimizer step is the end of each part too
 
     @property
     def targets(self) -> int:
         return sum(part.targets for part in self.parts.values())
 
+    @property
+    def targets_by_client(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for part in self.parts.values():
+            total[part.client] += part.targets
+        return dict(total)
+
+
+def check_done(part: Part, message: StepDone) -> None:
+    """Raises RemoteProtocolError where the end of a part contradicts what was sent."""
+    if part.done is not None:
+        raise RemoteProtocolError(f"the end of step {message.step} twice")
+    if part.taken > message.forwards or part.arrived > message.backwards:
+        raise RemoteProtocolError(f"the end of step {message.step} declares less than was sent")
+    if message.backwards > message.forwards:
+        raise RemoteProtocolError(f"the end of step {message.step} declares more backwards than forwards")
+
 
 class Steps:
-    """The state of the run's steps. Every method is called from the trunk's thread only."""
+    """The state of a synchronous run's steps. Every method is called from the trunk's thread; ``now`` is its clock, seconds."""
 
-    def __init__(self, *, clients: int, last: int = 0, first: int = 0) -> None:
+    def __init__(self, *, clients: int, last: int = 0, first: int = 0, on_loss: str = "drop", deadline: float = 0.0) -> None:
         """``clients``: enrolled sessions the first step waits for. ``last``: steps of the run (0: no end). ``first``: to
-        resume.
+        resume. ``on_loss``: ``drop`` or ``wait``. ``deadline``: seconds after which nobody waits for a participant any more:
+        from the opening of the step, or where it is lost and awaited, from its loss (0: no limit).
         """
         self.number = first  # the open step, or the next to open
         self.is_open = False
         self._needed = clients
         self._last = last
-        self._enrolled: dict[str, None] = {}  # in the order of enrolling
+        self._waits, self._deadline = on_loss == "wait", deadline
+        self._opened_at = self._asked = 0.0
+        self._enrolled: dict[str, str] = {}  # clients by session, in the order of enrolling
+        self._ahead: dict[str, int] = {}  # forwards for the next step that have arrived
+        self._missed: dict[str, int] = {}  # by session: the newest step that did not wait for it
         self._ledger = Ledger(first)
+        self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
 
     @property
     def complete(self) -> bool:
         return bool(self._last) and self.number >= self._last
 
-    def enrol(self, session: str) -> None:
+    # --- who takes part ---------------------------------------------------------------------------------------------------------
+
+    def enrol(self, session: str, client: str = "") -> None:
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")
-        self._enrolled[session] = None
+        self._enrolled[session] = client or session
 
-    def pause(self, session: str) -> bool:
+    def pause(self, session: str) -> int | None:
         """Withdraw from the next step, and from the open one where this part of it is not done.
 
-        Returns whether it withdrew from the open step: what of it has run counts, nothing more is waited for.
+        Returns the open step if it withdrew from it: what of it has run counts, nothing more is waited for.
         """
         self._enrolled.pop(session, None)
-        part = self._ledger.parts.get(session) if self.is_open else None
-        if part is None or part.done is not None:
-            return False
-        if part.forwards:
-            part.dropped = True
+        part = self._holders.get(session)
+        if part is None or part.session != session or part.done is not None or part.dropped:
+            return None
+        if part.forwards or part.counted:
+            part.dropped, part.why = True, PAUSED
         else:
-            del self._ledger.parts[session]
-        return True
+            self._forget_part(part)
+        return self.number
 
-    def lose(self, session: str, *, all_arrived: bool = False) -> None:
-        """The session is gone: the step goes on without it. ``all_arrived``: every backward it declared is here and will run,
-        so that its part will be whole.
+    def lose(self, session: str, now: float = 0.0) -> None:
+        """The session is gone. Where every gradient it announced has arrived, its part will be whole; else the step goes on
+        without it, or waits for its client.
         """
         self._enrolled.pop(session, None)
-        part = self._ledger.parts.get(session)
-        if part is None or part.finished:
+        self._ahead.pop(session, None)
+        self._missed.pop(session, None)
+        part = self._holders.get(session)
+        if part is None or part.session != session or part.dropped:
             return
-        whole = all_arrived and part.done is not None and part.forwards >= part.done.forwards
-        part.dropped = not whole
+        if part.done is not None and part.all_arrived and part.forwards >= part.done.forwards:
+            return
+        if self._waits:
+            part.hold(now)
+        else:
+            part.dropped, part.why = True, LOST
 
-    def holds(self, session: str) -> bool:
-        """Whether the open step has a part of this session, dropped or not."""
-        return self.is_open and session in self._ledger.parts
+    def overdue(self, now: float) -> list[str]:
+        """The sessions whose part is waited for longer than the deadline allows. To be asked when nothing can run.
+
+        A participant is waited for while nothing of it is here to be run and somebody else's part is done, or is held up.
+        """
+        self._asked = now
+        if not self.is_open or not self._deadline:
+            return []
+        parts = list(self._ledger.parts.values())
+        late = [part for part in parts if part.lost_at is not None and now - part.lost_at >= self._deadline]
+        present = [part for part in parts if part.lost_at is None and not part.dropped]
+        if now - self._opened_at >= self._deadline and any(part.finished or part.pending for part in present):
+            late += [part for part in present if not part.finished and not part.pending]
+        return [part.session for part in late]
+
+    def wake(self, now: float) -> float | None:
+        """Seconds until :meth:`overdue` is worth asking again though nothing has happened; None: no need."""
+        if not self.is_open or not self._deadline:
+            return None
+        held = (part.lost_at for part in self._ledger.parts.values() if part.lost_at is not None)
+        times = [moment + self._deadline for moment in (self._opened_at, *held)]
+        return min((max(0.0, moment - now) for moment in times if moment > self._asked), default=None)
+
+    def drop(self, session: str) -> int:
+        """Wait no longer for this session's part of the open step; returns that step. A silent one has to enrol again."""
+        part = self._holders[session]
+        part.dropped, part.why = True, LATE if part.lost_at is None else LOST
+        if part.lost_at is None:
+            self._missed[session] = self.number
+            part.withdrawn = part.done is None
+            if part.withdrawn:
+                self._enrolled.pop(session, None)
+                self._ahead.pop(session, None)
+        return self.number
 
     def dismiss(self) -> list[str]:
         """The sessions still enrolled once the run is complete: no step will ever open for them."""
@@ -104,29 +236,74 @@ class Steps:
             self._enrolled.clear()
         return left
 
-    def open_next(self) -> list[str]:
-        """Open the next step if it may; returns its participants, or an empty list."""
-        if self.is_open or self.complete or len(self._enrolled) < max(1, self._needed):
+    def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
+        """Open the next step if it may, or give a held part to its client's new session; returns the sessions to be told, and
+        of which step.
+        """
+        if self.is_open:
+            return self._returns()
+        if self.complete or len(self._enrolled) < max(1, self._needed):
             return []
         self._needed = 1  # only the first step waits for company
-        self.is_open = True
-        self._ledger = Ledger(self.number, {session: Part() for session in self._enrolled})
-        return list(self._enrolled)
+        self.is_open, self._opened_at = True, now
+        self._holders = {
+            session: Part(session, client, self.number, taken=self._ahead.pop(session, 0))
+            for session, client in self._enrolled.items()
+        }
+        self._ledger = Ledger(self.number, dict(self._holders))
+        return [(session, self.number) for session in self._enrolled]
 
-    def may_train(self, session: str, step: int) -> bool:
-        """Whether a training forward of ``step`` can run now; False: it waits for its step to open.
+    def _returns(self) -> list[tuple[str, int]]:
+        told = []
+        for part in self._ledger.parts.values():
+            if part.lost_at is None or part.dropped:
+                continue
+            for session, client in self._enrolled.items():
+                if client == part.client and session not in self._holders:
+                    part.take_over(session)
+                    self._holders[session] = part
+                    told.append((session, self.number))
+                    break
+        return told
+
+    def _forget_part(self, part: Part) -> None:
+        self._holders = {session: other for session, other in self._holders.items() if other is not part}
+        self._ledger.parts = {session: other for session, other in self._ledger.parts.items() if other is not part}
+
+    # --- what comes in ----------------------------------------------------------------------------------------------------------
+
+    def _part(self, session: str, step: int) -> Part | None:
+        part = self._holders.get(session)
+        return part if part is not None and step == self.number else None
+
+    def is_stale(self, session: str, step: int) -> bool:
+        """Whether a training message for ``step`` comes from an honest client that this step has not waited for."""
+        missed = self._missed.get(session, -1)
+        return step <= missed or (missed >= 0 and step == missed + 1 and self._withdrawn(session, step))
+
+    def _withdrawn(self, session: str, step: int) -> bool:
+        return session not in self._enrolled and self._part(session, step) is None
+
+    def take_forward(self, session: str, step: int) -> None:
+        """A training forward has arrived; it runs once :meth:`is_running`.
 
         Raises:
             RemoteProtocolError: the session is in no position to send it, now or later.
         """
-        part = self._ledger.parts.get(session) if self.is_open else None
-        if part is not None and step == self.number and part.done is None:
-            return True
+        part = self._holders.get(session)
+        if part is not None and part.session == session and step == self.number and part.done is None:
+            part.taken += 1
+            return
         # The next step's forward may overtake the end of this one: they travel on two connections.
         ahead = part is not None and step == self.number + 1
-        if session in self._enrolled and (ahead or (part is None and step >= self.number)):
-            return False
-        raise RemoteProtocolError(f"a training forward for step {step}, while step {self.number} is the present one")
+        if session not in self._enrolled or not (ahead or (part is None and step >= self.number)):
+            raise RemoteProtocolError(f"a training forward for step {step}, while step {self.number} is the present one")
+        self._ahead[session] = self._ahead.get(session, 0) + 1
+
+    def is_replay(self, session: str, step: int, ordinal: int) -> bool:
+        """Whether the gradient of this micro-batch is in the sum already, from before its client was lost."""
+        part = self._part(session, step)
+        return part is not None and part.session == session and ordinal in part.replays
 
     def may_evaluate(self, step: int) -> bool:
         """An evaluation forward that names a step wants the weights after all steps before it."""
@@ -134,52 +311,67 @@ class Steps:
 
     def is_running(self, session: str, step: int) -> bool:
         """Whether ``step`` is open for this session right now."""
-        part = self._ledger.parts.get(session) if self.is_open else None
-        return part is not None and step == self.number and not part.dropped
+        part = self._part(session, step)
+        return part is not None and part.session == session and not part.dropped
 
-    def forward_ran(self, session: str) -> None:
-        part = self._ledger.parts.get(session)
+    def forward_ran(self, session: str, step: int, ordinal: int) -> None:
+        part = self._part(session, step)
         if part is not None:
-            part.forwards += 1
+            part.forward_ran(session)
 
-    def backward_ran(self, session: str, step: int, targets: int) -> None:
-        """Its gradient is in the sum, also when the session vanished meanwhile."""
-        part = self._ledger.parts.get(session)
-        if step == self._ledger.step and part is not None:
-            part.backwards += 1
-            part.targets += targets
+    def backward_arrived(self, session: str, step: int, ordinal: int) -> None:
+        part = self._part(session, step)
+        if part is not None:
+            part.backward_arrived(ordinal)
+
+    def backward_ran(self, session: str, step: int, ordinal: int, targets: int) -> None:
+        part = self._part(session, step)
+        if part is not None:
+            part.backward_ran(session, ordinal, targets)
+
+    def backward_failed(self, session: str, step: int, ordinal: int) -> None:
+        part = self._part(session, step)
+        if part is not None:
+            part.backward_failed(session, ordinal)
 
     def done(self, session: str, message: StepDone) -> None:
-        part = self._ledger.parts.get(session) if self.is_open else None
-        if part is None or message.step != self.number:
+        if self.is_stale(session, message.step):
+            return  # it crossed the word that nobody waits for it
+        part = self._part(session, message.step)
+        if part is None or part.session != session:
             raise RemoteProtocolError(f"the end of step {message.step}, while step {self.number} is the present one")
-        if part.done is not None:
-            raise RemoteProtocolError(f"the end of step {message.step} twice")
-        if part.forwards > message.forwards or part.backwards > message.backwards:
-            raise RemoteProtocolError(f"the end of step {message.step} declares less than was sent")
-        if message.backwards > message.forwards:
-            raise RemoteProtocolError(f"the end of step {message.step} declares more backwards than forwards")
+        check_done(part, message)
         part.done = message
         if message.then != "continue":
             self._enrolled.pop(session, None)
 
-    def backwards_left(self, session: str) -> int | None:
-        """How many more backwards the session announced for the open step; None while it has not said."""
-        part = self._ledger.parts.get(session)
-        if part is None or part.done is None:
-            return None
-        return part.done.backwards - part.backwards
+    def all_arrived(self, session: str) -> int | None:
+        """The step of which every announced gradient of this session is here; None while more will come."""
+        part = self._holders.get(session)
+        return self.number if part is not None and part.session == session and part.all_arrived else None
+
+    # --- the end of a step ------------------------------------------------------------------------------------------------------
+
+    def is_ending(self, session: str) -> bool:
+        """Whether this session's part is cut short and it has yet to be told."""
+        part = self._holders.get(session)
+        return part is not None and part.dropped
+
+    def ended(self) -> list[Part]:
+        """Parts that end before the optimizer steps: none in a synchronous run, where :meth:`close` ends them all."""
+        return []
 
     def close(self) -> Ledger | None:
         """Close the open step if all its parts are finished; returns what it was made of.
 
         A step that everybody left before anything counted is not closed but opened anew, under the same number.
         """
-        if not self.is_open or not all(part.finished for part in self._ledger.parts.values()):
+        parts = self._ledger.parts.values()
+        if not self.is_open or any(part.unrun or not part.finished for part in parts):
             return None
         ledger = self._ledger
-        self.is_open = False
-        if ledger.targets == 0 and all(part.dropped or part.done is None for part in ledger.parts.values()):
+        self.is_open, self._holders = False, {}
+        if ledger.targets == 0 and all(part.why != LATE and (part.dropped or part.done is None) for part in parts):
             self._ledger = Ledger(self.number)
             return None
         self.number += 1

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
+from server_trunk.meter import Meter
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
-from server_trunk.steps import Ledger, Steps
+from server_trunk.steps import Ledger, Part, Steps
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,
@@ -60,6 +62,7 @@ class Event:
 INBOX_EVENTS = 65536
 
 _COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
+_STALE = "the step this belongs to has gone on without it"
 
 
 class TrunkLoop:
@@ -70,13 +73,14 @@ class TrunkLoop:
     def __init__(
         self,
         engine: Engine,
-        steps: Steps,
+        steps: Steps | AsyncSteps,
         scheduler: Scheduler,
         outlet: Outlet,
         log: RunLog,
         *,
         client_tokens: int,
         payload_of: Callable[[Any], Any],
+        meter: Meter | None = None,
         on_step: Callable[[int], None] = lambda step: None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
@@ -84,11 +88,13 @@ class TrunkLoop:
         self._outlet, self._log = outlet, log
         self._client_tokens = client_tokens
         self._payload_of = payload_of
+        self._meter = meter or Meter()
         self._on_step, self._on_idle = on_step, on_idle
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
         self._enrolments: dict[str, int] = {}
-        self._gone: dict[str, str] = {}  # names of sessions lost since the last step closed, for its log line
+        self._stale: list[tuple[str, int]] = []  # sessions and micro-batches to be told so once their step has closed
+        self._rate = 0.0  # the learning rate of the newest step
         self._busy = 0.0
         self._step_began = time.monotonic()
         self._tokens = 0
@@ -132,14 +138,17 @@ class TrunkLoop:
             self._forward(work)
         elif isinstance(work, BackwardBatch):
             self._backward(work)
+        if self.inbox.empty() and not self._scheduler.has_work(self._may_run):
+            self._drop_late()
         self._turn_steps()
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
         block = not self._scheduler.has_work(self._may_run)
+        patience = self._steps.wake(time.monotonic()) if block else None
         while True:
             try:
-                event = self.inbox.get(block=block)
+                event = self.inbox.get(block=block, timeout=patience)
             except queue.Empty:
                 return
             block = False
@@ -174,14 +183,13 @@ class TrunkLoop:
             # can then never wait for each other's credit.
             if message.targets > message.rows:
                 raise RemoteProtocolError(f"{message.targets} targets in a micro-batch of {message.rows} tokens")
-            self._scheduler.add_backward(session, message, event.payload)
+            self._take_backward(session, message, event.payload)
             self._outlet.credit(session, message.payload_bytes)
-            self._abandon_if_all_arrived(session)
         elif isinstance(message, Enrol):
             if self._steps.complete:
                 self._outlet.tell(session, _COMPLETE)
             else:
-                self._steps.enrol(session)
+                self._steps.enrol(session, self._names[session])
                 self._enrolments[session] = self._enrolments.get(session, 0) + 1
         elif isinstance(message, StepDone):
             self._steps.done(session, message)
@@ -189,8 +197,9 @@ class TrunkLoop:
         elif isinstance(message, Pause | Leave):
             if self._scheduler.waits(session):
                 raise RemoteProtocolError("left the step while forwards of it are under way")
-            if self._steps.pause(session):
-                self._scheduler.abandon(session, self._steps.number)
+            left = self._steps.pause(session)
+            if left is not None:
+                self._scheduler.abandon(session, left)
 
     def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
         padded = len(forward.segments) * max(length for length, _ in forward.segments)
@@ -201,8 +210,12 @@ class TrunkLoop:
             )
             self._end(session, "too-many-tokens", text)
             return
+        if forward.grad and self._steps.is_stale(session, forward.step):
+            self._outlet.credit(session, forward.payload_bytes)
+            self._stale.append((session, forward.micro))
+            return
         if forward.grad:
-            self._steps.may_train(session, forward.step)
+            self._steps.take_forward(session, forward.step)
             if self._scheduler.kept_tokens(session) + forward.rows > self._client_tokens:
                 text = (
                     f"more than {self._client_tokens} tokens of this client would wait in the trunk at once; "
@@ -210,28 +223,46 @@ class TrunkLoop:
                 )
                 self._end(session, "too-many-tokens", text)
                 return
-        self._scheduler.add_forward(session, forward, hidden, client=self._names[session], now=time.monotonic())
+        self._scheduler.add_forward(
+            session,
+            forward,
+            hidden,
+            client=self._names[session],
+            ordinal=forward.ordinal,
+            replayed=forward.grad and self._steps.is_replay(session, forward.step, forward.ordinal),
+            now=time.monotonic(),
+        )
+
+    def _take_backward(self, session: str, backward: Backward, gradient: Any) -> None:
+        if self._steps.is_stale(session, backward.step):
+            self._stale.append((session, backward.micro))
+            return
+        member = self._scheduler.add_backward(session, backward, gradient)
+        self._steps.backward_arrived(session, backward.step, member.ordinal)
+        self._abandon_if_all_arrived(session)
 
     def _abandon_if_all_arrived(self, session: str) -> None:
         """Once all announced backwards are here, the other forwards of the step will never get one."""
-        left = self._steps.backwards_left(session)
-        if left is not None and left <= self._scheduler.open_micros(session, self._steps.number):
-            self._scheduler.abandon(session, self._steps.number)
+        step = self._steps.all_arrived(session)
+        if step is not None:
+            self._scheduler.abandon(session, step)
+
+    def _abandon_stale(self, session: str) -> None:
+        """What waits of a part that nobody waits for any more does not run."""
+        gone = self._scheduler.withdraw(session, lambda one: one.forward.grad and self._steps.is_stale(session, one.forward.step))
+        for member in gone:
+            self._outlet.credit(session, member.forward.payload_bytes)
+            self._stale.append((session, member.forward.micro))
 
     def _end(self, session: str, code: str, text: str) -> None:
         self._outlet.end(session, Fault(code, text, True, None))
         self._forget(session)
 
     def _forget(self, session: str) -> None:
-        name = self._names.pop(session, None)
-        if name is not None:
-            if self._steps.holds(session):
-                self._gone[session] = name
+        if self._names.pop(session, None) is not None:
             self._enrolments.pop(session, None)
-            left = self._steps.backwards_left(session)
-            arrived = left is not None and left <= self._scheduler.open_micros(session, self._steps.number)
             self._scheduler.forget(session)
-            self._steps.lose(session, all_arrived=arrived)
+            self._steps.lose(session, time.monotonic())
 
     # --- compute and reply ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +275,9 @@ class TrunkLoop:
                 raise
             self._fail(batch, error)
             return
-        self._busy += time.monotonic() - began
+        took = time.monotonic() - began
+        self._busy += took
+        self._meter.ran("forward", batch.members, began=began, seconds=took)
         if batch.keep and not kept:
             self._scheduler.unkeep(batch)
         for member, out in zip(batch.members, outputs, strict=True):
@@ -253,7 +286,7 @@ class TrunkLoop:
                 member.hidden = None  # the graph holds what it needs
             self._tokens += member.tokens
             if forward.grad:
-                self._steps.forward_ran(member.session)
+                self._steps.forward_ran(member.session, forward.step, member.ordinal)
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
             self._outlet.send(member.session, reply, self._payload_of(out))
             self._outlet.credit(member.session, forward.payload_bytes)
@@ -285,7 +318,9 @@ class TrunkLoop:
                 raise
             self._fail_backward(batch, error)
             return
-        self._busy += time.monotonic() - began
+        took = time.monotonic() - began
+        self._busy += took
+        self._meter.ran("backward", batch.members, began=began, seconds=took)
         for member, gradient in zip(batch.members, gradients, strict=True):
             back = member.backward
             if back is None:
@@ -293,7 +328,7 @@ class TrunkLoop:
             counted = 0 if member.spoilt else back.targets
             if member.spoilt:
                 self._log.write("gradient-not-finite", client=self._names.get(member.session), step=back.step)
-            self._steps.backward_ran(member.session, back.step, counted)
+            self._steps.backward_ran(member.session, back.step, member.ordinal, counted)
             if gradient is None:
                 continue  # the client's input end is frozen: nobody awaits it
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
@@ -302,50 +337,81 @@ class TrunkLoop:
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
         said = f"{type(error).__name__}: {error}".splitlines()[0]
+        for member in batch.members:
+            if member.backward is not None:
+                self._steps.backward_failed(member.session, member.backward.step, member.ordinal)
         for session in {member.session for member in batch.members if member.backward is not None}:
             self._log.write("backward-failed", client=self._names.get(session), error=said)
             self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 
+    def _drop_late(self) -> None:
+        for session in self._steps.overdue(time.monotonic()):
+            step = self._steps.drop(session)
+            self._log.write("late", client=self._names.get(session), session=session[:8], step=step)
+            self._abandon_stale(session)
+            self._scheduler.abandon(session, step)
+
     def _turn_steps(self) -> None:
-        # What has arrived for this step runs in it: after its end it would slip into the sum of the next.
-        ledger = None if self._scheduler.runs_later(self._steps.number) else self._steps.close()
+        for part in self._steps.ended():
+            self._tell_closed(part, part.step, part.targets, 1, None)
+        ledger = self._steps.close()
         if ledger is not None:
             self._close(ledger)
             for session in self._steps.dismiss():
+                self._abandon_stale(session)
                 self._outlet.tell(session, _COMPLETE)
-        if not self._steps.is_open:
-            self._gone.clear()
-        for session in self._steps.open_next():
-            self._step_began = time.monotonic()
+        was_open, now = self._steps.is_open, time.monotonic()
+        for session, step in self._steps.openings(now):
+            if not was_open:
+                self._step_began = now
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
-            self._outlet.tell(session, StepOpened(self._steps.number, self._enrolments[session]))
+            self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
+        self._answer_stale()
         if self._trained and not self._names:
             self._on_idle()
+
+    def _answer_stale(self) -> None:
+        """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
+        waiting, self._stale = self._stale, []
+        for session, micro in waiting:
+            if self._steps.is_ending(session):
+                self._stale.append((session, micro))
+            else:
+                self._outlet.tell(session, Fault("stale", _STALE, False, micro))
+
+    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None) -> None:
+        closed = StepClosed(
+            step, targets, participants, self._rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness
+        )
+        self._outlet.tell(part.session, closed)
 
     def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
         """What each participant gave to a step, by the client's name (and the session, where a client has several)."""
         named: dict[str, dict[str, Any]] = {}
         for session, part in ledger.parts.items():
-            name = self._names.get(session) or self._gone.get(session, session)
-            key = f"{name}/{session[:4]}" if name in named else name
-            named[key] = {"targets": part.targets, "dropped": part.dropped}
+            key = f"{part.client}/{session[:4]}" if part.client in named else part.client
+            named[key] = {"targets": part.targets, "micro_batches": part.micro_batches, "dropped": part.dropped}
+            if part.why:
+                named[key]["why"] = part.why
+            if not ledger.ends_parts:
+                named[key]["staleness"] = part.staleness
         return named
 
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
-        targets: dict[str, int] = {}
-        for session, part in ledger.parts.items():
-            name = self._names.get(session) or self._gone.get(session, session)
-            targets[name] = targets.get(name, 0) + part.targets
-        report = self._engine.close_step(ledger.step, targets)
+        report = self._engine.close_step(ledger.step, ledger.targets_by_client)
         self._trained = True
+        self._rate = report.learning_rate
         now = time.monotonic()
         self._busy += now - began
-        closed = StepClosed(ledger.step, ledger.targets, len(ledger.parts), report.learning_rate, report.grad_norm)
-        for session in ledger.parts:
-            self._outlet.tell(session, closed)
+        self._meter.step_closed(
+            ((part.client, part.targets, part.dropped) for part in ledger.parts.values()), seconds=now - began
+        )
+        if ledger.ends_parts:
+            for part in ledger.parts.values():
+                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.grad_norm)
         seconds = now - self._step_began
         self._log.write(
             "step",

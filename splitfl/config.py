@@ -77,6 +77,11 @@ class RunConfig:
     out: str = ""
     seed: int = 0
     clients: int = 1
+    mode: str = "sync"
+    async_contributions: int = 1
+    max_staleness: int = 8
+    on_loss: str = "drop"
+    step_deadline: float = 300.0
     trainables: str = "lora"
     adapters: str = "shared"
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -128,6 +133,8 @@ class RunConfig:
             "cut": self.cut,
             "seed": self.seed,
             "clients": self.clients,
+            "mode": self.mode,
+            "on_loss": self.on_loss,
             "trainables": self.trainables,
             "adapters": self.adapters,
             "lora": lora,
@@ -192,6 +199,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("out", str, "directory the run is kept in (default runs/RUN)"),
     Setting("seed", int, "seed of the LoRA initialisation, on both sides", _at_least(0)),
     Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
+    Setting("mode", str, "sync: a step waits for all its clients; async: nobody waits for anybody", _one_of("sync", "async")),
+    Setting("async_contributions", int, "async: finished parts of clients that make an optimizer step", _at_least(1)),
+    Setting("max_staleness", int, "async: most optimizer steps between a forward and the use of its gradient", _at_least(0)),
+    Setting(
+        "on_loss",
+        str,
+        "when a client is lost amid a step: drop goes on without it, wait holds the step for its return",
+        _one_of("drop", "wait"),
+    ),
+    Setting("step_deadline", float, "seconds after which a step waits for no client any more (0: no limit)", _at_least(0)),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
     Setting(
         "adapters",
@@ -301,6 +318,8 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"the {config.optimizer.schedule} schedule needs its length: give --steps")
     if config.optimizer.steps and config.optimizer.warmup_steps > config.optimizer.steps:
         raise ConfigError("warmup_steps is larger than steps: warm up for fewer steps or train for more")
+    if config.mode == "async":
+        _check_async(config)
     if config.adapters == "per-client":
         _check_client_adapters(config)
     return config
@@ -319,6 +338,21 @@ def _check_client_adapters(config: RunConfig) -> None:
             f"the run's own learning rate {config.optimizer.learning_rate:g} is above the limit of "
             f"{config.limits.max_learning_rate:g}: raise --max-learning-rate"
         )
+
+
+def _check_async(config: RunConfig) -> None:
+    contradictions = {
+        "on_loss": (config.on_loss == "wait", "nobody waits for anybody: leave on_loss at drop"),
+        "policy": (config.policy != "client-batching", "clients share no batch: leave the policy out"),
+        "graphs": (
+            config.graphs == "recompute" or config.graph_tokens > 0,
+            "the weights may have moved on before a backward: leave graphs at keep, without a limit",
+        ),
+        "adapters": (config.adapters != "shared", "all clients train one trunk: leave adapters at shared"),
+    }
+    for key, (contradicts, mend) in contradictions.items():
+        if contradicts:
+            raise ConfigError(f"{key} = {getattr(config, key)!r} in an asynchronous run, where {mend}, or use --mode sync")
 
 
 def _typed(setting: Setting, value: Any) -> Any:

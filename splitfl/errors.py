@@ -42,6 +42,10 @@ class CheckpointError(UserError):
     """A run directory or checkpoint is missing, damaged or belongs to another model."""
 
 
+class RunComplete(UserError):
+    """The run has made all its steps, so no step can be taken part in; evaluation goes on working."""
+
+
 # --- Connecting: the user can mend it too, with the operator's help. ------------------------------------------------------------
 
 
@@ -82,3 +86,9 @@ class SessionLost(ChannelError):
     def __init__(self, text: str, code: str = "lost") -> None:
         super().__init__(text)
         self.code = code
+
+
+class StepMissed(ChannelError):
+    """The run's step went on without this client, which was late. The session stays: drop the gradients of this step and go on
+    with the next batch, which takes part in the next step. What had counted by then stays in the trunk's step.
+    """

@@ -319,11 +319,11 @@ def test_a_checkpoint_holds_the_weights_and_the_optimizer_as_they_are(tmp_path, 
         split.wait_step()
         split.close()
     tensors, meta, extra = load_checkpoint(tmp_path / "server" / "checkpoints" / "step-00000001")
-    engine = world.server._engine
+    training = world.server._training
     assert meta["step"] == 1
-    assert tensors.keys() == engine.trainables.keys()
-    assert all(torch.equal(tensors[name], parameter) for name, parameter in engine.trainables.items())
-    held, kept = engine.optimizer.state_dict()["state"], unpack_state(extra["optimizer"])["state"]
+    assert tensors.keys() == training.trainables.keys()
+    assert all(torch.equal(tensors[name], parameter) for name, parameter in training.trainables.items())
+    held, kept = training.optimizer.state_dict()["state"], unpack_state(extra["optimizer"])["state"]
     assert held.keys() == kept.keys()
     assert all(torch.equal(held[key]["exp_avg"], kept[key]["exp_avg"]) for key in held)
 

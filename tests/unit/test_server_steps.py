@@ -11,14 +11,28 @@ def opened(*sessions: str, last: int = 0) -> Steps:
     steps = Steps(clients=len(sessions), last=last)
     for session in sessions:
         steps.enrol(session)
-    assert steps.open_next() == list(sessions)
+    assert opens(steps) == list(sessions)
     return steps
+
+
+def opens(steps: Steps) -> list[str]:
+    return [session for session, _ in steps.openings()]
+
+
+def forward_ran(steps: Steps, session: str, ordinal: int = 0) -> None:
+    steps.take_forward(session, steps.number)
+    steps.forward_ran(session, steps.number, ordinal)
+
+
+def backward_ran(steps: Steps, session: str, targets: int, ordinal: int = 0) -> None:
+    steps.backward_arrived(session, steps.number, ordinal)
+    steps.backward_ran(session, steps.number, ordinal, targets)
 
 
 def contribute(steps: Steps, session: str, targets: int, then: str = "continue") -> None:
     step = steps.number
-    steps.forward_ran(session)
-    steps.backward_ran(session, step, targets)
+    forward_ran(steps, session)
+    backward_ran(steps, session, targets)
     steps.done(session, StepDone(step, 1, 1, then))
 
 
@@ -26,9 +40,9 @@ def test_the_first_step_waits_for_the_configured_number():
     steps = Steps(clients=3)
     for session in "ab":
         steps.enrol(session)
-        assert steps.open_next() == []
+        assert opens(steps) == []
     steps.enrol("c")
-    assert steps.open_next() == ["a", "b", "c"]
+    assert opens(steps) == ["a", "b", "c"]
 
 
 def test_a_step_closes_when_all_parts_are_done_and_sums_targets():
@@ -39,30 +53,30 @@ def test_a_step_closes_when_all_parts_are_done_and_sums_targets():
     ledger = steps.close()
     assert ledger is not None
     assert (ledger.step, ledger.targets) == (0, 15)
-    assert steps.open_next() == ["a", "b"]
+    assert opens(steps) == ["a", "b"]
     assert steps.number == 1
 
 
 def test_a_declared_backward_holds_the_step_until_it_has_run():
     steps = opened("a")
-    steps.forward_ran("a")
+    forward_ran(steps, "a")
     steps.done("a", StepDone(0, 1, 1, "continue"))
     assert steps.close() is None
-    steps.backward_ran("a", 0, 4)
+    backward_ran(steps, "a", 4)
     assert steps.close() is not None
 
 
 def test_a_lost_participant_is_dropped_but_what_ran_counts():
     steps = opened("a", "b")
-    steps.forward_ran("b")
-    steps.backward_ran("b", 0, 7)
+    forward_ran(steps, "b")
+    backward_ran(steps, "b", 7)
     steps.lose("b")
     contribute(steps, "a", 3)
     ledger = steps.close()
     assert ledger is not None
     assert ledger.targets == 10
     assert ledger.parts["b"].dropped
-    assert steps.open_next() == ["a"]
+    assert opens(steps) == ["a"]
 
 
 def test_a_step_that_all_left_before_anything_counted_opens_anew_under_its_number():
@@ -71,7 +85,7 @@ def test_a_step_that_all_left_before_anything_counted_opens_anew_under_its_numbe
     assert steps.close() is None
     assert steps.number == 0
     steps.enrol("b")
-    assert steps.open_next() == ["b"]
+    assert opens(steps) == ["b"]
     contribute(steps, "b", 1)
     assert steps.close() is not None
 
@@ -83,7 +97,7 @@ def test_pause_before_contributing_frees_the_open_step():
     ledger = steps.close()
     assert ledger is not None
     assert list(ledger.parts) == ["a"]
-    assert steps.open_next() == ["a"]
+    assert opens(steps) == ["a"]
 
 
 @pytest.mark.parametrize("then", ["pause", "leave"])
@@ -92,7 +106,7 @@ def test_then_withdraws_from_the_next_step(then):
     contribute(steps, "a", 1, then)
     contribute(steps, "b", 1)
     steps.close()
-    assert steps.open_next() == ["b"]
+    assert opens(steps) == ["b"]
 
 
 def test_a_run_of_n_steps_ends():
@@ -100,24 +114,28 @@ def test_a_run_of_n_steps_ends():
     contribute(steps, "a", 1)
     steps.close()
     assert steps.complete
-    assert steps.open_next() == []
+    assert opens(steps) == []
 
 
 def test_a_forward_of_the_next_step_waits_and_others_are_refused():
     steps = opened("a", "b")
-    assert steps.may_train("a", 0)
-    contribute(steps, "a", 1)
-    assert not steps.may_train("a", 1)
-    assert not steps.may_train("b", 1)  # its end of step 0 may still be under way
+    steps.take_forward("a", 0)
+    assert steps.is_running("a", 0)
+    steps.forward_ran("a", 0, 0)
+    backward_ran(steps, "a", 1)
+    steps.done("a", StepDone(0, 1, 1, "continue"))
+    for session in "ab":  # the end of b's step 0 may still be under way
+        steps.take_forward(session, 1)
+        assert not steps.is_running(session, 1)
     for session, step in (("a", 0), ("a", 2), ("b", 2), ("stranger", 0)):
         with pytest.raises(RemoteProtocolError):
-            steps.may_train(session, step)
+            steps.take_forward(session, step)
 
 
 @pytest.mark.parametrize("message", [StepDone(1, 0, 0, "continue"), StepDone(0, 0, 0, "continue"), StepDone(0, 1, 2, "continue")])
 def test_a_lying_end_of_step_is_refused(message):
     steps = opened("a")
-    steps.forward_ran("a")
+    forward_ran(steps, "a")
     with pytest.raises(RemoteProtocolError):
         steps.done("a", message)
 

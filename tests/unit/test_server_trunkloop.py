@@ -248,7 +248,8 @@ def test_sessions_that_come_and_go_leave_nothing_behind(model, tmp_path):
         desk.run((name, forward(0)))
         desk.run((name, None))
     loop = desk.loop
-    assert not any([loop._gone, loop._names, loop._enrolments, loop._steps._enrolled, desk.engine._graphs])
+    assert not any([loop._stale, loop._names, loop._enrolments, desk.engine._graphs])
+    assert not any([loop._steps._enrolled, loop._steps._ahead, loop._steps._missed, loop._steps._holders])
     assert not any([loop._scheduler._open, loop._scheduler._kept, loop._scheduler._ready, loop._scheduler._underway])
 
 

@@ -1,0 +1,21 @@
+"""No batch mixes clients, and none waits for another: what an asynchronous run needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+
+from server_trunk.members import Member
+
+__all__ = ["OneClient"]
+
+
+class OneClient:
+    """Training forwards of one client at a time: a shared batch would have to wait for the slowest member's gradient."""
+
+    def choose(self, waiting: Sequence[Member], take: Callable[[Member], bool], busy: Container[str]) -> list[Member]:
+        taken: list[Member] = []
+        for member in waiting:
+            alone = member.forward.grad and taken and member.session != taken[0].session
+            if not alone and take(member):
+                taken.append(member)
+        return taken
