@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,25 +34,22 @@ def attach_lora(model: Any, settings: LoraSettings, *, seed: int, full_name_pref
     A part that holds no block comes back unwrapped, with nothing but a classification head training. Raises
     ``ConfigError`` where a setting is out of range or a target names no linear layer of the blocks.
     """
-    _check(settings)
-    linears = dict(_block_linears(model))
+    linears = targeted_linears(model, settings)
+    names = list(linears)
     head = classification_head(model)
-    names = _targeted(model, list(linears), settings)
     if not names:
         set_trainable(model, "lora")
         return model
 
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=plain_alpha(settings.alpha),  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=list(names),
+        target_modules=names,
         modules_to_save=[head] if head else None,
-        # GPT-2's Conv1D holds its weight as (in, out).
-        fan_in_fan_out=all(isinstance(linears[name], Conv1D) for name in names),
+        fan_in_fan_out=is_fan_in_fan_out(linears.values()),
         task_type=_task_type(model, head),
     )
     # PEFT draws first values that are replaced below: the caller's generator shall not notice.
@@ -67,6 +64,23 @@ def attach_lora(model: Any, settings: LoraSettings, *, seed: int, full_name_pref
             parameter.data.copy_(lora_start(seed, full_name_prefix + full_name(name), tuple(parameter.shape)))
     set_trainable(peft_model, "lora")
     return peft_model
+
+
+def targeted_linears(model: Any, settings: LoraSettings) -> dict[str, nn.Module]:
+    """The linear layers that ``settings`` adapt, by their names in ``model``: empty where the part holds none of them.
+
+    Raises ``ConfigError`` where a setting is out of range or a target names no linear layer of the blocks.
+    """
+    _check(settings)
+    linears = dict(_block_linears(model))
+    return {name: linears[name] for name in _targeted(model, list(linears), settings)}
+
+
+def is_fan_in_fan_out(linears: Iterable[nn.Module]) -> bool:
+    """Whether the layers hold their weights as (in, out), as GPT-2's Conv1D does."""
+    from transformers.pytorch_utils import Conv1D
+
+    return all(isinstance(linear, Conv1D) for linear in linears)
 
 
 def _check(settings: LoraSettings) -> None:

@@ -23,9 +23,9 @@ class Rows:
     """The segments of one run of the trunk, in the order of its rows.
 
     ``wire``: (length, start) of each segment. ``packed``: the trunk sees ``(1, tokens, H)``, all segments behind one another;
-    else ``(S, Tmax, H)``, a segment a row, padded on the right. ``owners``: for each segment, the client it belongs to (an adapter's
-    name where each client has its own). ``keys``: for each segment, what its dropout masks are keyed by; None where nothing is
-    dropped.
+    else ``(S, Tmax, H)``, a segment a row, padded on the right. ``owners``: for each segment, the client it belongs to, whose
+    adapter it takes where each client has its own ("": none; no owners at all: none anywhere). ``keys``: for each segment, what
+    its dropout masks are keyed by; None where nothing is dropped.
     """
 
     wire: tuple[tuple[int, int], ...]
@@ -40,6 +40,18 @@ class Rows:
     @cached_property
     def longest(self) -> int:
         return max((length for length, _ in self.wire), default=0)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[str, int, int], ...]:
+        """``(owner, begin, end)`` of neighbouring rows with one owner, in the tensor as rows one after another, pads included."""
+        runs: list[tuple[str, int, int]] = []
+        end = 0
+        for owner, (length, _) in zip(self.owners, self.wire, strict=True) if self.owners else ():
+            begin, end = end, end + (length if self.packed else self.longest)
+            if runs and runs[-1][0] == owner:
+                begin = runs.pop()[1]
+            runs.append((owner, begin, end))
+        return tuple(runs)
 
     def by_segment(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Views of the real tokens of each segment, ``(length, ...)``, of a tensor ``(1, tokens, ...)`` or ``(S, Tmax, ...)``."""
