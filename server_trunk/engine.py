@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import StepReport, Training
+from server_trunk.transfers import CudaTransfers, Landing, Transfers
 from splitfl.parts.rows import Rows, running_on
 from splitfl.parts.segments import pad_segments, unpad
 from splitfl.parts.trunk import find_trunk
@@ -93,6 +94,7 @@ class Engine:
         self._device = device
         self._seed, self._in_place = seed, in_place
         self._choose_packed, self._report = choose_packed, report
+        self._transfers = (CudaTransfers if device.type == "cuda" else Transfers)(device)
         self._lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
         self._graphs: dict[int, list[Piece]] = {}
         self._most: int | None = None  # tokens of a piece, once the device was out of memory
@@ -102,14 +104,15 @@ class Engine:
 
     # --- forward ----------------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: ForwardBatch) -> tuple[list[torch.Tensor], bool]:
-        """Run the trunk on the members together; returns each member's ``y: (tokens, hidden)`` in host memory, and whether the
-        graph is kept.
+    def forward(self, batch: ForwardBatch) -> tuple[Landing, bool]:
+        """Run the trunk on the members together; returns each member's ``y: (tokens, hidden)`` on its way to host memory, and
+        whether the graph is kept.
 
         It is where ``batch.keep`` asks for it, unless the device had no memory for it; then :meth:`backward` or :meth:`discard`
         must follow under the same number.
         """
         members, keep = batch.members, batch.keep
+        self._transfers.begin()
         pieces = self._cut(members)
         with self._mode(members[0]):
             try:
@@ -120,10 +123,10 @@ class Engine:
                 # What fills a device is graphs, so this one is not kept either.
                 keep = False
                 pieces = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
-        out = [(piece.places, _taken(piece.out).detach().to("cpu")) for piece in pieces]
+        out = [(piece.places, _taken(piece.out).detach()) for piece in pieces]
         if keep:
             self._graphs[batch.number] = pieces
-        return scatter(out, members), keep
+        return self._transfers.down(scatter(out, members)), keep
 
     def _run(self, piece: Piece, *, grad: bool) -> None:
         with torch.set_grad_enabled(grad), running_on(piece.rows):
@@ -132,14 +135,16 @@ class Engine:
 
     # --- backward ---------------------------------------------------------------------------------------------------------------
 
-    def backward(self, batch: BackwardBatch) -> list[torch.Tensor | None]:
-        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)``, None where nobody wants it.
+    def backward(self, batch: BackwardBatch) -> Landing:
+        """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)`` on its way to host memory, None
+        where nobody wants it.
 
         A gradient that is not finite counts as zero; its member is marked ``spoilt``. A replayed member adds nothing to the sum:
         what it would add is there already.
         """
         members = batch.members
-        gradients = [_summed(member) for member in members]
+        self._transfers.begin()
+        gradients = [self._transfers.up(_summed(member)) for member in members]
         pieces = self._graphs.pop(batch.number, None) if batch.kept else None
         owners = sorted({member.client for member in members if not member.replayed})
         total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place)
@@ -148,10 +153,8 @@ class Engine:
         def differentiate(piece: Piece) -> None:
             if piece.out is None:
                 self._run(piece, grad=True)
-            weights = gather(gradients, piece.places).to(self._device, non_blocking=True)
-            hidden = total.differentiate(_taken(piece.out), piece.hidden, weights)
+            found[id(piece)] = total.differentiate(_taken(piece.out), piece.hidden, gather(gradients, piece.places))
             piece.out = None  # the graph is used up
-            found[id(piece)] = hidden.to("cpu")
 
         with self._mode(members[0]):
             try:
@@ -169,7 +172,7 @@ class Engine:
                 pieces = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
         total.count()
         rows = scatter([(piece.places, found[id(piece)]) for piece in pieces], members)
-        return [_reply(member, own) for member, own in zip(members, rows, strict=True)]
+        return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
 
     def discard(self, number: int) -> None:
         """Free a graph whose backward will never come."""
@@ -201,7 +204,7 @@ class Engine:
     def _cut(self, members: Sequence[Member], most: int | None = None) -> list[Piece]:
         """The batch as pieces to run: one a lane, or smaller ones where the device was out of memory before."""
         limit = most if most is not None else self._most
-        hidden = [member.hidden.to(self._device, non_blocking=True) for member in members]
+        hidden = [self._transfers.up(member.hidden) for member in members]
         return [self._piece(members, hidden, group) for group in cut(places_of(members), self._lanes.count, limit)]
 
     def _piece(self, members: Sequence[Member], hidden: Sequence[torch.Tensor], places: list[Place]) -> Piece:

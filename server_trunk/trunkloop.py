@@ -7,6 +7,7 @@ called from any thread. A session that breaks a rule is ended; nothing it does e
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from server_trunk.engine import Engine
 from server_trunk.meter import Meter
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
 from server_trunk.steps import Ledger, Part, Steps
+from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,
@@ -65,6 +67,10 @@ _COMPLETE = Fault("run-complete", "the run has made all its steps; start a new r
 _STALE = "the step this belongs to has gone on without it"
 
 
+#: Session, message, and the tensor that is its payload.
+_Reply = tuple[str, Any, Any]
+
+
 class TrunkLoop:
     """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints;
     ``on_idle()`` whenever clients have trained and all have left.
@@ -101,6 +107,7 @@ class TrunkLoop:
         self._stopping = False
         self._trained = False
         self.failure: BaseException | None = None
+        self._mailer = Mailer()
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
     def start(self) -> None:
@@ -114,6 +121,7 @@ class TrunkLoop:
             self.inbox.put_nowait(None)
         if self._thread.ident is not None:
             self._thread.join()
+        self._mailer.close()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread; True once it has ended."""
@@ -269,18 +277,16 @@ class TrunkLoop:
     def _forward(self, batch: ForwardBatch) -> None:
         began = time.monotonic()
         try:
-            outputs, kept = self._engine.forward(batch)
+            landing, kept = self._engine.forward(batch)
         except Exception as error:
             if self._engine.is_lost(error):
                 raise
             self._fail(batch, error)
             return
-        took = time.monotonic() - began
-        self._busy += took
-        self._meter.ran("forward", batch.members, began=began, seconds=took)
         if batch.keep and not kept:
             self._scheduler.unkeep(batch)
-        for member, out in zip(batch.members, outputs, strict=True):
+        replies: list[_Reply] = []
+        for member, out in zip(batch.members, landing.tensors, strict=True):
             forward = member.forward
             if kept or not batch.has_backward:
                 member.hidden = None  # the graph holds what it needs
@@ -288,10 +294,19 @@ class TrunkLoop:
             if forward.grad:
                 self._steps.forward_ran(member.session, forward.step, member.ordinal)
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
-            self._outlet.send(member.session, reply, self._payload_of(out))
+            replies.append((member.session, reply, out))
             self._outlet.credit(member.session, forward.payload_bytes)
             if forward.grad:
                 self._abandon_if_all_arrived(member.session)
+        self._mailer.send(landing, functools.partial(self._leave, "forward", batch.members, began, landing, replies))
+
+    def _leave(self, kind: str, members: list[Member], began: float, landing: Landing, replies: list[_Reply]) -> None:
+        """Send the answers of a batch; in the mailer's thread where they had yet to land."""
+        took = landing.took()
+        self._busy += took
+        self._meter.ran(kind, members, began=began, seconds=took)
+        for session, reply, tensor in replies:
+            self._outlet.send(session, reply, self._payload_of(tensor))
 
     def _fail(self, batch: ForwardBatch, error: Exception) -> None:
         """A batch the trunk cannot run: its members are tried alone, and whoever fails alone loses its session."""
@@ -312,16 +327,14 @@ class TrunkLoop:
             return
         began = time.monotonic()
         try:
-            gradients = self._engine.backward(batch)
+            landing = self._engine.backward(batch)
         except Exception as error:
             if self._engine.is_lost(error) or not self._engine.is_atomic:
                 raise
             self._fail_backward(batch, error)
             return
-        took = time.monotonic() - began
-        self._busy += took
-        self._meter.ran("backward", batch.members, began=began, seconds=took)
-        for member, gradient in zip(batch.members, gradients, strict=True):
+        replies: list[_Reply] = []
+        for member, gradient in zip(batch.members, landing.tensors, strict=True):
             back = member.backward
             if back is None:
                 continue
@@ -332,7 +345,8 @@ class TrunkLoop:
             if gradient is None:
                 continue  # the client's input end is frozen: nobody awaits it
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
-            self._outlet.send(member.session, reply, self._payload_of(gradient))
+            replies.append((member.session, reply, gradient))
+        self._mailer.send(landing, functools.partial(self._leave, "backward", batch.members, began, landing, replies))
 
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""

@@ -54,7 +54,7 @@ def both_ways(engine: Engine, *, keep: bool = True, members: list[Member] | None
     members = members or members_of()
     outputs, kept = engine.forward(ForwardBatch(0, members, keep))
     gradients = engine.backward(BackwardBatch(0, members, kept))
-    return outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+    return outputs.tensors, gradients.tensors, {name: p.grad for name, p in engine.training.trainables.items()}
 
 
 def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -112,7 +112,7 @@ def test_out_of_memory_makes_the_batch_smaller_and_goes_on(model, lanes):
     assert told
     assert max(short.sizes) <= 13
     gradients = engine.backward(BackwardBatch(0, members, kept))
-    mine = outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+    mine = outputs.tensors, gradients.tensors, {name: p.grad for name, p in engine.training.trainables.items()}
     assert_same(mine, both_ways(engine_of(model)))
     # The next batch is cut small from the start: nothing fails any more.
     told.clear()
@@ -144,7 +144,7 @@ def test_out_of_memory_in_the_backward_of_a_kept_graph(model, monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", once)
     gradients = engine.backward(BackwardBatch(0, members, kept))
-    mine = outputs, gradients, {name: p.grad for name, p in engine.training.trainables.items()}
+    mine = outputs.tensors, gradients.tensors, {name: p.grad for name, p in engine.training.trainables.items()}
     assert_same(mine, both_ways(engine_of(model)))
 
 
