@@ -48,10 +48,12 @@ class TrunkPart:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        **attention: Any,
     ) -> torch.Tensor:
         """``h`` (B, T, H) at the first cut to ``y`` (B, T, H) at the second.
 
-        ``attention_mask`` (B, T), 1 for a real token; ``position_ids`` (B, T), ignored where the family has none.
+        ``attention_mask`` (B, T), 1 for a real token; ``position_ids`` (B, T), ignored where the family has none. ``attention``:
+        further arguments for the attention function, as transformers' ``FlashAttentionKwargs``.
         """
         backbone = cast(nn.Module, self).get_submodule(self.layout.backbone)
         arguments: dict[str, Any] = {"inputs_embeds": hidden_states.detach(), "attention_mask": attention_mask}
@@ -60,7 +62,7 @@ class TrunkPart:
         crossing = _Crossing(hidden_states)
         token = _crossing.set(crossing)
         try:
-            backbone(**arguments, use_cache=False, return_dict=True)
+            backbone(**arguments, **attention, use_cache=False, return_dict=True)
         finally:
             _crossing.reset(token)
         assert crossing.leaving is not None, "the last held block was not run"

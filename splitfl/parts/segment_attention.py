@@ -1,0 +1,147 @@
+"""Attention over packed rows: each segment attends to itself alone, and costs the square of its own length.
+
+A packed row ``(1, tokens, H)`` goes through everything else of a block as it is. Here it falls apart into runs of segments of one
+length, each of which is a batch ``(count, heads, length, width)`` for the attention function the model had before: its sdpa, or
+its family's own eager function with whatever that knows (soft caps, sinks). In any other run that function is called as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from splitfl.errors import ModelError
+from splitfl.parts.dropout import keyed_attention
+from splitfl.parts.rows import Rows, current_rows
+from splitfl.parts.trunk import find_trunk
+
+__all__ = ["install_segment_attention", "remove_segment_attention"]
+
+_PREFIX = "splitfl_"
+
+
+def install_segment_attention(model: nn.Module) -> str | None:
+    """Make a loaded trunk's attention follow the rows it runs on; returns None, or in one sentence why it cannot.
+
+    An implementation that packs by itself (flash attention) stays as it is.
+    """
+    trunk: Any = find_trunk(model)
+    own = trunk.config.get_text_config(decoder=True)._attn_implementation or "eager"
+    if own.startswith(_PREFIX) or "flash" in own:
+        return None
+    if own not in ("sdpa", "eager"):
+        return f"its attention, {own}, is not known to keep packed sequences apart"
+    if not trunk._can_set_attn_implementation():
+        return f"the attention of {type(trunk).__name__} cannot be replaced"
+    trunk.set_attn_implementation(_PREFIX + own)
+    return None
+
+
+def remove_segment_attention(model: nn.Module) -> None:
+    """The trunk's own attention again."""
+    trunk: Any = find_trunk(model)
+    own = trunk.config.get_text_config(decoder=True)._attn_implementation or ""
+    if own.startswith(_PREFIX):
+        trunk.set_attn_implementation(own.removeprefix(_PREFIX))
+
+
+def _family_eager(module: nn.Module) -> Callable[..., Any]:
+    """The eager function of the module's own family; by Hugging Face's convention each modeling file has one, so called."""
+    found: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise ModelError(f"{type(module).__module__} has no eager_attention_forward")
+    return found
+
+
+def _attend(
+    eager: bool,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A function as ``AttentionInterface`` asks for: query (B, heads, T, width) to (B, T, heads, width)."""
+    attention: Callable[..., Any] = _family_eager(module) if eager else sdpa_attention_forward
+    rows = current_rows()
+    if rows is None or not rows.packed:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    if (
+        attention_mask is not None
+        or kwargs.get("position_bias") is not None
+        or (query.shape[2], key.shape[2]) != (rows.tokens,) * 2
+    ):
+        raise ModelError(f"{type(module).__name__} attends by a mask or bias of its own")
+    groups = [(length, len(list(run))) for length, run in groupby(length for length, _ in rows.wire)]
+    sizes = [length * count for length, count in groups]
+    done: list[torch.Tensor] = []
+    first = 0
+    with keyed_attention() as turn_to:
+        # Split and not sliced: the gradient of a slice is as large as the whole row.
+        for (length, count), *parts in zip(groups, *(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True):
+            batch = [part.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for part in parts]
+            turn_to(_some_of(rows, first, count))
+            mask = _mask_of(eager, module, length, query, kwargs)
+            out, _ = attention(module, *batch, mask, **kwargs)
+            done.append(out.reshape(1, count * length, *out.shape[2:]))
+            first += count
+    return (done[0] if len(done) == 1 else torch.cat(done, 1)), None
+
+
+def _some_of(rows: Rows, first: int, count: int) -> Rows:
+    """``count`` segments of one length, a row each."""
+    keys = None if rows.keys is None else rows.keys[first : first + count]
+    return Rows(rows.wire[first : first + count], False, keys=keys)
+
+
+def _mask_of(eager: bool, module: nn.Module, length: int, query: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The mask ``(1, 1, length, length)`` of an unpadded row; None where sdpa needs none."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window")
+    if not causal:
+        if window is not None:
+            raise ModelError(f"{type(module).__name__} attends to both sides of a window")
+        mask_function: Any = bidirectional_mask_function
+    else:
+        mask_function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    make: Callable[..., torch.Tensor | None] = eager_mask if eager else sdpa_mask
+    return make(
+        batch_size=1,
+        q_length=length,
+        kv_length=length,
+        mask_function=mask_function,
+        local_size=window,
+        allow_is_causal_skip=causal,
+        allow_is_bidirectional_skip=not causal,
+        dtype=query.dtype,
+        device=query.device,
+    )
+
+
+def _mask(make: Callable[..., torch.Tensor | None], *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """A function as ``AttentionMaskInterface`` asks for. Packed rows need no mask: no segment ever meets another."""
+    rows = current_rows()
+    return None if rows is not None and rows.packed else make(*args, **kwargs)
+
+
+AttentionInterface.register(_PREFIX + "sdpa", partial(_attend, False))
+AttentionInterface.register(_PREFIX + "eager", partial(_attend, True))
+AttentionMaskInterface.register(_PREFIX + "sdpa", partial(_mask, sdpa_mask))
+AttentionMaskInterface.register(_PREFIX + "eager", partial(_mask, eager_mask))
