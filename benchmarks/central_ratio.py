@@ -2,8 +2,8 @@
 
 N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches
 of all N clients at once; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the
-machine hits both; the figure is the median of the ratios of neighbouring blocks. Central runs with whichever thread count is
-faster for it. The profile says where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
+machine hits both; the figure is the median of the ratios of neighbouring blocks. Central runs the way that is fastest for it: with
+one thread or two, the whole batch at once or the batches of the clients one by one, their gradients accumulated. The profile says where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
 
     python -m benchmarks.central_ratio [--clients 1 4 8] [--pairs 24] [--quick] [--json]
 """
@@ -60,7 +60,7 @@ def _optimizer(parameters: Any) -> Any:
 
 
 def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
-    """Worker: one process, whole model. Commands: (threads, steps) -> seconds."""
+    """Worker: one process, whole model. Commands: (threads, pieces of the batch, steps) -> seconds."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
@@ -71,11 +71,13 @@ def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
     batch = _batch(1, ROWS * clients)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
-        threads, steps = command
+        threads, pieces, steps = command
         torch.set_num_threads(threads)
+        parts = [{name: part[piece::pieces] for name, part in batch.items()} for piece in range(pieces)]
         began = time.perf_counter()
         for _ in range(steps):
-            model(**batch).loss.backward()
+            for part in parts:
+                (model(**part).loss / pieces).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -196,15 +198,15 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
                 spans = [pipe.recv() for pipe in pipes]
                 return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
-            def alone(threads: int, steps: int) -> float:
-                central.send((threads, steps))
+            def alone(way: tuple[int, int], steps: int) -> float:
+                central.send((*way, steps))
                 return float(central.recv())
 
             split(2)
-            for threads in (1, 2):
-                alone(threads, 1)
-            trial = {threads: min(alone(threads, 1) for _ in range(2)) for threads in (1, 2)}
-            best = min(trial, key=lambda threads: trial[threads])
+            ways = [(threads, pieces) for threads in (1, 2) for pieces in sorted({1, clients})]
+            alone(ways[-1], 1)
+            trial = {way: min(alone(way, 1) for _ in range(2)) for way in ways}
+            best = min(trial, key=lambda way: trial[way])
             ratios, central_seconds, split_seconds = [], [], []
             before = workers.cpu_seconds()
             for pair in range(args.pairs):
@@ -227,7 +229,8 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
         "ratio": round(median, 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "pairs": args.pairs,
-        "central_threads": best,
+        "central_threads": best[0],
+        "central_pieces": best[1],
         "server_threads": server_threads,
         "client_threads": client_threads,
         "central_tokens_per_second": round(tokens / median_interval(central_seconds)[0], 1),
@@ -240,7 +243,8 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
     }
     print(
         f"{clients} client(s): {result['ratio']:.3f}  (95 % {low:.3f} to {high:.3f}, {args.pairs} pairs)   "
-        f"central {result['central_tokens_per_second']:.0f} tokens/s with {best} thread(s), "
+        f"central {result['central_tokens_per_second']:.0f} tokens/s with {best[0]} thread(s) "
+        f"in {best[1]} piece(s), "
         f"split {result['split_tokens_per_second']:.0f} with {server_threads} (server) and {client_threads} (each client)\n"
         f"    CPU seconds a step: {result['cpu_seconds_a_step']}, idle share of the cores: {result['idle']}",
         flush=True,
