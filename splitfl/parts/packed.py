@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -38,15 +37,6 @@ def run_segments(trunk: nn.Module, flat: torch.Tensor, rows: Rows) -> torch.Tens
         with running_on(rows), keyed_run(trunk, rows):
             padded, mask, positions = pad_segments(flat, list(rows.wire))
             return unpad(find_trunk(trunk).trunk_forward(padded, mask, positions), list(rows.wire))
-    lengths = [length for length, _ in rows.wire]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    if len(list(groupby(lengths))) > len(set(lengths)):
-        # Segments of one length side by side are one call of attention.
-        return _in_order(_run_packed(trunk, _in_order(flat, lengths, order), _ordered(rows, order)), lengths, order, back=True)
-    return _run_packed(trunk, flat, rows)
-
-
-def _run_packed(trunk: nn.Module, flat: torch.Tensor, rows: Rows) -> torch.Tensor:
     part: Any = find_trunk(trunk)
     positions = torch.cat([torch.arange(start, start + length) for length, start in rows.wire])[None].to(flat.device)
     # Flash attention is told where segments end: from positions alone it would only know of those that start alike.
@@ -60,24 +50,6 @@ def _varlen(rows: Rows, device: torch.device) -> dict[str, Any]:
     """Where the segments lie, in transformers' ``FlashAttentionKwargs``."""
     ends = torch.tensor([0, *(length for length, _ in rows.wire)]).cumsum(0).to(device, torch.int32)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": rows.longest, "max_length_k": rows.longest}
-
-
-def _ordered(rows: Rows, order: Sequence[int]) -> Rows:
-    return Rows(
-        tuple(rows.wire[index] for index in order),
-        rows.packed,
-        tuple(rows.owners[index] for index in order) if rows.owners else (),
-        None if rows.keys is None else tuple(rows.keys[index] for index in order),
-    )
-
-
-def _in_order(flat: torch.Tensor, lengths: Sequence[int], order: Sequence[int], *, back: bool = False) -> torch.Tensor:
-    """The segments of (tokens, H) in another order, or in their own again."""
-    if not back:
-        parts = flat.split(list(lengths))
-        return torch.cat([parts[index] for index in order])
-    parts = flat.split([lengths[index] for index in order])
-    return torch.cat([part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])])
 
 
 # --- Tried, not believed --------------------------------------------------------------------------------------------------------

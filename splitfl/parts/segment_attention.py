@@ -88,26 +88,50 @@ def _attend(
         or (query.shape[2], key.shape[2]) != (rows.tokens,) * 2
     ):
         raise ModelError(f"{type(module).__name__} attends by a mask or bias of its own")
-    groups = [(length, len(list(run))) for length, run in groupby(length for length, _ in rows.wire)]
-    sizes = [length * count for length, count in groups]
-    done: list[torch.Tensor] = []
-    first = 0
+    runs = _runs(rows)
+    # Split and not sliced: the gradient of a slice is as large as the whole row.
+    split = [tensor.squeeze(0).split([length * count for length, _, count in runs], 1) for tensor in (query, key, value)]
+    done: dict[int, torch.Tensor] = {}
     with keyed_attention() as turn_to:
-        # Split and not sliced: the gradient of a slice is as large as the whole row.
-        for (length, count), *parts in zip(groups, *(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True):
-            batch = [part.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for part in parts]
-            turn_to(_some_of(rows, first, count))
+        for length, own in _alike(runs).items():
+            counts = [runs[index][2] for index in own]
+            # Neighbours of one length are a view; only runs that lie apart are copied together.
+            batches = [[t[i].unflatten(1, (n, length)).transpose(0, 1) for i, n in zip(own, counts, strict=True)] for t in split]
+            turn_to(_some_of(rows, [runs[index] for index in own]))
             mask = _mask_of(eager, module, length, query, kwargs)
-            out, _ = attention(module, *batch, mask, **kwargs)
-            done.append(out.reshape(1, count * length, *out.shape[2:]))
-            first += count
-    return (done[0] if len(done) == 1 else torch.cat(done, 1)), None
+            out, _ = attention(module, *(_joined(batch) for batch in batches), mask, **kwargs)
+            for index, part in zip(own, out.split(counts), strict=True):
+                done[index] = part.flatten(0, 1)
+    return _joined([done[index] for index in range(len(runs))])[None], None
 
 
-def _some_of(rows: Rows, first: int, count: int) -> Rows:
-    """``count`` segments of one length, a row each."""
-    keys = None if rows.keys is None else rows.keys[first : first + count]
-    return Rows(rows.wire[first : first + count], False, keys=keys)
+def _runs(rows: Rows) -> list[tuple[int, int, int]]:
+    """``(length, first, count)``: ``count`` neighbouring segments of one length, from the ``first`` on."""
+    runs: list[tuple[int, int, int]] = []
+    first = 0
+    for length, run in groupby(length for length, _ in rows.wire):
+        runs.append((length, first, len(list(run))))
+        first += runs[-1][2]
+    return runs
+
+
+def _alike(runs: list[tuple[int, int, int]]) -> dict[int, list[int]]:
+    """The numbers of the runs of each length."""
+    found: dict[int, list[int]] = {}
+    for index, (length, _, _) in enumerate(runs):
+        found.setdefault(length, []).append(index)
+    return found
+
+
+def _some_of(rows: Rows, runs: list[tuple[int, int, int]]) -> Rows:
+    """The segments of some runs of one length, a row each."""
+    chosen = [index for _, first, count in runs for index in range(first, first + count)]
+    keys = None if rows.keys is None else tuple(rows.keys[index] for index in chosen)
+    return Rows(tuple(rows.wire[index] for index in chosen), False, keys=keys)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _mask_of(eager: bool, module: nn.Module, length: int, query: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
