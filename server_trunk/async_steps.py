@@ -286,15 +286,16 @@ class AsyncSteps:
         return ledger
 
 
-def steps_of(config: RunConfig) -> Steps | AsyncSteps:
-    """The steps of a run, as its mode wants them."""
+def steps_of(config: RunConfig, *, first: int = 0) -> Steps | AsyncSteps:
+    """The steps of a run from ``first``, as its mode wants them."""
     last, deadline = config.optimizer.steps, config.step_deadline
     if config.mode == "sync":
-        return Steps(clients=config.clients, last=last, on_loss=config.on_loss, deadline=deadline)
+        return Steps(clients=config.clients, last=last, first=first, on_loss=config.on_loss, deadline=deadline)
     return AsyncSteps(
         clients=config.clients,
         contributions=config.async_contributions,
         max_staleness=config.max_staleness,
         last=last,
+        first=first,
         deadline=deadline,
     )

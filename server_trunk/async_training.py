@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -44,6 +45,10 @@ class AsyncTraining(SharedTraining):
         if not report.skipped:
             self._renew()
         return report
+
+    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        super().load(tensors, extra)
+        self._renew()
 
     def _renew(self) -> None:
         """Put copies of the present weights into the modules."""

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+from collections.abc import Container
 from typing import Any
 
 from splitfl.config import SETTINGS, RunConfig, build_config, read_toml, to_toml
@@ -13,11 +14,15 @@ from splitfl.config import SETTINGS, RunConfig, build_config, read_toml, to_toml
 __all__ = ["add_arguments", "config_from", "run"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
+    """``without``: keys of settings that get no flag."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id of the model (or `model` in --config)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below; flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run's directory")
     defaults = RunConfig(model="")
     for setting in SETTINGS:
+        if setting.key in without:
+            continue
         section, _, leaf = setting.key.rpartition(".")
         default = getattr(getattr(defaults, section) if section else defaults, leaf)
         note = f" (default {default})" if default not in (None, "", 0, False) else ""
@@ -31,7 +36,7 @@ def config_from(args: argparse.Namespace) -> RunConfig:
     """The config of a command line: the file's settings with the flags laid over them."""
     values = read_toml(args.config) if args.config else {}
     given = vars(args)
-    values |= {setting.key: given[setting.key] for setting in SETTINGS if given[setting.key] is not None}
+    values |= {setting.key: given[setting.key] for setting in SETTINGS if given.get(setting.key) is not None}
     if args.model:
         values["model"] = args.model
     return build_config(values)
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     print(f"loading the trunk of {config.model}", file=sys.stderr)
-    server = TrunkServer(config, echo=sys.stderr)
+    server = TrunkServer(config, resume=args.resume, echo=sys.stderr)
     server.start()
     print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
     print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from server_trunk.adapter_book import AdapterBook
 from server_trunk.meter import Meter
 from server_trunk.trunkloop import Event
 from splitfl import __version__
@@ -38,14 +39,17 @@ class Gateway:
         inbox: queue.Queue[Event | None],
         log: RunLog,
         *,
+        book: AdapterBook | None = None,
         meter: Meter | None = None,
         pin: bool = False,
         longest: int | None = None,
     ) -> None:
-        """``longest``: the position before which every token must lie, where the model's rotary table grows with what it sees."""
+        """``book``: what each client's own adapter is like. ``longest``: the position before which every token must lie, where
+        the model's rotary table grows with what it sees.
+        """
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
-        self._meter = meter or Meter()
+        self._meter, self._book = meter or Meter(), book or AdapterBook(config)
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
         self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
@@ -82,8 +86,10 @@ class Gateway:
         difference = compare(identity, self._identity)
         if difference:
             raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
+        self._book.agree(peer.name, message.adapter)
 
     def on_opened(self, session: Any) -> None:
+        self._book.settle(session.peer.name, session.open.adapter)
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
         self._meter.joined(session.session, session.peer.name)
         self._inbox.put(Event(session.session, opened=True, name=session.peer.name))

@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
+from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_steps import steps_of
 from server_trunk.async_training import AsyncTraining
+from server_trunk.client_adapters import ClientTraining
 from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
+from server_trunk.keeping import RunKeeper
 from server_trunk.live import Live
 from server_trunk.meter import Meter
 from server_trunk.scheduler import Scheduler
-from server_trunk.training import SharedTraining
+from server_trunk.training import SharedTraining, Training
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
-from splitfl.adapters.results import describe_part
 from splitfl.channel.server import ServerChannel
-from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, prune_checkpoints, save_checkpoint
+from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.parts.cut import Cut
@@ -46,21 +48,24 @@ __all__ = ["TrunkServer"]
 class TrunkServer:
     """One run's server. ``start`` returns when clients can join; ``wait`` when the run has ended."""
 
-    def __init__(self, config: RunConfig, *, echo: Any = None, transport: Any = None, **channel_options: Any) -> None:
+    def __init__(
+        self, config: RunConfig, *, resume: bool = False, echo: Any = None, transport: Any = None, **channel_options: Any
+    ) -> None:
         """Load everything, open nothing.
 
-        ``echo``: a text stream for readable log lines. ``transport``: in place of sockets. ``channel_options``: further arguments
-        of :class:`ServerChannel`, for tests and benchmarks.
+        ``resume``: go on from the newest checkpoint of the run's directory. ``echo``: a text stream for readable log lines.
+        ``transport``: in place of sockets. ``channel_options``: further arguments of :class:`ServerChannel`, for tests and
+        benchmarks.
 
         Raises:
-            ModelError, ConfigError, KeyFileError: each one sentence with the mend.
+            ModelError, ConfigError, KeyFileError, CheckpointError: each one sentence with the mend.
         """
         self.config = config
         out = config.out_dir
-        if checkpoint_steps(out):
+        if checkpoint_steps(out) and not resume:
             raise ConfigError(
-                f"{out} holds the checkpoints of an earlier run, which a new one would push out: name the new one with --run "
-                "or --out, or move that directory away"
+                f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
+                "name the new one with --run or --out"
             )
         try:
             self._device = resolve_device(config.device)
@@ -80,7 +85,8 @@ class TrunkServer:
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._model = load_run_trunk(config, self._device)
         asynchronous = config.mode == "async"
-        self._training = (AsyncTraining if asynchronous else SharedTraining)(self._model, config.optimizer)
+        self._book = AdapterBook(config)
+        self._training = _training_of(config, self._model, self._book)
         self._engine = Engine(
             self._model,
             self._training,
@@ -93,8 +99,9 @@ class TrunkServer:
         )
         self.meter = Meter(config.batch_tokens)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
+        self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log)
+        self._first = self._keeper.resume() if resume else 0
         self._done = threading.Event()
-        self._saved = -1
         self._channel: ServerChannel | None = None
         self._transport = transport
         self._channel_options = channel_options
@@ -115,7 +122,7 @@ class TrunkServer:
         )
         self._loop = TrunkLoop(
             self._engine,
-            steps_of(config),
+            steps_of(config, first=self._first),
             scheduler,
             self,
             self._log,
@@ -132,6 +139,7 @@ class TrunkServer:
             hidden,
             self._loop.inbox,
             self._log,
+            book=self._book,
             meter=self.meter,
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
@@ -188,31 +196,7 @@ class TrunkServer:
         every = self.config.checkpoint_every
         last = self.config.optimizer.steps
         if (every and (step + 1) % every == 0) or (last and step + 1 == last):
-            self.save(step)
-
-    def save(self, step: int) -> Path:
-        """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
-        config = self.config
-        directory = checkpoint_directory(config.out_dir, step)
-        tensors, extra = self._engine.state()
-        cut = Cut.parse(config.cut)
-        meta = describe_part(
-            self._model,
-            part="trunk",
-            base=config.model,
-            identity=self._model_identity.to_plain(),
-            cut=(cut.input_blocks, cut.output_blocks),
-            trainables=config.trainables,  # type: ignore[arg-type]
-            lora=config.lora if config.trainables == "lora" else None,
-            task="causal-lm",
-            step=step,
-            run=config.run,
-        )
-        save_checkpoint(directory, tensors, meta, extra)
-        prune_checkpoints(config.out_dir, config.checkpoint_keep)
-        self._saved = step
-        self._log.write("checkpoint", step=step, directory=str(directory))
-        return directory
+            self._keeper.save(step)
 
     def _when_idle(self) -> None:
         if self.config.until_done:
@@ -241,8 +225,8 @@ class TrunkServer:
         try:
             # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
             closed = self._engine.closed
-            if closed is not None and closed > self._saved:
-                self.save(closed)
+            if closed is not None and closed > self._keeper.saved:
+                self._keeper.save(closed)
         finally:
             self._channel.stop(text)
             self._channel = None
@@ -262,10 +246,18 @@ def load_run_trunk(config: RunConfig, device: torch.device) -> Any:
         attn=config.attn or None,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.adapters == "per-client":
+        return model  # what its training puts into it is each client's
     if config.trainables == "lora":
         return attach_lora(model, config.lora, seed=config.seed)
     set_trainable(model, config.trainables)  # type: ignore[arg-type]
     return model
+
+
+def _training_of(config: RunConfig, model: Any, book: AdapterBook) -> Training:
+    if config.adapters == "per-client":
+        return ClientTraining(model, config, book)
+    return (AsyncTraining if config.mode == "async" else SharedTraining)(model, config.optimizer)
 
 
 def server_identity(config: RunConfig) -> Identity:

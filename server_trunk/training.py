@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
 
-from splitfl.adapters import named_trainables
+from splitfl.adapters.trainables import copy_into, named_trainables
 from splitfl.config import OptimizerSettings
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
@@ -24,17 +24,24 @@ __all__ = ["SharedTraining", "StepReport", "Training"]
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step. ``grad_norm`` (before clipping) is None where nothing was trained or the gradient was not finite;
-    ``clients``: the same of each client, where each trains parameters of its own.
+    ``clients``: a report of each client, where each trains parameters of its own.
     """
 
     learning_rate: float
     grad_norm: float | None
     skipped: bool = False
-    clients: Mapping[str, float | None] | None = None
+    clients: Mapping[str, StepReport] = field(default_factory=dict)
+
+    def of(self, client: str) -> StepReport:
+        """What ``client`` is told."""
+        return self.clients.get(client, self)
 
 
 class Training(Protocol):
     """Called from the trunk's thread only. ``owners`` and ``clients`` are names from the operator's list."""
+
+    def joined(self, client: str) -> None:
+        """A session of this client has opened: what it trains must be there before any of its rows run."""
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         """The parameters that rows of these clients have a gradient for."""
@@ -44,6 +51,9 @@ class Training(Protocol):
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What a checkpoint holds: the trained weights by their full names, and further state by file name."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave. Raises CheckpointError where names or shapes differ."""
 
     def moved_partly(self) -> bool:
         """Whether a step failed midway, so that the weights are of no step."""
@@ -58,6 +68,9 @@ class SharedTraining:
         self._parameters = list(self.trainables.values())
         self.optimizer = build_optimizer(self._parameters, settings) if self._parameters else None
         self._moving = False
+
+    def joined(self, client: str) -> None:
+        pass  # there is one set of parameters, and it is there
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         return self._parameters
@@ -87,6 +100,11 @@ class SharedTraining:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: parameter.detach() for name, parameter in self.trainables.items()}
         return tensors, {"optimizer": self.optimizer.state_dict()} if self.optimizer is not None else {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        copy_into(self.trainables, tensors)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(extra["optimizer"])
 
     def moved_partly(self) -> bool:
         return self._moving

@@ -20,6 +20,7 @@ from server_trunk.engine import Engine
 from server_trunk.meter import Meter
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
 from server_trunk.steps import Ledger, Part, Steps
+from server_trunk.training import StepReport
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import (
@@ -100,7 +101,7 @@ class TrunkLoop:
         self._names: dict[str, str] = {}
         self._enrolments: dict[str, int] = {}
         self._stale: list[tuple[str, int]] = []  # sessions and micro-batches to be told so once their step has closed
-        self._rate = 0.0  # the learning rate of the newest step
+        self._report = StepReport(0.0, None)  # of the newest step
         self._busy = 0.0
         self._step_began = time.monotonic()
         self._tokens = 0
@@ -179,6 +180,7 @@ class TrunkLoop:
         if message is None:
             if event.opened:
                 self._names[session] = event.name
+                self._engine.training.joined(event.name)
             else:
                 self._forget(session)
             return
@@ -369,7 +371,7 @@ class TrunkLoop:
 
     def _turn_steps(self) -> None:
         for part in self._steps.ended():
-            self._tell_closed(part, part.step, part.targets, 1, None)
+            self._tell_closed(part, part.step, part.targets, 1)
         ledger = self._steps.close()
         if ledger is not None:
             self._close(ledger)
@@ -395,10 +397,9 @@ class TrunkLoop:
             else:
                 self._outlet.tell(session, Fault("stale", _STALE, False, micro))
 
-    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None) -> None:
-        closed = StepClosed(
-            step, targets, participants, self._rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness
-        )
+    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None) -> None:
+        rate = self._report.of(part.client).learning_rate
+        closed = StepClosed(step, targets, participants, rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness)
         self._outlet.tell(part.session, closed)
 
     def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
@@ -411,13 +412,16 @@ class TrunkLoop:
                 named[key]["why"] = part.why
             if not ledger.ends_parts:
                 named[key]["staleness"] = part.staleness
+            if part.client in self._report.clients:
+                own = self._report.of(part.client)
+                named[key] |= {"learning_rate": own.learning_rate, "grad_norm": own.grad_norm}
         return named
 
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
         report = self._engine.close_step(ledger.step, ledger.targets_by_client)
         self._trained = True
-        self._rate = report.learning_rate
+        self._report = report
         now = time.monotonic()
         self._busy += now - began
         self._meter.step_closed(
@@ -425,7 +429,7 @@ class TrunkLoop:
         )
         if ledger.ends_parts:
             for part in ledger.parts.values():
-                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.grad_norm)
+                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.of(part.client).grad_norm)
         seconds = now - self._step_began
         self._log.write(
             "step",

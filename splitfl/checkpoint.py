@@ -1,6 +1,7 @@
 """Checkpoints: directories that exist whole or not at all, and that prove at loading that they are undamaged.
 
-A run directory holds ``checkpoints/step-00000042/``. Each checkpoint holds
+A run directory holds ``checkpoints/step-00000042/``; where each client has an adapter of its own,
+``clients/NAME/checkpoints/step-00000042/`` too. Each checkpoint holds
 
 - ``trainables.safetensors``: the trained tensors by their names in the full model;
 - ``checkpoint.json``: what the caller wants known (step, model, cut, ...), and size and SHA-256 of every other file;
@@ -35,6 +36,7 @@ FORMAT = 1
 TENSORS = "trainables.safetensors"
 DESCRIPTION = "checkpoint.json"
 _STEP = re.compile(r"step-(\d{8,})")
+_CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STRUCTURE = "splitfl.structure"
 
 
@@ -216,6 +218,41 @@ def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> list[int]:
     return gone
 
 
+def client_directory(run_dir: str | os.PathLike[str], client: str) -> Path:
+    """Where a run keeps the adapter of one client: it holds checkpoints as a run's directory does.
+
+    Raises ``CheckpointError`` for a name that no client can have.
+    """
+    if not _CLIENT.fullmatch(client) or not client.strip("."):
+        raise CheckpointError(
+            f"no client is called {client[:64]!r}: names have 1 to 64 letters, digits, dots, dashes or underscores."
+        )
+    return Path(run_dir) / "clients" / client
+
+
+def clients_of(run_dir: str | os.PathLike[str]) -> list[str]:
+    """The clients whose own adapters a run has kept, sorted."""
+    folder = Path(run_dir) / "clients"
+    return sorted(entry.name for entry in folder.iterdir() if checkpoint_steps(entry)) if folder.is_dir() else []
+
+
+def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
+    """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``)."""
+    clients = clients_of(run_dir)
+    if not clients:
+        return
+    named: set[tuple[str, int]] = set()
+    for step in checkpoint_steps(run_dir):
+        named |= set((load_meta(checkpoint_directory(run_dir, step)).get("clients") or {}).items())
+    for client in clients:
+        folder = client_directory(run_dir, client)
+        for step in checkpoint_steps(folder):
+            if (client, step) not in named:
+                shutil.rmtree(checkpoint_directory(folder, step))
+        for leftover in (folder / "checkpoints").glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 # --- Tensors and nested state without pickle. -------------------------------------------------------------------------
 
 
@@ -312,6 +349,8 @@ def _text_digest(text: str) -> str:
 __all__ = [
     "checkpoint_directory",
     "checkpoint_steps",
+    "client_directory",
+    "clients_of",
     "file_digest",
     "load_checkpoint",
     "load_meta",
@@ -319,6 +358,7 @@ __all__ = [
     "newest_checkpoint",
     "pack_state",
     "prune_checkpoints",
+    "prune_client_checkpoints",
     "save_checkpoint",
     "save_tensors",
     "unpack_state",

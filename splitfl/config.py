@@ -329,6 +329,8 @@ def _check_client_adapters(config: RunConfig) -> None:
     """Raises ConfigError where the run cannot have an adapter for each client."""
     if config.trainables != "lora":
         raise ConfigError(f"an adapter for each client is LoRA, and this run trains {config.trainables}: use --trainables lora")
+    if config.mode == "async":
+        raise ConfigError("an adapter for each client and asynchronous steps do not go together: use --mode sync")
     if config.lora.rank > config.limits.max_rank:
         raise ConfigError(
             f"the run's own rank {config.lora.rank} is above the limit of {config.limits.max_rank}: raise --max-rank"

@@ -23,6 +23,8 @@ from splitfl.adapters.trainables import Trainables, classification_head, named_t
 from splitfl.checkpoint import (
     checkpoint_directory,
     checkpoint_steps,
+    client_directory,
+    clients_of,
     load_checkpoint,
     load_tensors,
     newest_checkpoint,
@@ -41,7 +43,7 @@ WEIGHTS = "weights.safetensors"
 
 # What a checkpoint has to say of itself to become a result, and what it may say: the rest is found in its tensors.
 _NEEDED = ("part", "base", "identity", "cut", "trainables", "lora", "task", "step")
-_MORE = ("revision", "run", "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions")
+_MORE = ("revision", "run", "client", "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions")
 
 
 def describe_part(
@@ -123,13 +125,20 @@ def save_part(
 
 
 def export_part(
-    run_dir_or_checkpoint: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, step: int | None = None
+    run_dir_or_checkpoint: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    client: str | None = None,
 ) -> dict[str, Any]:
     """Write the result of a checkpoint: of the one named, or of a run's newest, or of a run at ``step``.
 
-    Returns the description. Raises ``CheckpointError`` where there is none, it is damaged, or describes no part.
+    ``client``: whose adapter, in a run in which each client has its own. Returns the description. Raises
+    ``CheckpointError`` where there is none, it is damaged, or describes no part.
     """
     source = Path(run_dir_or_checkpoint)
+    if client is not None:
+        source = _client_source(source, client)
     if not (source / "checkpoint.json").is_file():
         steps = checkpoint_steps(source)
         if step is not None and step not in steps:
@@ -140,9 +149,22 @@ def export_part(
             raise CheckpointError(f"{source} holds no checkpoint: name a run's directory or one of its checkpoints.")
         source = newest
     tensors, meta, _ = load_checkpoint(source)
+    if "clients" in meta:
+        names = ", ".join(sorted(meta["clients"])) or "none has trained yet"
+        raise CheckpointError(f"{source} is of a run in which each client has its own adapter: name one with --client ({names}).")
     about = _complete(meta, tensors, source)
     _write(out_dir, tensors, about)
     return about
+
+
+def _client_source(run_dir: Path, client: str) -> Path:
+    """Where a run keeps one client's adapter."""
+    folder = client_directory(run_dir, client)
+    if not checkpoint_steps(folder):
+        names = ", ".join(clients_of(run_dir))
+        known = f"it has {names}" if names else "its clients share one adapter, or none has trained: leave --client out"
+        raise CheckpointError(f"{run_dir} holds no adapter of a client {client!r}: {known}.")
+    return folder
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,11 @@ def named_trainables(model: nn.Module) -> dict[str, Parameter]:
 
 def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put saved values into the parameters that train. Raises ``CheckpointError`` where names or shapes differ."""
-    mine = named_trainables(model)
+    copy_into(named_trainables(model), tensors)
+
+
+def copy_into(mine: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Put saved values into parameters of the same full names. Raises ``CheckpointError`` where names or shapes differ."""
     if mine.keys() != tensors.keys():
         name = min(mine.keys() ^ tensors.keys())
         where = "the checkpoint alone" if name in tensors else "the model alone"

@@ -178,7 +178,8 @@ def parse_line(line: str) -> tuple[PublicKey, AuthorizedClient] | None:
     if len(words) < 2:
         raise KeyFileError("a name must follow the key")
     name = words[1]
-    if not _NAME.match(name):
+    # Names become those of directories, where . and .. are taken.
+    if not _NAME.match(name) or not name.strip("."):
         raise KeyFileError(f"the name {name[:64]!r} must have 1 to 64 letters, digits, dots, dashes or underscores")
     limits: dict[str, Limit] = {}
     for word in words[2:]:

@@ -1,0 +1,129 @@
+"""Training where each client has an adapter of its own on the shared, frozen trunk.
+
+The objective of client ``i`` is its own mean loss ``L_i``: its gradients are divided by its own counted targets and clipped by
+themselves, and its own AdamW steps with its own learning rate, whose schedule runs over the steps that this adapter has made. So
+what a client gets is what it would get from a server of its own, whoever else is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from server_trunk.adapter_book import AdapterBook
+from server_trunk.training import StepReport
+from splitfl.adapters.grouped import ClientLoras
+from splitfl.adapters.trainables import copy_into
+from splitfl.config import RunConfig
+from splitfl.optimizer import build_optimizer, learning_rate_at
+
+__all__ = ["ClientAdapter", "ClientTraining"]
+
+
+@dataclass(slots=True)
+class ClientAdapter:
+    """One client's adapter and what trains it. ``made``: optimizer steps. ``step``: the run's newest step that it was part of, -1
+    before the first.
+    """
+
+    parameters: dict[str, Parameter]  # by full name
+    optimizer: torch.optim.AdamW
+    made: int = 0
+    step: int = -1
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class ClientTraining:
+    """Each client trains its own adapter. An adapter stays when its client leaves, and waits for it."""
+
+    def __init__(self, model: Any, config: RunConfig, book: AdapterBook) -> None:
+        self.loras = ClientLoras(model, config.lora, seed=config.seed)
+        self.adapters: dict[str, ClientAdapter] = {}
+        self._settings, self._book = config.optimizer, book
+        self._moving = False
+
+    def joined(self, client: str) -> None:
+        if client in self.adapters:
+            return
+        asked = self._book.of(client)
+        parameters = self.loras.add(client, rank=asked.rank, alpha=asked.alpha)
+        settings = dataclasses.replace(self._settings, weight_decay=asked.weight_decay)
+        self.adapters[client] = ClientAdapter(parameters, build_optimizer(parameters.values(), settings))
+
+    def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
+        return [parameter for owner in owners for parameter in self.adapters[owner].parameters.values()]
+
+    def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        """Step the adapter of each client that contributed; the report has one of its own for each client in ``targets``."""
+        present = {client: self.adapters[client] for client in targets if client in self.adapters}
+        gradients = {
+            client: [parameter.grad for parameter in adapter.parameters.values() if parameter.grad is not None]
+            for client, adapter in present.items()
+            if targets[client] > 0
+        }
+        gradients = {client: found for client, found in gradients.items() if found}
+        # All norms come back from the device together.
+        norms = [torch.nn.utils.get_total_norm(found) for found in gradients.values()]
+        summed = dict(zip(gradients, torch.stack(norms).tolist() if norms else [], strict=True))
+        reports: dict[str, StepReport] = {}
+        self._moving = True
+        for client, adapter in present.items():
+            asked = self._book.of(client)
+            rate = learning_rate_at(adapter.made, dataclasses.replace(self._settings, learning_rate=asked.learning_rate))
+            if client not in gradients:
+                reports[client] = StepReport(rate, None, skipped=True)
+                continue
+            norm = summed[client] / targets[client]
+            finite = math.isfinite(norm)
+            adapter.step = step
+            if finite:
+                clip = min(1.0, self._settings.clip / (norm + 1e-6)) if self._settings.clip else 1.0
+                torch._foreach_mul_(gradients[client], clip / targets[client])
+                for group in adapter.optimizer.param_groups:
+                    group["lr"], group["weight_decay"] = rate, asked.weight_decay
+                adapter.optimizer.step()
+                adapter.made += 1
+            reports[client] = StepReport(rate, norm if finite else None, skipped=not finite)
+        self._moving = False
+        for adapter in self.adapters.values():
+            adapter.clear()
+        rate = learning_rate_at(step, self._settings)
+        return StepReport(rate, None, all(report.skipped for report in reports.values()), reports)
+
+    def moved_partly(self) -> bool:
+        return self._moving
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Nothing: each adapter is kept by itself, see :meth:`state_of`."""
+        return {}, {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        """Nothing: each adapter is loaded by itself, see :meth:`load_client`."""
+
+    # --- one client -------------------------------------------------------------------------------------------------------------
+
+    def state_of(self, client: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+        """One adapter's weights by their full names; further state by file name; plain values that :meth:`load_client` needs."""
+        adapter = self.adapters[client]
+        tensors = {name: parameter.detach() for name, parameter in adapter.parameters.items()}
+        plain = {"client": client, "adapter": self._book.plain(client), "made": adapter.made}
+        return tensors, {"optimizer": adapter.optimizer.state_dict()}, plain
+
+    def load_client(
+        self, client: str, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any], plain: Mapping[str, Any], step: int
+    ) -> None:
+        """Take back what :meth:`state_of` gave at ``step``. Raises CheckpointError where it is another model's."""
+        self._book.restore(client, plain["adapter"])
+        self.joined(client)
+        adapter = self.adapters[client]
+        copy_into(adapter.parameters, tensors)
+        adapter.optimizer.load_state_dict(extra["optimizer"])
+        adapter.made, adapter.step = plain["made"], step

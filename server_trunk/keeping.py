@@ -1,0 +1,165 @@
+"""What a run keeps and how it goes on: checkpoints of closed steps, and where a server that starts again finds itself.
+
+A run's directory holds ``checkpoints/step-N`` and, where each client has its own adapter, ``clients/NAME/checkpoints/step-M``
+with that adapter and its optimizer, ``M`` being the newest step that the client was part of: the number that its ends bear too.
+``step-N`` is written last and names each client's ``M``, so it stands for the whole or is not there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from server_trunk.client_adapters import ClientTraining
+from server_trunk.engine import Engine
+from splitfl.adapters.results import describe_part
+from splitfl.checkpoint import (
+    checkpoint_directory,
+    checkpoint_steps,
+    client_directory,
+    load_checkpoint,
+    prune_checkpoints,
+    prune_client_checkpoints,
+    save_checkpoint,
+    unpack_state,
+)
+from splitfl.config import LoraSettings, RunConfig
+from splitfl.errors import CheckpointError, RemoteProtocolError
+from splitfl.parts.cut import Cut
+from splitfl.parts.identity import ModelIdentity, compare
+from splitfl.runlog import RunLog
+
+__all__ = ["RunKeeper"]
+
+Checkpoint = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, bytes]]
+
+
+class RunKeeper:
+    """Writes and reads the checkpoints of one run. Called while the trunk stands still: from its thread, before or after it."""
+
+    def __init__(self, config: RunConfig, model: Any, identity: ModelIdentity, engine: Engine, log: RunLog) -> None:
+        self._config, self._model, self._identity, self._engine, self._log = config, model, identity, engine, log
+        self.saved = -1  # the step of the newest checkpoint
+
+    # --- saving -----------------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
+        config, training = self._config, self._engine.training
+        tensors, extra = self._engine.state()
+        meta = self._describe(step, config.lora)
+        if isinstance(training, ClientTraining):
+            meta["clients"] = self._save_clients(training)
+        directory = checkpoint_directory(config.out_dir, step)
+        save_checkpoint(directory, tensors, meta, extra)
+        prune_checkpoints(config.out_dir, config.checkpoint_keep)
+        prune_client_checkpoints(config.out_dir)
+        self.saved = step
+        self._log.write("checkpoint", step=step, directory=str(directory))
+        return directory
+
+    def _save_clients(self, training: ClientTraining) -> dict[str, int]:
+        """Write each adapter that has moved since it was written last; returns the step of each client's checkpoint."""
+        written: dict[str, int] = {}
+        for client, adapter in training.adapters.items():
+            if adapter.step < 0:
+                continue  # it is as it would start anew
+            written[client] = adapter.step
+            directory = checkpoint_directory(client_directory(self._config.out_dir, client), adapter.step)
+            if adapter.step > self.saved or not directory.is_dir():
+                tensors, extra, plain = training.state_of(client)
+                lora = self._config.lora
+                own = LoraSettings(plain["adapter"]["rank"], plain["adapter"]["alpha"], lora.dropout, lora.targets)
+                meta = self._describe(adapter.step, own) | {"fan_in_fan_out": training.loras.fan_in_fan_out}
+                save_checkpoint(directory, tensors, meta | plain, extra)
+        return written
+
+    def _describe(self, step: int, lora: LoraSettings) -> dict[str, Any]:
+        config = self._config
+        cut = Cut.parse(config.cut)
+        return describe_part(
+            self._model,
+            part="trunk",
+            base=config.model,
+            identity=self._identity.to_plain(),
+            cut=(cut.input_blocks, cut.output_blocks),
+            trainables=config.trainables,  # type: ignore[arg-type]
+            lora=lora if config.trainables == "lora" else None,
+            task="causal-lm",
+            step=step,
+            run=config.run,
+        )
+
+    # --- going on ---------------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Load the newest checkpoint that is whole, with every client's adapter; returns the number of the run's next step.
+
+        A newer one that is damaged is renamed, so that it is in nobody's way.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model, cut or kind of training.
+        """
+        out = self._config.out_dir
+        steps = checkpoint_steps(out)
+        if not steps:
+            raise CheckpointError(f"{out} holds no checkpoint to go on from: leave --resume out to begin a new run")
+        for step in reversed(steps):
+            directory = checkpoint_directory(out, step)
+            try:
+                main, clients = self._read(step)
+            except CheckpointError as error:
+                aside = directory.with_name(f"damaged-{directory.name}")
+                os.replace(directory, aside)
+                self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
+                continue
+            self._check(directory, main[1])
+            self._load(main, clients)
+            self.saved = self._engine.closed = step
+            self._log.write("resumed", step=step, clients=sorted(clients) or None)
+            return step + 1
+        raise CheckpointError(f"every checkpoint of {out} is damaged: begin a new run under another name with --run or --out")
+
+    def _read(self, step: int) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+        out = self._config.out_dir
+        main = load_checkpoint(checkpoint_directory(out, step))
+        named: Mapping[str, int] = main[1].get("clients") or {}
+        folders = {client: client_directory(out, client) for client in named}
+        return main, {client: load_checkpoint(checkpoint_directory(folders[client], own)) for client, own in named.items()}
+
+    def _check(self, directory: Path, meta: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where the checkpoint is not of this config's training."""
+        config = self._config
+        try:
+            difference = compare(ModelIdentity.from_plain(meta["identity"]), self._identity)
+        except (KeyError, RemoteProtocolError) as error:
+            raise CheckpointError(
+                f"{directory} does not say which model it is of: begin a new run with --run or --out"
+            ) from error
+        if difference:
+            raise CheckpointError(f"{directory} is of another model, {difference}: resume with the model of the run")
+        mine = self._describe(meta["step"], config.lora)
+        for name in ("cut", "trainables", "lora"):
+            if meta[name] != mine[name]:
+                raise CheckpointError(
+                    f"{directory} was written with {name} = {meta[name]}, not {mine[name]}: resume with the same"
+                )
+        if ("clients" in meta) != (config.adapters == "per-client"):
+            kind = "per-client" if "clients" in meta else "shared"
+            raise CheckpointError(f"{directory} was written with adapters = {kind}: resume with the same")
+
+    def _load(self, main: Checkpoint, clients: Mapping[str, Checkpoint]) -> None:
+        training = self._engine.training
+        tensors, _, extra = main
+        state = {name: unpack_state(content) for name, content in extra.items()}
+        training.load(tensors, state)
+        torch.set_rng_state(state["generator"])
+        for client, (weights, meta, files) in clients.items():
+            assert isinstance(training, ClientTraining), "checked before"
+            training.load_client(
+                client, weights, {name: unpack_state(content) for name, content in files.items()}, meta, meta["step"]
+            )
