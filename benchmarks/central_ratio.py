@@ -3,8 +3,8 @@
 N client processes and a server process over loopback, sealed, against one process that trains the whole model on the batches
 of all N clients; both train all weights with the same optimizer, fp32. The two alternate in one run, so that drift of the machine
 hits both; the figure is the median of the ratios of neighbouring blocks. Central runs the way that is fastest for it: with one
-thread or two, with the whole batch at once or the batches of the clients one by one, their gradients accumulated. The profile says
-where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
+thread or two, with the whole batch at once or the batches of the clients one by one, their gradients accumulated. The profile
+says where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
 
     python -m benchmarks.central_ratio [--clients 1 4 8] [--pairs 24] [--quick] [--json]
 """
