@@ -101,6 +101,7 @@ class RunConfig:
     policy: str = "client-batching"
     batch_tokens: int = 16384
     batch_wait: float = 0.0
+    layout: str = "auto"
     lanes: int = 0
     graphs: str = "auto"
     graph_tokens: int = 0
@@ -254,6 +255,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("batch_tokens", int, "most tokens of one trunk batch", _at_least(1)),
     Setting("batch_wait", float, "seconds a batch that is not full waits for clients still to come", _at_least(0)),
+    Setting(
+        "layout",
+        str,
+        "rows of a trunk batch: packed behind one another, padded, or auto: packed where padding wastes something",
+        _one_of("auto", "padded", "packed"),
+    ),
     Setting("lanes", int, "pieces of a batch that run side by side on a CPU (0: one a thread, at most 4)", _at_least(0)),
     Setting(
         "graphs",

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from splitfl.parts.dropout import keyed_run
+from splitfl.parts.dropout import KeyedDropout, keyed_run
 from splitfl.parts.rows import Rows, running_on
 from splitfl.parts.segment_attention import install_segment_attention, remove_segment_attention
 from splitfl.parts.segments import pad_segments, unpad
 from splitfl.parts.trunk import find_trunk
 
-__all__ = ["run_segments", "why_not_keyed", "why_not_packed"]
+__all__ = ["drops", "run_segments", "why_not_keyed", "why_not_packed"]
 
 #: The segments a trunk is tried on, as ``(length, start)``: longer than the window below, restarts at 0 and elsewhere, one token.
 _TRIAL = ((5, 0), (9, 2), (5, 0), (1, 4), (7, 0))
@@ -83,6 +83,23 @@ def why_not_packed(model: nn.Module) -> str | None:
     if reason is not None:
         remove_segment_attention(trunk)
     return reason
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether anything in a loaded trunk is dropped in training: only then its rows need keys. Call it after
+    ``install_keyed_dropout``.
+    """
+    if any(isinstance(module, KeyedDropout) for module in model.modules()):
+        return True  # its effect may not show yet: a new LoRA adds nothing
+    trunk: Any = find_trunk(model)
+    training = trunk.training
+    trunk.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one, other = (_tried(trunk, [Rows(_TRIAL, False, keys=(key,) * len(_TRIAL))])[0] for key in (b"1", b"2"))
+    finally:
+        trunk.train(training)
+    return not torch.equal(one, other)
 
 
 def why_not_keyed(model: nn.Module) -> str | None:

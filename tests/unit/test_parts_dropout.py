@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 
 from splitfl.parts.dropout import KeyedDropout, dropout_key, install_keyed_dropout
 from splitfl.parts.loading import load_trunk
-from splitfl.parts.packed import run_segments, why_not_keyed, why_not_packed
+from splitfl.parts.packed import drops, run_segments, why_not_keyed, why_not_packed
 from splitfl.parts.rows import Rows, running_on
-from tests.families import FAMILIES, HIDDEN, no_dropout
+from tests.families import FAMILIES, HIDDEN, no_dropout, save_family
 
 WIRE = ((6, 0), (11, 3), (6, 9), (1, 0), (4, 5), (4, 5), (11, 0), (2, 30))
 TOKENS = sum(length for length, _ in WIRE)
@@ -88,6 +88,7 @@ def test_masks_do_not_depend_on_the_layout(name: str, tmp_path: Path) -> None:
     model, packs = keyed(name, tmp_path)
     assert packs == (name not in ("bloom", "falcon"))
     assert why_not_keyed(model) is None
+    assert drops(model)
     expected = run(model, layouts(packs)["padded"])
     for label, runs in layouts(packs).items():
         assert same(run(model, runs), expected), label
@@ -130,6 +131,7 @@ def test_lora_dropout_is_keyed(name: str, tmp_path: Path) -> None:
     )
     install_keyed_dropout(lora)
     lora.train()
+    assert drops(lora)
     places = {module.path for module in lora.modules() if isinstance(module, KeyedDropout)}
     assert sum("lora_dropout" in place for place in places) >= 12
     assert why_not_keyed(lora) is None
@@ -143,6 +145,13 @@ def test_installing_twice_changes_nothing(tmp_path: Path) -> None:
     expected = run(model, layouts(True)["packed"])
     install_keyed_dropout(model)
     assert torch.equal(run(model, layouts(True)["packed"])[0], expected[0])
+
+
+def test_a_trunk_that_drops_nothing_needs_no_keys(tmp_path: Path) -> None:
+    model = load_trunk(save_family(FAMILIES[0], tmp_path), (1, 1))
+    install_keyed_dropout(model)
+    assert not drops(model)
+    assert not model.training
 
 
 # --- One module -----------------------------------------------------------------------------------------------------------------
