@@ -53,6 +53,11 @@ class Part:
         return self.done is not None and self.arrived >= self.done.backwards
 
     @property
+    def will_be_whole(self) -> bool:
+        """Whether everything that was announced is here, and will have run before long."""
+        return self.done is not None and self.all_arrived and self.forwards >= self.done.forwards
+
+    @property
     def finished(self) -> bool:
         """Whether the step need not wait for this part."""
         if self.dropped:
@@ -147,6 +152,7 @@ class Steps:
         self._opened_at = self._asked = 0.0
         self._enrolled: dict[str, str] = {}  # clients by session, in the order of enrolling
         self._ahead: dict[str, int] = {}  # forwards for the next step that have arrived
+        self._awaited: dict[str, str] = {}  # clients by lost session, for whose return the next step will be held
         self._missed: dict[str, int] = {}  # by session: the newest step that did not wait for it
         self._ledger = Ledger(first)
         self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
@@ -161,6 +167,9 @@ class Steps:
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")
         self._enrolled[session] = client or session
+        returned = next((lost for lost, name in self._awaited.items() if name == client), None)
+        if returned is not None:
+            del self._awaited[returned]
 
     def pause(self, session: str) -> int | None:
         """Withdraw from the next step, and from the open one where this part of it is not done.
@@ -181,18 +190,17 @@ class Steps:
         """The session is gone. Where every gradient it announced has arrived, its part will be whole; else the step goes on
         without it, or waits for its client.
         """
-        self._enrolled.pop(session, None)
+        client = self._enrolled.pop(session, None)
         self._ahead.pop(session, None)
         self._missed.pop(session, None)
         part = self._holders.get(session)
-        if part is None or part.session != session or part.dropped:
-            return
-        if part.done is not None and part.all_arrived and part.forwards >= part.done.forwards:
-            return
-        if self._waits:
+        underway = part is not None and part.session == session and not part.dropped and not part.will_be_whole
+        if part is not None and underway and self._waits:
             part.hold(now)
-        else:
+        elif part is not None and underway:
             part.dropped, part.why = True, LOST
+        elif client is not None and self._waits:
+            self._awaited[session] = client
 
     def overdue(self, now: float) -> list[str]:
         """The sessions whose part is waited for longer than the deadline allows. To be asked when nothing can run.
@@ -236,6 +244,12 @@ class Steps:
             self._enrolled.clear()
         return left
 
+    @property
+    def expects_forwards(self) -> bool:
+        """Whether a participant of the open step has yet to send its first forward."""
+        parts = self._ledger.parts.values() if self.is_open else ()
+        return any(not part.taken and part.done is None and not part.dropped and part.lost_at is None for part in parts)
+
     def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
         """Open the next step if it may, or give a held part to its client's new session; returns the sessions to be told, and
         of which step.
@@ -250,6 +264,9 @@ class Steps:
             session: Part(session, client, self.number, taken=self._ahead.pop(session, 0))
             for session, client in self._enrolled.items()
         }
+        for session, client in self._awaited.items():
+            self._holders[session] = Part(session, client, self.number, lost_at=now)
+        self._awaited.clear()
         self._ledger = Ledger(self.number, dict(self._holders))
         return [(session, self.number) for session in self._enrolled]
 
@@ -306,8 +323,10 @@ class Steps:
         return part is not None and part.session == session and ordinal in part.replays
 
     def may_evaluate(self, step: int) -> bool:
-        """An evaluation forward that names a step wants the weights after all steps before it."""
-        return step <= self.number
+        """An evaluation forward that names a step wants the weights after all steps before it; while a step is held for a lost
+        client, it takes them as they are.
+        """
+        return step <= self.number or any(part.lost_at is not None for part in self._ledger.parts.values() if not part.dropped)
 
     def is_running(self, session: str, step: int) -> bool:
         """Whether ``step`` is open for this session right now."""

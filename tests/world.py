@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from client_ends.model import SplitModelForCausalLM
 from server_trunk.server import TrunkServer
+from splitfl.channel.timing import Timing
 from splitfl.config import build_config
 from splitfl.protocol.keys import read_identity, write_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
@@ -40,7 +41,15 @@ class World:
     """
 
     def __init__(
-        self, work: Path, model: str, clients: int, *, needed: int | None = None, memory: bool = True, **settings: Any
+        self,
+        work: Path,
+        model: str,
+        clients: int,
+        *,
+        needed: int | None = None,
+        memory: bool = True,
+        timing: Timing | None = None,
+        **settings: Any,
     ) -> None:
         self.work, self.model = work, model
         self.keys = [work / f"client{index}.key" for index in range(clients)]
@@ -58,7 +67,7 @@ class World:
         }
         self.network = MemoryNetwork() if memory else None
         transport = MemoryServerTransport(self.network, read_identity(work / "server.key")) if self.network else None
-        self.server = TrunkServer(build_config(values | settings), transport=transport)
+        self.server = TrunkServer(build_config(values | settings), transport=transport, timing=timing)
 
     @property
     def join(self) -> str:
