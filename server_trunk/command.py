@@ -15,10 +15,11 @@ __all__ = ["add_arguments", "config_from", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
-    """``without``: keys of settings that get no flag."""
+    """``without``: keys of settings that get no flag; ``resume`` among them."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id of the model (or `model` in --config)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below; flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run's directory")
+    if "resume" not in without:
+        parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run's directory")
     defaults = RunConfig(model="")
     for setting in SETTINGS:
         if setting.key in without:

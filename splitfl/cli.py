@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("client_ends.doctor", "check address, keys, clock, versions and model of a join string"),
     "export": ("splitfl.commands.export", "write what a run trained as a portable part"),
     "merge": ("splitfl.commands.merge", "join ends and trunk into one PEFT adapter or full weights"),
+    "simulate": ("benchmarks.simulate", "the server and all clients of a run in this process, for research"),
+    "top": ("splitfl.commands.top", "live numbers of a run, in the terminal"),
     "demo": ("benchmarks.demo", "three clients and a server train one model on this machine, compared with central training"),
 }
 

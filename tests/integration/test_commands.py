@@ -174,7 +174,8 @@ def test_the_demo_fails_where_it_must(worst, sealed, code):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["serve", "--help"], ["train", "--help"], ["doctor", "--help"], ["demo", "--help"]]
+    "words",
+    [["--help"], ["serve", "--help"], ["train", "--help"], ["doctor", "--help"], ["demo", "--help"], ["simulate", "--help"]],
 )
 def test_help_does_not_wait_for_torch(words):
     script = (
