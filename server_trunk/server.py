@@ -33,8 +33,11 @@ from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.parts.cut import Cut
+from splitfl.parts.dropout import install_keyed_dropout
 from splitfl.parts.identity import model_identity
 from splitfl.parts.loading import load_trunk
+from splitfl.parts.packed import drops, why_not_keyed, why_not_packed
+from splitfl.parts.packing_rule import layout_rule
 from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
@@ -87,17 +90,22 @@ class TrunkServer:
         asynchronous = config.mode == "async"
         self._book = AdapterBook(config)
         self._training = _training_of(config, self._model, self._book)
+        install_keyed_dropout(self._model)
+        # Why the trunk only runs padded; it is tried out, and so has to come before anything else runs it.
+        self._packing_obstacle = "layout = padded" if config.layout == "padded" else why_not_packed(self._model)
         self._engine = Engine(
             self._model,
             self._training,
             self._device,
             seed=config.seed,
+            drops=self._key_dropout(),
+            choose_packed=layout_rule(config.layout, self._device, self._packing_obstacle),
             lanes=config.lanes or min(4, torch.get_num_threads()),
             # One more copy of all gradients is only worth it where the device can run out of memory and go on.
             in_place=asynchronous or (config.trainables == "full" and self._device.type == "cpu"),
             report=lambda tokens: self._log.write("out-of-memory", most_tokens=tokens),
         )
-        self.meter = Meter(config.batch_tokens)
+        self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log)
         self._first = self._keeper.resume() if resume else 0
@@ -119,6 +127,7 @@ class TrunkServer:
             policy="one-client" if config.mode == "async" else config.policy,
             graph_tokens={"keep": None, "recompute": 0}.get(config.graphs, config.graph_tokens or None),
             batch_wait=config.batch_wait,
+            packed=self._packing_obstacle is None,
         )
         self._loop = TrunkLoop(
             self._engine,
@@ -170,6 +179,15 @@ class TrunkServer:
         reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
         self._log.write("serving", quiet=True, join=str(self.join))
+
+    def _key_dropout(self) -> bool:
+        """Whether anything in the trunk is dropped out; says so where that depends on how clients are batched."""
+        if not drops(self._model):
+            return False
+        obstacle = why_not_keyed(self._model)
+        if obstacle is not None:
+            self._log.write("dropout-not-keyed", why=obstacle)
+        return True
 
     # --- the outlet of the trunk's thread ---------------------------------------------------------------------------------------
 
