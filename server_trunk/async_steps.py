@@ -156,6 +156,11 @@ class AsyncSteps:
             presence.enrolled = False
         return left
 
+    @property
+    def expects_forwards(self) -> bool:
+        """Nobody waits for anybody."""
+        return False
+
     def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
         """Begin the next part of every enrolled session that has none; returns them with the numbers of their parts."""
         ready = [(session, one) for session, one in self._sessions.items() if one.enrolled and one.part is None]

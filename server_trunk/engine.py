@@ -23,8 +23,9 @@ from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
-from splitfl.parts.rows import Rows, running_on
-from splitfl.parts.segments import pad_segments, unpad
+from splitfl.parts.dropout import dropout_key
+from splitfl.parts.packed import run_segments
+from splitfl.parts.rows import Rows
 from splitfl.parts.trunk import find_trunk
 from splitfl.tensors import DTYPES
 
@@ -78,21 +79,26 @@ class Engine:
         device: torch.device,
         *,
         seed: int = 0,
+        drops: bool = False,
         lanes: int = 1,
         in_place: bool = False,
         choose_packed: Callable[[Sequence[tuple[int, int]]], bool] = lambda wire: False,
         report: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """``lanes``: pieces of a batch that run side by side on a CPU. ``in_place``: gradients are added up where they stand,
-        which saves one more set of them in memory; running out of it amid a backward then ends the run. ``choose_packed``:
-        whether a run of these segments is packed or padded. ``report``: told of the new most tokens of a piece when the device
-        was out of memory.
+        """
+        Args:
+            drops: whether anything in the trunk is dropped out, keyed by ``seed``.
+            lanes: pieces of a batch that run side by side on a CPU.
+            in_place: gradients are added up where they stand, which saves one more set of them in memory; running out of it amid
+                a backward then ends the run.
+            choose_packed: whether a run of these segments is packed or padded.
+            report: told of the new most tokens of a piece when the device was out of memory.
         """
         self._model = model
         self._trunk = find_trunk(model)
         self.training = training
         self._device = device
-        self._seed, self._in_place = seed, in_place
+        self._seed, self._drops, self._in_place = seed, drops, in_place
         self._choose_packed, self._report = choose_packed, report
         self._transfers = (CudaTransfers if device.type == "cuda" else Transfers)(device)
         self._lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
@@ -129,9 +135,8 @@ class Engine:
         return self._transfers.down(scatter(out, members)), keep
 
     def _run(self, piece: Piece, *, grad: bool) -> None:
-        with torch.set_grad_enabled(grad), running_on(piece.rows):
-            padded, mask, positions = pad_segments(piece.hidden, list(piece.rows.wire))
-            piece.out = unpad(self._trunk.trunk_forward(padded, mask, positions), list(piece.rows.wire))
+        with torch.set_grad_enabled(grad):
+            piece.out = run_segments(self._model, piece.hidden, piece.rows)
 
     # --- backward ---------------------------------------------------------------------------------------------------------------
 
@@ -205,12 +210,19 @@ class Engine:
         """The batch as pieces to run: one a lane, or smaller ones where the device was out of memory before."""
         limit = most if most is not None else self._most
         hidden = [self._transfers.up(member.hidden) for member in members]
-        return [self._piece(members, hidden, group) for group in cut(places_of(members), self._lanes.count, limit)]
+        places = places_of(members)
+        padded = not self._choose_packed([(place.length, place.start) for place in places])
+        return [self._piece(members, hidden, group) for group in cut(places, self._lanes.count, limit, padded=padded)]
 
     def _piece(self, members: Sequence[Member], hidden: Sequence[torch.Tensor], places: list[Place]) -> Piece:
         kind = members[0].forward
         wire = tuple((place.length, place.start) for place in places)
         keys = None
+        if kind.train and self._drops:
+            keys = tuple(
+                dropout_key(self._seed, member.forward.step, member.client, member.ordinal, place.number)
+                for place, member in ((place, members[place.member]) for place in places)
+            )
         owners = tuple(members[place.member].client for place in places) if kind.adapter_on else ("",) * len(places)
         rows = Rows(wire, self._choose_packed(wire), owners, keys)
         return Piece(places, rows, gather(hidden, places).detach().requires_grad_(kind.grad))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from server_trunk.members import Member
+from splitfl.parts.packing_rule import split_balanced
 from splitfl.parts.rows import Rows
 
 __all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "scatter"]
@@ -57,7 +58,7 @@ def places_of(members: Sequence[Member]) -> list[Place]:
     return places
 
 
-def cut(places: Sequence[Place], lanes: int, most: int | None) -> list[list[Place]]:
+def cut(places: Sequence[Place], lanes: int, most: int | None = None, *, padded: bool = True) -> list[list[Place]]:
     """Cut into ``lanes`` groups of about equal cost, and further where a group would have over ``most`` tokens, pads counted.
 
     Segments of like length stay together, so that little is padded. One group where segments are too few or too unequal to
@@ -65,41 +66,27 @@ def cut(places: Sequence[Place], lanes: int, most: int | None) -> list[list[Plac
     """
     if len(places) < 2 or (lanes <= 1 and most is None):
         return [list(places)]
-    ordered = sorted(places, key=lambda place: -place.length)
-    groups = _even(ordered, lanes)
+    lengths = [place.length for place in places]
+    groups = [[places[index] for index in group] for group in split_balanced(lengths, lanes, padded=padded)]
     if most is not None:
-        # The first of a group is its longest: what the group takes, padded, is its number times that.
-        groups = [part for group in groups for part in _runs(group, lambda part: (len(part) + 1) * part[0].length <= most)]
-    elif max(map(_tokens, groups)) * lanes > _tokens(places) * 1.5:
-        return [list(places)]
-    # In the order of the batch again: rows that lie together are gathered without a copy.
-    return [sorted(group, key=lambda place: (place.member, place.number)) for group in groups]
+        return [run for group in groups for run in _runs(group, most)]
+    # Where one lane would work much longer than the others, the threads share every operation instead.
+    return [list(places)] if max(map(_tokens, groups)) * lanes > sum(lengths) * 1.5 else groups
 
 
 def _tokens(places: Sequence[Place]) -> int:
     return sum(place.length for place in places)
 
 
-def _even(ordered: Sequence[Place], count: int) -> list[list[Place]]:
-    """Runs of ``ordered`` with about as many tokens each."""
-    share, reached = _tokens(ordered) / count, 0
-    groups: list[list[Place]] = [[]]
-    for place in ordered:
-        if groups[-1] and len(groups) < count and reached + place.length / 2 > share * len(groups):
+def _runs(places: Sequence[Place], most: int) -> list[list[Place]]:
+    """Segments of like length together, in groups that take at most ``most`` tokens, pads counted; or one segment each."""
+    groups: list[list[Place]] = []
+    for place in sorted(places, key=lambda place: -place.length):
+        if not groups or (len(groups[-1]) + 1) * groups[-1][0].length > most:
             groups.append([])
         groups[-1].append(place)
-        reached += place.length
-    return groups
-
-
-def _runs(ordered: Sequence[Place], has_room: Callable[[list[Place]], bool]) -> list[list[Place]]:
-    """Runs of ``ordered``, each as long as it has room for one more."""
-    groups: list[list[Place]] = [[ordered[0]]]
-    for place in ordered[1:]:
-        if not has_room(groups[-1]):
-            groups.append([])
-        groups[-1].append(place)
-    return groups
+    # In the order of the batch again: rows that lie together are gathered without a copy.
+    return [sorted(group, key=lambda place: (place.member, place.number)) for group in groups]
 
 
 def gather(tensors: Sequence[torch.Tensor], places: Sequence[Place]) -> torch.Tensor:

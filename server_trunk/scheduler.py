@@ -81,6 +81,7 @@ class Scheduler:
     batch_wait: float = 0.0
     packed: bool = False
     kept_graph_tokens: int = 0
+    due: float | None = None  # when a batch that waits for more runs without them
     _policy: Policy = field(init=False)
     _waiting: list[tuple[float, int, Member]] = field(default_factory=list)  # by start tag, then arrival
     _arrivals: int = 0
@@ -183,9 +184,9 @@ class Scheduler:
         """Whether a gradient of ``step`` has arrived that has not run yet: until it has, the step's sum is not whole."""
         return self._arrived[step] > 0
 
-    def has_work(self, may_run: Allowed) -> bool:
-        """Whether there is a ready backward, or a forward that may run."""
-        return bool(self._ready) or any(may_run(member) for _, _, member in self._waiting)
+    def has_work(self, may_run: Allowed, now: float = 0.0, *, more_expected: bool = False) -> bool:
+        """Whether :meth:`next` would return something. If not, ``due`` says when it will, should nothing come."""
+        return bool(self._ready) or bool(self._choose(may_run, now, more_expected))
 
     # --- what runs --------------------------------------------------------------------------------------------------------------
 
@@ -221,16 +222,25 @@ class Scheduler:
             self.kept_graph_tokens -= sum(member.tokens for member in members)
         return BackwardBatch(number, members, unit.kept)
 
-    def _take_forwards(self, may_run: Allowed, now: float, more_expected: bool) -> ForwardBatch | None:
+    def _choose(self, may_run: Allowed, now: float, more_expected: bool) -> list[Member]:
+        """The forwards to run next; empty where none may, or where they wait for more to come."""
+        self.due = None
         waiting = [member for _, _, member in self._waiting if may_run(member)]
         if not waiting:
-            return None
+            return []
         budget = Budget(self.batch_tokens, self.packed)
         taken = self._policy.choose(waiting, budget.take, self._open)
-        if not taken:
-            return None
         full = len(taken) < len(waiting) or sum(member.tokens for member in taken) >= self.batch_tokens
-        if more_expected and not full and now < min(member.arrived for member in taken) + self.batch_wait:
+        if taken and self.batch_wait and more_expected and not full:
+            due = min(member.arrived for member in taken) + self.batch_wait
+            if now < due:
+                self.due = due
+                return []
+        return taken
+
+    def _take_forwards(self, may_run: Allowed, now: float, more_expected: bool) -> ForwardBatch | None:
+        taken = self._choose(may_run, now, more_expected)
+        if not taken:
             return None
         self._drop(taken)
         tokens = sum(member.tokens for member in taken)

@@ -142,19 +142,22 @@ class TrunkLoop:
 
     def _turn(self) -> None:
         self._receive()
-        work = self._scheduler.next(self._may_run)
+        work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
         if isinstance(work, ForwardBatch):
             self._forward(work)
         elif isinstance(work, BackwardBatch):
             self._backward(work)
-        if self.inbox.empty() and not self._scheduler.has_work(self._may_run):
+        if self.inbox.empty() and not self._has_work():
             self._drop_late()
         self._turn_steps()
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
-        block = not self._scheduler.has_work(self._may_run)
-        patience = self._steps.wake(time.monotonic()) if block else None
+        block, now = not self._has_work(), time.monotonic()
+        patience = self._steps.wake(now) if block else None
+        if block and self._scheduler.due is not None:
+            rest = max(0.0, self._scheduler.due - now)
+            patience = rest if patience is None else min(patience, rest)
         while True:
             try:
                 event = self.inbox.get(block=block, timeout=patience)
@@ -167,6 +170,9 @@ class TrunkLoop:
                 self._process(event)
             except RemoteProtocolError as error:
                 self._end(event.session, "protocol", str(error))
+
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
 
     def _may_run(self, member: Member) -> bool:
         if member.forward.grad:

@@ -180,7 +180,7 @@ def test_an_abandoned_member_counts_as_zero(model):
 
 def test_pieces_hold_every_segment_once_and_about_as_much_each():
     places = [Place(0, number, 0, length, 0) for number, length in enumerate([128] * 6 + [64] * 4 + [7, 9])]
-    groups = cut(places, 2, None)
+    groups = cut(places, 2, padded=False)
     assert sorted(place.number for group in groups for place in group) == list(range(12))
     sizes = [sum(place.length for place in group) for group in groups]
     assert len(groups) == 2

@@ -257,3 +257,22 @@ def test_replayed_forwards_run_by_themselves():
     scheduler.add_forward("a", forward(0), None, replayed=True)
     scheduler.add_forward("b", forward(0), None)
     assert members(scheduler.next(always)) == [("a", 0)]
+
+
+def test_where_the_policy_holds_everything_back_there_is_no_work():
+    scheduler = Scheduler(batch_tokens=100, policy="serial")
+    scheduler.add_forward("a", forward(0), None)
+    scheduler.next(always)
+    scheduler.add_forward("b", forward(0), None)
+    assert not scheduler.has_work(always)
+    scheduler.add_backward("a", backward(0), "dy")
+    assert scheduler.has_work(always)
+
+
+def test_a_batch_that_waits_for_more_says_until_when():
+    scheduler = Scheduler(batch_tokens=100, batch_wait=2.0)
+    scheduler.add_forward("a", forward(0), None, now=10.0)
+    assert not scheduler.has_work(always, 11.0, more_expected=True)
+    assert scheduler.due == 12.0
+    assert scheduler.has_work(always, 12.0, more_expected=True)
+    assert scheduler.due is None
