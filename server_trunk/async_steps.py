@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server_trunk.steps import LATE, LOST, PAUSED, Ledger, Part, Steps, check_done
+from server_trunk.steps import LATE, LOST, PAUSED, Ledger, Part, Steps, check_done, earliest
 from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
@@ -28,7 +28,6 @@ class _Presence:
     next: int
     enrolled: bool = False
     part: Part | None = None
-    opened_at: float = 0.0
     ahead: int = 0  # forwards for the next part that have arrived
     missed: int = -1  # the newest of its parts that was not waited for
     gone: bool = False  # only gradients that are here keep it
@@ -50,8 +49,7 @@ class AsyncSteps:
     ) -> None:
         """``clients``: enrolled sessions the first parts wait for. ``contributions``: finished parts an optimizer step waits
         for. ``max_staleness``: optimizer steps that may lie between a forward and its gradient's inclusion. ``last``: optimizer
-        steps of the run (0: no end). ``deadline``: seconds from the opening of a part after which it may hold back nobody (0: no
-        limit).
+        steps of the run (0: no end). ``deadline``: seconds for which a part may hold back an optimizer step (0: no limit).
         """
         self.number = first  # optimizer steps made
         self._needed = clients
@@ -60,7 +58,6 @@ class AsyncSteps:
         self._sessions: dict[str, _Presence] = {}
         self._finished = 0  # contributions since the last optimizer step
         self._ledger = Ledger(first, ends_parts=False)
-        self._asked = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -107,25 +104,19 @@ class AsyncSteps:
         presence.graphs = {ordinal: made for ordinal, made in presence.graphs.items() if ordinal in part.counted}
 
     def overdue(self, now: float) -> list[str]:
-        """The sessions that hold back an optimizer step for longer than the deadline allows."""
-        self._asked = now
-        if not self._deadline or self._finished < self._contributions:
-            return []
-        return [
-            session
-            for session, presence in self._sessions.items()
-            if presence.part is not None
-            and not presence.part.pending
-            and not presence.part.dropped
-            and self._holds_back(presence)
-            and now - presence.opened_at >= self._deadline
-        ]
+        """The sessions that have held back an optimizer step for longer than the deadline allows."""
+        due = self._finished >= self._contributions
+        for presence in self._sessions.values():
+            if presence.part is not None:
+                presence.part.wait(now, due and not presence.part.pending and self._holds_back(presence))
+        return [part.session for part in self._under_way() if self._deadline and part.is_overdue(now, self._deadline)]
 
     def wake(self, now: float) -> float | None:
-        if not self._deadline or self._finished < self._contributions:
-            return None
-        times = [presence.opened_at + self._deadline for presence in self._sessions.values() if self._holds_back(presence)]
-        return min((max(0.0, moment - now) for moment in times if moment > self._asked), default=None)
+        return earliest(self._under_way(), now, self._deadline) if self._deadline else None
+
+    def _under_way(self) -> list[Part]:
+        parts = (presence.part for presence in self._sessions.values())
+        return [part for part in parts if part is not None and not part.dropped]
 
     def _holds_back(self, presence: _Presence) -> bool:
         return any(self.number + 1 - made > self._max_staleness for made in presence.graphs.values())
@@ -169,7 +160,7 @@ class AsyncSteps:
         self._needed = 0  # only the first parts wait for company
         for session, presence in ready:
             presence.part = Part(session, presence.client, presence.next, taken=presence.ahead)
-            presence.opened_at, presence.ahead = now, 0
+            presence.ahead = 0
         return [(session, presence.next) for session, presence in ready]
 
     # --- what comes in ----------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ lost one is held instead, until a new session of the same client takes it over a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
 
-__all__ = ["LATE", "LOST", "PAUSED", "Ledger", "Part", "Steps", "check_done"]
+__all__ = ["LATE", "LOST", "PAUSED", "Ledger", "Part", "Steps", "check_done", "earliest"]
 
 #: Why a part is not whole, as the log says it.
 LATE, LOST, PAUSED = "late", "lost", "paused"
@@ -45,6 +46,7 @@ class Part:
     why: str = ""
     withdrawn: bool = False  # its client has to enrol again before it takes part in another step
     lost_at: float | None = None  # the part is held for its client's return
+    awaited: float | None = None  # since when others wait for it
     staleness: int = 0
 
     @property
@@ -100,9 +102,20 @@ class Part:
         """Its session is lost, and the step waits for another of the same client."""
         self.lost_at, self.done = now, None
 
+    def wait(self, now: float, awaited: bool) -> None:
+        """Others wait for this part, or do not."""
+        if not awaited:
+            self.awaited = None
+        elif self.awaited is None:
+            self.awaited = now
+
+    def is_overdue(self, now: float, deadline: float) -> bool:
+        since = self.awaited if self.lost_at is None else self.lost_at
+        return since is not None and now - since >= deadline
+
     def take_over(self, session: str) -> None:
         """Another session begins the part anew; what has counted stays."""
-        self.session, self.lost_at, self.replays = session, None, frozenset(self.counted)
+        self.session, self.lost_at, self.awaited, self.replays = session, None, None, frozenset(self.counted)
         self.taken = self.forwards = self.arrived = self.backwards = 0
 
 
@@ -136,20 +149,25 @@ def check_done(part: Part, message: StepDone) -> None:
         raise RemoteProtocolError(f"the end of step {message.step} declares more backwards than forwards")
 
 
+def earliest(parts: Iterable[Part], now: float, deadline: float) -> float | None:
+    """Seconds until the first of these parts is overdue."""
+    times = [part.awaited if part.lost_at is None else part.lost_at for part in parts]
+    return min((max(0.0, since + deadline - now) for since in times if since is not None), default=None)
+
+
 class Steps:
     """The state of a synchronous run's steps. Every method is called from the trunk's thread; ``now`` is its clock, seconds."""
 
     def __init__(self, *, clients: int, last: int = 0, first: int = 0, on_loss: str = "drop", deadline: float = 0.0) -> None:
         """``clients``: enrolled sessions the first step waits for. ``last``: steps of the run (0: no end). ``first``: to
-        resume. ``on_loss``: ``drop`` or ``wait``. ``deadline``: seconds after which nobody waits for a participant any more:
-        from the opening of the step, or where it is lost and awaited, from its loss (0: no limit).
+        resume. ``on_loss``: ``drop`` or ``wait``. ``deadline``: seconds for which others wait for a participant in a step, or
+        for the return of a lost one (0: no limit).
         """
         self.number = first  # the open step, or the next to open
         self.is_open = False
         self._needed = clients
         self._last = last
         self._waits, self._deadline = on_loss == "wait", deadline
-        self._opened_at = self._asked = 0.0
         self._enrolled: dict[str, str] = {}  # clients by session, in the order of enrolling
         self._ahead: dict[str, int] = {}  # forwards for the next step that have arrived
         self._awaited: dict[str, str] = {}  # clients by lost session, for whose return the next step will be held
@@ -203,27 +221,24 @@ class Steps:
             self._awaited[session] = client
 
     def overdue(self, now: float) -> list[str]:
-        """The sessions whose part is waited for longer than the deadline allows. To be asked when nothing can run.
+        """The sessions that others have waited for longer than the deadline allows. To be asked whenever nothing can run.
 
         A participant is waited for while nothing of it is here to be run and somebody else's part is done, or is held up.
         """
-        self._asked = now
         if not self.is_open or not self._deadline:
             return []
-        parts = list(self._ledger.parts.values())
-        late = [part for part in parts if part.lost_at is not None and now - part.lost_at >= self._deadline]
-        present = [part for part in parts if part.lost_at is None and not part.dropped]
-        if now - self._opened_at >= self._deadline and any(part.finished or part.pending for part in present):
-            late += [part for part in present if not part.finished and not part.pending]
-        return [part.session for part in late]
+        parts = [part for part in self._ledger.parts.values() if not part.dropped]
+        present = [part for part in parts if part.lost_at is None]
+        if any(part.finished or part.pending for part in present):
+            for part in present:
+                part.wait(now, not part.finished and not part.pending)
+        return [part.session for part in parts if part.is_overdue(now, self._deadline)]
 
     def wake(self, now: float) -> float | None:
         """Seconds until :meth:`overdue` is worth asking again though nothing has happened; None: no need."""
         if not self.is_open or not self._deadline:
             return None
-        held = (part.lost_at for part in self._ledger.parts.values() if part.lost_at is not None)
-        times = [moment + self._deadline for moment in (self._opened_at, *held)]
-        return min((max(0.0, moment - now) for moment in times if moment > self._asked), default=None)
+        return earliest((part for part in self._ledger.parts.values() if not part.dropped), now, self._deadline)
 
     def drop(self, session: str) -> int:
         """Wait no longer for this session's part of the open step; returns that step. A silent one has to enrol again."""
@@ -259,7 +274,7 @@ class Steps:
         if self.complete or len(self._enrolled) < max(1, self._needed):
             return []
         self._needed = 1  # only the first step waits for company
-        self.is_open, self._opened_at = True, now
+        self.is_open = True
         self._holders = {
             session: Part(session, client, self.number, taken=self._ahead.pop(session, 0))
             for session, client in self._enrolled.items()

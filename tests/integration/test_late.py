@@ -1,0 +1,199 @@
+"""Clients that are late: the step goes on, one exception says so, and the session takes part in the next step."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from client_ends.session import TrunkSession
+from client_ends.train import train
+from splitfl.errors import StepMissed
+from splitfl.protocol.messages import Backward, Forward, StepDone
+from tests.integration.test_equality import TRUNK
+from tests.integration.test_lost import (
+    FLIGHTY,
+    QUICK,
+    STEADY,
+    assert_equals_reference,
+    cut,
+    enrol,
+    is_lost,
+    is_open,
+    join,
+    step,
+    wait_for,
+)
+from tests.integration.test_train import settings
+from tests.world import World, running, side_by_side, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def late_world(tmp_path, model, **options) -> World:
+    return World(tmp_path, model, 2, trainables="full", timing=QUICK, step_deadline=0.2, **TRUNK, **options)
+
+
+def rejoin(world: World, late, steady, number: int, losses: list[float]) -> None:
+    """The late client's next forward enrols it: it takes part in the step after the one that is open."""
+    session = late.trunk.session
+    wait_for(lambda: is_open(world, number) and (session._dropped is not None or not session._enrolled))
+    session._check_missed()
+    waiting = threading.Thread(target=session._take_part)
+    waiting.start()
+    wait_for(lambda: len(world.server._loop._steps._enrolled) == 2)
+    losses += step(steady, STEADY[number])
+    waiting.join()
+    losses += step(steady, STEADY[number + 1])
+    step(late, *FLIGHTY[number + 1])
+    steady.wait_step()
+
+
+@pytest.mark.parametrize("ran", [0, 1])
+def test_a_late_client_misses_one_step_and_takes_part_in_the_next(tmp_path, model, ran):
+    world = late_world(tmp_path, model)
+    losses: list[float] = []
+    with running(world):
+        steady, late = join(world, 0), join(world, 1)
+        enrol(steady, late)
+        first, second = [late(**one).loss for one in FLIGHTY[0]]
+        if ran:
+            first.backward()
+        losses += step(steady, STEADY[0])
+        wait_for(lambda: is_open(world, 1))
+        with pytest.raises(StepMissed, match="step 0"):
+            second.backward()
+        assert not late.trunk.session.contributed
+        with torch.no_grad():
+            assert float(late(**FLIGHTY[0][0]).loss) > 0  # the session goes on
+        rejoin(world, late, steady, 1, losses)
+    assert_equals_reference(world, [[STEADY[0], *FLIGHTY[0][:ran]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
+    part = world.events("step")[0]["parts"]["client1"]
+    assert (part["dropped"], part["why"], part["micro_batches"]) == (True, "late", ran)
+    assert not world.events("left")[0]["why"].startswith("protocol")
+
+
+def test_a_silent_participant_loses_nothing(tmp_path, model):
+    world = late_world(tmp_path, model)
+    losses: list[float] = []
+    with running(world):
+        steady, late = join(world, 0), join(world, 1)
+        enrol(steady, late)
+        losses += step(steady, STEADY[0])
+        rejoin(world, late, steady, 1, losses)  # no exception: it had begun nothing
+    assert_equals_reference(world, [[STEADY[0]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_the_end_of_a_part_that_had_counted_is_not_missed_however_late(tmp_path, model, heard):
+    world = late_world(tmp_path, model)
+    losses: list[float] = []
+    with running(world):
+        steady, late = join(world, 0), join(world, 1)
+        enrol(steady, late)
+        for one in FLIGHTY[0]:
+            late(**one).loss.backward()
+        losses += step(steady, STEADY[0])
+        wait_for(lambda: is_open(world, 1) and (not heard or late.trunk.session._dropped is not None))
+        late.step()
+        rejoin(world, late, steady, 1, losses)
+    assert_equals_reference(world, [[STEADY[0], *FLIGHTY[0]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
+
+
+def test_messages_that_cross_the_end_of_their_step_end_nothing(tmp_path, model, monkeypatch):
+    """The late client has not heard yet when it sends a forward, a gradient and the end of its part."""
+    world = late_world(tmp_path, model)
+    losses: list[float] = []
+    with running(world):
+        steady, late = join(world, 0), join(world, 1)
+        enrol(steady, late)
+        loss = late(**FLIGHTY[0][0]).loss
+        session = late.trunk.session
+        heard: list[object] = []
+        monkeypatch.setattr(session.channel, "_on_control", heard.append)
+        receive = session.channel._session.receive
+        deaf: list[bytes] = []
+        monkeypatch.setattr(session.channel._session, "receive", deaf.append)
+        losses += step(steady, STEADY[0])
+        wait_for(lambda: is_open(world, 1))
+        number, width = session._next_micro - 1, late.config.hidden_size
+        tensor = memoryview(torch.zeros(10, width).numpy()).cast("B")
+        session.channel.send(Backward(0, number, 10, width, "float32", "raw", 9, 9.0), tensor)
+        session.channel.tell(StepDone(0, 1, 1, "continue"))
+        session.channel.send(Forward(1, 77, ((10, 0),), width, "float32", "raw", True, True, True), tensor)
+        wait_for(lambda: not session.channel._data_queue and not session.channel._control_queue)
+        monkeypatch.undo()
+        for frame in deaf:
+            message = receive(frame)
+            if message is not None:
+                session.channel._control(message)
+        with pytest.raises(StepMissed):
+            loss.backward()
+        rejoin(world, late, steady, 1, losses)
+    assert_equals_reference(world, [[STEADY[0]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
+
+
+def test_a_lost_client_is_awaited_no_longer_than_the_deadline(tmp_path, model):
+    world = late_world(tmp_path, model, on_loss="wait")
+    with running(world):
+        steady, lost = join(world, 0), join(world, 1)
+        enrol(steady, lost)
+        lost(**FLIGHTY[0][0])
+        cut(lost)
+        wait_for(lambda: is_lost(world, lost))
+        losses = [loss for number in range(3) for loss in step(steady, STEADY[number])]
+        steady.wait_step()
+    assert_equals_reference(world, [[STEADY[0]], [STEADY[1]], [STEADY[2]]], losses)
+    assert world.events("step")[0]["parts"]["client1"]["why"] == "lost"
+
+
+def test_nobody_is_late_while_nobody_waits(tmp_path, model):
+    world = late_world(tmp_path, model)
+    with running(world):
+        alone, other = join(world, 0), join(world, 1)
+        enrol(alone, other)
+        time.sleep(0.5)  # longer than the deadline
+        losses = [split(**STEADY[0]).loss for split in (alone, other)]
+        time.sleep(0.5)
+        for loss in losses:
+            loss.backward()
+        alone.step()
+        other.step()
+        alone.wait_step()
+    (event,) = world.events("step")
+    assert [part["micro_batches"] for part in event["parts"].values()] == [1, 1]
+
+
+def test_the_command_goes_on_after_a_step_it_missed(tmp_path, data, stories, monkeypatch):
+    world = World(tmp_path, stories, 2, memory=False, step_deadline=0.3)
+    send = TrunkSession.send_backward
+    slept: list[int] = []
+
+    def late_once(self: TrunkSession, number: int, *args, **options) -> None:
+        if self is sleepy and self.step >= 1 and not slept:
+            slept.append(self.step)
+            wait_for(lambda: len(world.events("step")) > self.step)
+        send(self, number, *args, **options)
+
+    sleepy = None
+    opened = TrunkSession.open.__func__
+
+    def remember(cls, join, identity, *args, **options):
+        nonlocal sleepy
+        session = opened(cls, join, identity, *args, **options)
+        if str(identity.public) in mine:
+            sleepy = session
+        return session
+
+    mine = (tmp_path / "authorized_clients").read_text().splitlines()[1]
+    monkeypatch.setattr(TrunkSession, "open", classmethod(remember))
+    monkeypatch.setattr(TrunkSession, "send_backward", late_once)
+    with running(world):
+        steady, late = side_by_side(2, lambda index: train(settings(world, data, index, steps=6, ends="full")))
+    assert (late.missed, late.steps) == (1, 5)
+    assert (steady.missed, steady.steps) == (0, 6)
