@@ -30,8 +30,9 @@ ROWS, LENGTH = 2, 16
 TOKENS = ROWS * LENGTH
 #: Rounding differs with what a micro-batch shares a batch with; another client's answer differs by far more.
 TOLERANCE = 1e-3
-#: Of a round's beginning, left out of what is said of memory: pools and buffers fill.
-WARM_UP = 0.1
+#: Share of a round's beginning that is left out of what is said of memory: the allocator's arenas and the histories of the
+#: server's own numbers fill.
+WARM_UP = 0.3
 
 
 # --- the server -----------------------------------------------------------------------------------------------------------------

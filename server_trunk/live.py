@@ -17,15 +17,16 @@ class Live:
     """
 
     def __init__(self, meter: Meter, log: RunLog, *, every: float, address: str = "") -> None:
-        """Raises ConfigError where the address cannot be bound."""
-        self._meter, self._log, self._every = meter, log, every
-        self.endpoint = MetricsEndpoint(address, meter) if address else None
+        self._meter, self._log, self._every, self._address = meter, log, every, address
+        self.endpoint: MetricsEndpoint | None = None
         self._stopping = threading.Event()
         self._written = 0
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
     def start(self) -> None:
-        if self.endpoint is not None:
+        """Raises ConfigError where the address cannot be bound."""
+        if self._address:
+            self.endpoint = MetricsEndpoint(self._address, self._meter)
             self.endpoint.start()
             self._log.write("metrics", url=f"{self.endpoint.url}/metrics")
         if self._every:

@@ -165,7 +165,12 @@ class TrunkServer:
             max_message=config.window,
             **self._channel_options,
         )
-        channel.start()
+        self._live.start()
+        try:
+            channel.start()
+        except BaseException:
+            self._live.stop()
+            raise
         self._channel = channel
         self.meter.watch(
             waiting=lambda: scheduler.waiting_tokens,
@@ -174,7 +179,6 @@ class TrunkServer:
             traffic=channel.traffic,
         )
         self._loop.start()
-        self._live.start()
         # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
         reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)

@@ -10,6 +10,7 @@ import torch
 
 from splitfl.commands.top import _Log
 from splitfl.errors import ConfigError
+from tests.unit.channel_world import wait_until
 from tests.world import World, running, side_by_side, tiny_llama
 
 STEPS, ROWS, LENGTH = 3, 2, 8
@@ -36,7 +37,8 @@ def train(world: World, client: int) -> tuple[int, int]:
 def test_the_meter_counts_what_the_clients_sent_and_got(tmp_path, model, memory):
     with running(World(tmp_path, model, 2, memory=memory, status_every=3600.0)) as world:
         carried = side_by_side(2, lambda client: train(world, client))
-        taken = world.server.meter.snapshot()
+        wait_until(lambda: len(world.events("left")) == 2)  # the server notes a goodbye after it has answered it
+    taken = world.server.meter.snapshot()
     for client, (sent, received) in enumerate(carried):
         counted = taken["clients"][f"client{client}"]
         assert (counted["steps"], counted["forwards"], counted["backwards"]) == (STEPS, STEPS, STEPS)
@@ -72,5 +74,7 @@ def test_an_address_in_use_is_one_sentence_before_anybody_joins(tmp_path, model)
     (tmp_path / "two").mkdir()
     with running(World(tmp_path / "one", model, 1, metrics="0")) as world:
         port = world.events("metrics")[0]["url"].rpartition(":")[2].split("/")[0]
+        other = World(tmp_path / "two", model, 1, metrics=port).server
         with pytest.raises(ConfigError, match=f"cannot serve metrics at {port}: address already in use"):
-            World(tmp_path / "two", model, 1, metrics=port)
+            other.start()
+    assert other.join is None
