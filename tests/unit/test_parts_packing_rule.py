@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from splitfl.errors import ConfigError
-from splitfl.parts.packing_rule import LEAST_WASTE, choose_layout, layout_rule, split_balanced, waste
+from splitfl.parts.packing_rule import ELSEWHERE, LEAST_WASTE, choose_layout, layout_rule, split_balanced, waste
 
 CPU = torch.device("cpu")
 
@@ -21,12 +21,14 @@ def test_waste_is_the_share_of_pads() -> None:
     assert waste([]) == 0
 
 
-def test_packed_where_padding_wastes_more_than_the_measured_constant() -> None:
-    below, above = [(1000, 0)] * 100, [(1000, 0), (int(1000 * (1 - 2 * LEAST_WASTE)) - 20, 0)]
-    assert waste(below) <= LEAST_WASTE < waste(above)
-    assert not choose_layout(below, CPU, True)
-    assert choose_layout(above, CPU, True)
-    assert not choose_layout(above, CPU, False)
+@pytest.mark.parametrize(("device", "least"), [("cpu", LEAST_WASTE["cpu"]), ("cuda", ELSEWHERE), ("mps", ELSEWHERE)])
+def test_packed_where_padding_wastes_more_than_the_constant(device: str, least: float) -> None:
+    below = [(1000, 0), (int(1000 * (1 - 2 * least)), 0)]
+    above = [(1000, 0), (int(1000 * (1 - 2 * least)) - 20, 0)]
+    assert waste(below) <= least < waste(above)
+    assert not choose_layout(below, torch.device(device), True)
+    assert choose_layout(above, torch.device(device), True)
+    assert not choose_layout(above, torch.device(device), False)
 
 
 def test_the_setting_has_the_last_word() -> None:
