@@ -19,7 +19,7 @@ from typing import Any
 from client_ends.command import add_adapter_arguments, add_data_arguments, add_ends_arguments, check
 from server_trunk import command as serve
 from splitfl.config import RunConfig
-from splitfl.errors import ConfigError, DataError
+from splitfl.errors import ConfigError, DataError, RunComplete
 
 __all__ = ["add_arguments", "deal", "run"]
 
@@ -200,6 +200,8 @@ class Simulation:
         log = RunLog(Path(settings.out) / "log.jsonl", echo=None)
         try:
             self.results[client] = train(settings, log=log, channel_options={"transport": MemoryClientTransport(self.network)})
+        except RunComplete:
+            pass  # without a barrier, others may have made all steps before this one's first
         except BaseException as error:
             self.failures[client] = error
         finally:
@@ -213,7 +215,11 @@ class Simulation:
         print(" " * 10 + "".join(f"{title:>{width + 1}}" for title, width in columns))
         clients = []
         for client in range(self.clients):
-            result, name = self.results[client], f"client-{client}"
+            result, name = self.results.get(client), f"client-{client}"
+            if result is None:
+                print(f"{name:10}  came too late for any step")
+                clients.append({"name": name, "losses": []})
+                continue
             held_out = (result.evaluation_before, result.evaluation_after)
             before, after = (None if each is None else each["loss"] for each in held_out)
             tokens = self.summary["clients"][name]["tokens"]
