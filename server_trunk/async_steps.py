@@ -273,7 +273,8 @@ class AsyncSteps:
         behind that is too old; or everybody who could contribute has gone.
         """
         idle = not any(presence.enrolled or presence.part is not None for presence in self._sessions.values())
-        due = self._finished >= self._contributions or (idle and bool(self._ledger.parts))
+        # A contribution may have been used before its end was known: it counts all the same, once there is something to use.
+        due = bool(self._ledger.parts) and (idle or self._finished >= self._contributions)
         if not due or self.complete or any(self._holds_back(presence) for presence in self._sessions.values()):
             return None
         ledger, self._ledger = self._ledger, Ledger(self.number + 1, ends_parts=False)

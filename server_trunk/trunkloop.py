@@ -147,9 +147,9 @@ class TrunkLoop:
             self._forward(work)
         elif isinstance(work, BackwardBatch):
             self._backward(work)
-        if self.inbox.empty() and not self._has_work():
-            self._drop_late()
         self._turn_steps()
+        if self.inbox.empty() and not self._has_work() and self._drop_late():
+            self._turn_steps()
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
@@ -368,12 +368,15 @@ class TrunkLoop:
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 
-    def _drop_late(self) -> None:
-        for session in self._steps.overdue(time.monotonic()):
+    def _drop_late(self) -> bool:
+        """Go on without those whom others have waited for too long; returns whether there are any."""
+        late = self._steps.overdue(time.monotonic())
+        for session in late:
             step = self._steps.drop(session)
             self._log.write("late", client=self._names.get(session), session=session[:8], step=step)
             self._abandon_stale(session)
             self._scheduler.abandon(session, step)
+        return bool(late)
 
     def _turn_steps(self) -> None:
         for part in self._steps.ended():
