@@ -78,9 +78,6 @@ class _Queue:
         self.total += seconds
         self.newest.append(seconds)
 
-    def to_plain(self) -> dict[str, Any]:
-        return {"median": _quantile(self.newest, 0.5), "p95": _quantile(self.newest, 0.95)}
-
 
 @dataclass(slots=True)
 class _Client:
@@ -242,7 +239,7 @@ class Meter:
             span = max(1e-9, min(self._seconds - 1 + now % 1, now - self._began))
             sums = {name: window.total(now) for name, window in self._sums.items()}
             clients = {name: self._client(client, traffic.get(name, (0, 0)), now, span) for name, client in self._clients.items()}
-            return {
+            taken = {
                 "seconds": round(now - self._began, 3),
                 "window": self._seconds,
                 "sessions": len(self._names),
@@ -256,7 +253,7 @@ class Meter:
                 "occupancy": _share(sums["batch_tokens"], sums["batches"] * self._batch_tokens),
                 "members": _share(sums["members"], sums["batches"]),
                 "padding": None if not sums["slots"] else round(1 - sums["tokens"] / sums["slots"], 4),
-                "queue": {direction: queue.to_plain() for direction, queue in self._queues.items()},
+                "queue": {direction: list(queue.newest) for direction, queue in self._queues.items()},
                 "busy": round(min(1.0, sums["busy"] / span), 4),
                 "busy_seconds": round(self._busy, 3),
                 "waiting_tokens": self._waiting(),
@@ -265,6 +262,11 @@ class Meter:
                 "bytes_sent": sum(client["bytes_sent"] for client in clients.values()),
                 "clients": clients,
             }
+        # Sorting for the quantiles takes milliseconds, for which the trunk's thread shall not wait.
+        taken["queue"] = {direction: _quantiles(times) for direction, times in taken["queue"].items()}
+        for client in clients.values():
+            client["queue"] = _quantiles(client["queue"])
+        return taken
 
     def histogram(self, direction: str) -> tuple[list[int], float]:
         """How many queue times lie in each interval of :data:`QUEUE_BOUNDS`, those above the last at the end; and their sum."""
@@ -284,17 +286,19 @@ class Meter:
             "tokens_per_second": round(client.rate.total(now) / span, 1),
             "forwards": client.forwards,
             "backwards": client.backwards,
-            "queue": client.queue.to_plain(),
+            "queue": list(client.queue.newest),
             "kept_tokens": sum(self._kept(session) for session in client.sessions),
             "bytes_received": received,
             "bytes_sent": sent,
         }
 
 
-def _quantile(values: Iterable[float], share: float) -> float | None:
-    """The nearest-rank quantile; None of nothing."""
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 6) if ordered else None
+def _quantiles(times: Iterable[float]) -> dict[str, float | None]:
+    """Median and 95th percentile, by nearest rank; None of nothing."""
+    ordered = sorted(times)
+    if not ordered:
+        return {"median": None, "p95": None}
+    return {name: round(ordered[int(share * len(ordered))], 6) for name, share in (("median", 0.5), ("p95", 0.95))}
 
 
 def _share(part: float, whole: float) -> float | None:
