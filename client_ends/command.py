@@ -5,10 +5,42 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from splitfl.errors import ConfigError
 
-__all__ = ["add_arguments", "run", "split_columns"]
+__all__ = ["add_adapter_arguments", "add_arguments", "add_data_arguments", "add_ends_arguments", "check", "run", "split_columns"]
+
+
+def add_data_arguments(data: argparse._ArgumentGroup) -> None:
+    """How a client's file is read."""
+    data.add_argument("--columns", metavar="A=B,...", help="which columns to use, as in prompt=question,completion=answer")
+    data.add_argument("--data-format", choices=["txt", "jsonl", "csv", "tsv"], help="where the suffix does not say")
+    data.add_argument("--task", default="causal-lm", choices=["causal-lm", "sequence-classification"])
+    data.add_argument("--num-labels", type=int, metavar="N", help="classes of the whole task (default: those in the file)")
+    data.add_argument("--label-names", metavar="A,B,...", help="names of the classes, in their order")
+    data.add_argument("--max-length", type=int, default=512, metavar="N", help="longest row, in tokens (512)")
+    data.add_argument("--evaluate", type=float, default=0.05, metavar="X", help="held-out share, or rows if 1 or more (0.05)")
+
+
+def add_ends_arguments(training: argparse._ArgumentGroup) -> None:
+    """How a client trains, beside what the run says too."""
+    training.add_argument("--ends", default="lora", choices=["lora", "full", "frozen"], help="what of the ends is trained")
+    training.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a batch (8)")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an optimizer step (1)")
+    training.add_argument("--epochs", type=float, default=1.0, metavar="X", help="passes over the data (1)")
+    training.add_argument(
+        "--evaluate-every", type=int, default=0, metavar="N", help="steps between evaluations (0: none between)"
+    )
+    training.add_argument("--micro-batches", type=int, default=1, metavar="N", help="pieces a batch is cut into for slow links")
+
+
+def add_adapter_arguments(adapter: argparse._ArgumentGroup) -> None:
+    """What a client asks for its own adapter in the trunk."""
+    adapter.add_argument("--adapter-rank", type=int, metavar="N", help="LoRA rank, of the ends' adapter too")
+    adapter.add_argument("--adapter-alpha", type=float, metavar="X", help="LoRA alpha, of the ends' adapter too")
+    adapter.add_argument("--adapter-lr", type=float, dest="adapter_learning_rate", metavar="X", help="its learning rate")
+    adapter.add_argument("--adapter-weight-decay", type=float, metavar="X", help="its weight decay")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,27 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="FILE", help="txt, jsonl, csv or tsv; never leaves this machine")
-    data.add_argument("--columns", metavar="A=B,...", help="which columns to use, as in prompt=question,completion=answer")
-    data.add_argument("--data-format", choices=["txt", "jsonl", "csv", "tsv"], help="where the suffix does not say")
-    data.add_argument("--task", default="causal-lm", choices=["causal-lm", "sequence-classification"])
-    data.add_argument("--num-labels", type=int, metavar="N", help="classes of the whole task (default: those in the file)")
-    data.add_argument("--label-names", metavar="A,B,...", help="names of the classes, in their order")
-    data.add_argument("--max-length", type=int, default=512, metavar="N", help="longest row, in tokens (512)")
-    data.add_argument("--evaluate", type=float, default=0.05, metavar="X", help="held-out share, or rows if 1 or more (0.05)")
+    add_data_arguments(data)
 
     training = parser.add_argument_group("training the ends (what is not given is the run's own)")
-    training.add_argument("--ends", default="lora", choices=["lora", "full", "frozen"], help="what of the ends is trained")
-    training.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows a batch (8)")
-    training.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an optimizer step (1)")
-    training.add_argument("--epochs", type=float, default=1.0, metavar="X", help="passes over the data (1)")
+    add_ends_arguments(training)
     training.add_argument("--steps", type=int, default=0, metavar="N", help="optimizer steps, in place of epochs")
     training.add_argument("--lr", type=float, dest="learning_rate", metavar="X", help="learning rate of the ends")
     training.add_argument("--weight-decay", type=float, metavar="X")
     training.add_argument("--clip", type=float, metavar="X", help="largest gradient norm of the ends (0: no clipping)")
-    training.add_argument(
-        "--evaluate-every", type=int, default=0, metavar="N", help="steps between evaluations (0: none between)"
-    )
     training.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, held-out part, fresh heads")
+
+    adapter = parser.add_argument_group("this client's own adapter in the trunk (where the run has one for each client)")
+    add_adapter_arguments(adapter)
 
     machine = parser.add_argument_group("this machine")
     machine.add_argument("--out", default="", metavar="DIR", help="where results and the log go (default runs/RUN-ends)")
@@ -53,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="insist on a precision (default: the run's)")
     machine.add_argument("--attn", metavar="NAME", help="attention implementation, as transformers names it")
     machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (0: torch's choice)")
-    machine.add_argument("--micro-batches", type=int, default=1, metavar="N", help="pieces a batch is cut into for slow links")
     machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
     machine.add_argument("--dump-hidden", default="", metavar="FILE", help="keep the first hidden state sent, to audit the wire")
 
@@ -68,18 +90,28 @@ def split_columns(text: str | None) -> dict[str, str] | None:
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
-def run(args: argparse.Namespace) -> int:
-    values = {name: value for name, value in vars(args).items() if name != "command"}
-    values["columns"] = split_columns(args.columns)
-    values["label_names"] = tuple(args.label_names.split(",")) if args.label_names else None
+def check(values: dict[str, Any]) -> None:
+    """Bring the arguments of a command line into the form of TrainSettings, in place. Raises ConfigError."""
+    values["columns"] = split_columns(values["columns"])
+    values["label_names"] = tuple(values["label_names"].split(",")) if values["label_names"] else None
     for name, low in (("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("micro_batches", 1), ("steps", 0)):
         if values[name] < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
+    for name, low in (("rank", 1), ("alpha", 0), ("learning_rate", 0), ("weight_decay", 0)):
+        value = values.get(f"adapter_{name}")
+        if value is not None and (value < low or (name == "alpha" and value == 0)):
+            flag = {"learning_rate": "lr"}.get(name, name).replace("_", "-")
+            raise ConfigError(f"--adapter-{flag} {value:g}: it must be {'above' if name == 'alpha' else 'at least'} {low}")
     for name in ("epochs", "learning_rate", "weight_decay", "clip", "evaluate", "timeout"):
         value = values[name]
         if value is not None and (value < 0 or (value == 0 and name in ("epochs", "timeout"))):
             shown = {"learning_rate": "lr"}.get(name, name).replace("_", "-")
             raise ConfigError(f"--{shown} {value:g}: it must be {'above' if name in ('epochs', 'timeout') else 'at least'} 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(args).items() if name != "command"}
+    check(values)
     if not Path(args.data).is_file():
         raise ConfigError(f"--data {args.data}: no such file")
     from splitfl.protocol.join import JoinString

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,10 +36,13 @@ def open_session(
     *,
     cut: Cut | None = None,
     revision: str | None = None,
+    adapter: Mapping[str, float] | None = None,
     timeout: float = 10.0,
     channel_options: dict[str, Any] | None = None,
 ) -> tuple[TrunkSession, str, str | None]:
     """Open a session for the model at ``path`` (None: the hub model the run names).
+
+    ``adapter``: what this client asks for its own adapter in the trunk; see :meth:`_SplitModel.from_pretrained`.
 
     Returns the session, the model's path or hub id, and its revision. The server refuses another model, revision or cut.
 
@@ -59,7 +62,7 @@ def open_session(
             chosen["path"], chosen["revision"] = terms["model"], terms["revision"]
             known = model_identity(terms["model"], revision=terms["revision"])
         used = cut or Cut.parse(terms["cut"])
-        return OpenTerms(model=known.to_plain(), cut=(used.input_blocks, used.output_blocks))
+        return OpenTerms(known.to_plain(), (used.input_blocks, used.output_blocks), dict(adapter or {}))
 
     session = TrunkSession.open(join, identity, answer, timeout=timeout, **(channel_options or {}))
     if mine is not None:
@@ -91,6 +94,7 @@ class _SplitModel:
         device: str = "auto",
         attn: str | None = None,
         trust_remote_code: bool = False,
+        adapter: Mapping[str, float] | None = None,
         micro_batches: int = 1,
         timeout: float = 10.0,
         channel_options: dict[str, Any] | None = None,
@@ -104,6 +108,8 @@ class _SplitModel:
             identity: this client's secret key file (``splitfl keygen``).
             cut: ``"a:b"`` to insist on a cut; by default the run's own.
             dtype: by default the run's own; another is refused by the server.
+            adapter: ``rank``, ``alpha``, ``learning_rate`` and ``weight_decay`` of this client's own adapter in the trunk, as far
+                as they shall differ from the run's; only where the run has an adapter for each client, within its limits.
             micro_batches: pieces one batch is cut into, so that network, trunk and ends overlap (helps on slow links).
             kwargs: handed to Hugging Face's ``from_pretrained`` (``num_labels``, ``seed`` of a fresh head, ...).
 
@@ -122,6 +128,7 @@ class _SplitModel:
             read_identity(identity),
             cut=asked,
             revision=revision,
+            adapter=adapter,
             timeout=timeout,
             channel_options=channel_options,
         )

@@ -23,7 +23,7 @@ from splitfl.adapters import attach_lora, named_trainables, set_trainable
 from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
 from splitfl.config import LoraSettings, OptimizerSettings
-from splitfl.errors import ConfigError, ModelError
+from splitfl.errors import ConfigError, ModelError, RunComplete, StepMissed
 from splitfl.libraries import differences, library_versions
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from splitfl.parts.cut import Cut
@@ -40,7 +40,9 @@ _FACES = {
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """What one client decides. Optimizer fields left None are the run's own."""
+    """What one client decides. Optimizer fields left None are the run's own. ``adapter_...``: of this client's own adapter in the
+    trunk, where the run has one for each client; rank and alpha hold for the ends' adapter too.
+    """
 
     trunk: str
     identity: str
@@ -64,6 +66,10 @@ class TrainSettings:
     learning_rate: float | None = None
     weight_decay: float | None = None
     clip: float | None = None
+    adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_learning_rate: float | None = None
+    adapter_weight_decay: float | None = None
     seed: int = 0
     out: str = ""
     checkpoint_every: int = 0
@@ -76,10 +82,17 @@ class TrainSettings:
     timeout: float = 10.0
     dump_hidden: str = ""
 
+    @property
+    def adapter(self) -> dict[str, float]:
+        """What this client asks for its own adapter in the trunk."""
+        names = ("rank", "alpha", "learning_rate", "weight_decay")
+        asked = {name: getattr(self, f"adapter_{name}") for name in names}
+        return {name: value for name, value in asked.items() if value is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How it went. Losses are means over target tokens (or labels)."""
+    """How it went. Losses are means over target tokens (or labels). ``missed``: steps that went on without this client."""
 
     steps: int
     losses: list[float]
@@ -88,6 +101,7 @@ class TrainResult:
     checkpoint: Path
     bytes_sent: int
     bytes_received: int
+    missed: int = 0
 
 
 def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
@@ -142,8 +156,16 @@ def evaluate(model: Any, batches: Batches, device: torch.device) -> dict[str, fl
     return report | {"perplexity": math.exp(min(mean, 700.0))}
 
 
-def train(settings: TrainSettings, *, log: RunLog | None = None, progress: Progress | None = None) -> TrainResult:
+def train(
+    settings: TrainSettings,
+    *,
+    log: RunLog | None = None,
+    progress: Progress | None = None,
+    channel_options: dict[str, Any] | None = None,
+) -> TrainResult:
     """Run one client from joining to the saved result.
+
+    ``channel_options``: further arguments of :meth:`ClientChannel.open`, such as another transport than sockets.
 
     Raises:
         UserError: bad data, settings, keys or address; one sentence with the mend.
@@ -175,8 +197,10 @@ def train(settings: TrainSettings, *, log: RunLog | None = None, progress: Progr
         device=settings.device,
         attn=settings.attn,
         trust_remote_code=settings.trust_remote_code,
+        adapter=settings.adapter,
         micro_batches=settings.micro_batches,
         timeout=settings.timeout,
+        channel_options=channel_options,
         **extra,
     )
     try:
@@ -217,7 +241,10 @@ class _Run:
         lora = self.terms["lora"]
         targets = lora["targets"]
         self.lora = LoraSettings(
-            lora["rank"], lora["alpha"], lora["dropout"], targets if isinstance(targets, str) else tuple(targets)
+            settings.adapter_rank or lora["rank"],
+            settings.adapter_alpha or lora["alpha"],
+            lora["dropout"],
+            targets if isinstance(targets, str) else tuple(targets),
         )
         # A fresh PEFT wrapper forwards attribute access, so `self.model` serves as both.
         self.model = prepare_ends(model, settings.ends, self.lora, seed=self.terms["seed"])
@@ -241,6 +268,7 @@ class _Run:
             else Batches(held_out, settings.batch_size, seed=settings.seed, pad_token_id=pad, shuffle=False)
         )
         self.losses: list[float] = []
+        self.missed = 0
         self.last_step = -1  # the run's number of the newest step the ends have made
         self.out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
         theirs = self.session.channel.welcome.libraries
@@ -254,7 +282,8 @@ class _Run:
         """Steps this client takes: its own limit, else its epochs; never beyond the run's."""
         per_epoch = math.ceil(len(self.batches) / self.settings.accumulate)
         mine = self.settings.steps or max(1, math.ceil(per_epoch * self.settings.epochs))
-        run = self.terms["optimizer"]["steps"]
+        # Without a barrier the run's steps are not this client's: the server says when they are made.
+        run = self.terms["optimizer"]["steps"] if self.terms["mode"] == "sync" else 0
         return min(mine, run) if run else mine
 
     def run(self) -> TrainResult:
@@ -262,7 +291,7 @@ class _Run:
         if settings.dump_hidden:
             self.split.trunk.on_first_forward = self._dump_hidden
         before = self._evaluate("before")
-        total, run_steps = self.total_steps, self.terms["optimizer"]["steps"]
+        total = self.total_steps
         if self.terms["clients"] > 1:
             self.progress.say(f"enrolling; the first step of the run begins when {self.terms['clients']} clients have enrolled")
         self.progress.begin(total)
@@ -270,9 +299,16 @@ class _Run:
         self.model.train()
         try:
             for step in range(total):
-                if run_steps and self.session.step >= run_steps:
-                    break  # joined late: the run has made all its steps
-                self._step(stream, step, last=step + 1 == total)
+                try:
+                    self._step(stream, step)
+                except RunComplete:
+                    if not self.losses:
+                        raise
+                    break  # joined late, or others were faster
+                except StepMissed as missed:
+                    self._drop_step(step, missed)
+                if step + 1 == total:
+                    self.session.leave()
                 if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < total:
                     self.session.pause()
                     self._evaluate(f"step {step + 1}")
@@ -289,14 +325,25 @@ class _Run:
         after = self._evaluate("after")
         checkpoint = self._save()
         sent, received = self.session.bytes_sent, self.session.bytes_received
-        self.log.write("done", steps=len(self.losses), bytes_sent=sent, bytes_received=received, checkpoint=str(checkpoint))
-        return TrainResult(len(self.losses), self.losses, before, after, checkpoint, sent, received)
+        made = len(self.losses)
+        self.log.write(
+            "done", steps=made, missed=self.missed, bytes_sent=sent, bytes_received=received, checkpoint=str(checkpoint)
+        )
+        return TrainResult(made, self.losses, before, after, checkpoint, sent, received, self.missed)
 
     def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             yield from self.batches
 
-    def _step(self, stream: Iterator[dict[str, torch.Tensor]], step: int, *, last: bool) -> None:
+    def _drop_step(self, step: int, missed: StepMissed) -> None:
+        """The run went on without this client's part of a step: nothing of it is used here either."""
+        self.missed += 1
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.log.write("step-missed", quiet=True, step=step, why=str(missed))
+        self.progress.say(f"note: {missed}")
+
+    def _step(self, stream: Iterator[dict[str, torch.Tensor]], step: int) -> None:
         """One optimizer step over ``accumulate`` batches. The trunk's step ends when the ends' optimizer steps."""
         began = time.monotonic()
         total = targets = tokens = 0.0
@@ -317,8 +364,6 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.split.step()
-        if last:
-            self.session.leave()
         mean = total / max(1.0, targets)
         self.losses.append(mean)
         seconds = time.monotonic() - began

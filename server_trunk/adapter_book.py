@@ -38,13 +38,15 @@ class AdapterBook:
             config.lora.rank, config.lora.alpha, config.optimizer.learning_rate, config.optimizer.weight_decay
         )
         self._settings: dict[str, AdapterSettings] = {}
+        self._sessions: dict[str, str] = {}  # clients by open session
+        self._trained: set[str] = set()
         self._lock = threading.Lock()
 
     def agree(self, client: str, asked: Mapping[str, Any]) -> AdapterSettings:
         """The settings that ``client`` would have; changes nothing.
 
         What is not asked for is as the client's adapter has it already, or else as the run's config says. A client that comes
-        back may ask for another learning rate and weight decay, but for no other rank and alpha.
+        back may ask for another learning rate and weight decay, but for no other rank and alpha once its adapter has trained.
 
         Raises:
             Refused: one sentence with the mend.
@@ -57,7 +59,8 @@ class AdapterBook:
                 )
             return self._default
         with self._lock:
-            present = self._settings.get(client)
+            fixed = client in self._trained or client in self._sessions.values()
+            present = self._settings.get(client) if fixed else None
         wanted = replace(present or self._default, **_checked(asked))
         if wanted.rank > self._limits.max_rank:
             raise _refused(f"the adapter's rank {wanted.rank} is above this run's limit: ask for at most {self._limits.max_rank}")
@@ -73,11 +76,22 @@ class AdapterBook:
             )
         return wanted
 
-    def settle(self, client: str, asked: Mapping[str, Any]) -> None:
-        """As :meth:`agree`, and from now on it is so."""
+    def settle(self, session: str, client: str, asked: Mapping[str, Any]) -> None:
+        """As :meth:`agree`, and from now on it is so: a session of the client has opened."""
         wanted = self.agree(client, asked)
         with self._lock:
             self._settings[client] = wanted
+            self._sessions[session] = client
+
+    def left(self, session: str) -> None:
+        """A session is over."""
+        with self._lock:
+            self._sessions.pop(session, None)
+
+    def trained(self, client: str) -> None:
+        """The client's adapter is no longer as it started: its rank and alpha are fixed."""
+        with self._lock:
+            self._trained.add(client)
 
     def of(self, client: str) -> AdapterSettings:
         """The settings of a client that has one."""
@@ -94,6 +108,7 @@ class AdapterBook:
         """Take back what :meth:`plain` gave."""
         with self._lock:
             self._settings[client] = AdapterSettings(**plain)
+            self._trained.add(client)
 
 
 def _checked(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from server_trunk.adapter_book import AdapterBook
+from server_trunk.adapter_book import AdapterBook, AdapterSettings
 from server_trunk.training import StepReport
 from splitfl.adapters.grouped import ClientLoras
 from splitfl.adapters.trainables import copy_into
@@ -32,6 +32,7 @@ class ClientAdapter:
     before the first.
     """
 
+    asked: AdapterSettings  # when it was made
     parameters: dict[str, Parameter]  # by full name
     optimizer: torch.optim.AdamW
     made: int = 0
@@ -51,12 +52,12 @@ class ClientTraining:
         self._moving = False
 
     def joined(self, client: str) -> None:
-        if client in self.adapters:
+        asked, present = self._book.of(client), self.adapters.get(client)
+        if present is not None and (present.step >= 0 or (present.asked.rank, present.asked.alpha) == (asked.rank, asked.alpha)):
             return
-        asked = self._book.of(client)
         parameters = self.loras.add(client, rank=asked.rank, alpha=asked.alpha)
         settings = dataclasses.replace(self._settings, weight_decay=asked.weight_decay)
-        self.adapters[client] = ClientAdapter(parameters, build_optimizer(parameters.values(), settings))
+        self.adapters[client] = ClientAdapter(asked, parameters, build_optimizer(parameters.values(), settings))
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         return [parameter for owner in owners for parameter in self.adapters[owner].parameters.values()]
@@ -84,6 +85,7 @@ class ClientTraining:
             norm = summed[client] / targets[client]
             finite = math.isfinite(norm)
             adapter.step = step
+            self._book.trained(client)
             if finite:
                 clip = min(1.0, self._settings.clip / (norm + 1e-6)) if self._settings.clip else 1.0
                 torch._foreach_mul_(gradients[client], clip / targets[client])

@@ -89,7 +89,7 @@ class Gateway:
         self._book.agree(peer.name, message.adapter)
 
     def on_opened(self, session: Any) -> None:
-        self._book.settle(session.peer.name, session.open.adapter)
+        self._book.settle(session.session, session.peer.name, session.open.adapter)
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
         self._meter.joined(session.session, session.peer.name)
         self._inbox.put(Event(session.session, opened=True, name=session.peer.name))
@@ -98,6 +98,7 @@ class Gateway:
         self._log.write("refused", who=who, code=code, why=text)
 
     def on_closed(self, session: str, reason: str) -> None:
+        self._book.left(session)
         self._log.write("left", session=session[:8], why=reason)
         self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.

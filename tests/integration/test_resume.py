@@ -1,0 +1,104 @@
+"""A server that starts again goes on where the run stood, with every client's adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from server_trunk.server import TrunkServer
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, client_directory, clients_of
+from splitfl.config import LoraSettings
+from splitfl.errors import CheckpointError, ConfigError
+from splitfl.transport.memory import MemoryNetwork, MemoryServerTransport
+from tests.integration.test_client_adapters import SETTINGS, train, weights
+from tests.integration.test_equality import story_batches
+from tests.world import World, running, side_by_side, tiny_llama
+
+
+def again(world, **changes):
+    """A new server for the run of ``world``, whose own has stopped."""
+    network = MemoryNetwork()
+    config = dataclasses.replace(world.server.config, **changes)
+    server = TrunkServer(config, resume=True, transport=MemoryServerTransport(network, world.server.identity))
+    world.network, world.server = network, server
+    return world
+
+
+def test_resumed_is_as_uninterrupted_and_absent_clients_keep_theirs(tmp_path, data, stories):
+    steps = story_batches(data, 3, steps=12)
+    own = [[step[client] for step in steps] for client in range(3)]
+    settings = SETTINGS | {"lora.dropout": 0.1}
+    frozen = {"ends": "frozen"}
+    reference = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        world = World(tmp_path / name, stories, 3, **settings)
+        with running(world):
+            side_by_side(3, lambda client, world=world: train(world, client, own[client][:4], **frozen))
+            if name == "whole":
+                reference = [train(world, 0, own[0][4:8], **frozen), train(world, 1, own[1][4:8], **frozen)]
+                expected = [weights(world, client) for client in range(3)]
+    assert checkpoint_steps(world.server.config.out_dir) == [3]
+    with pytest.raises(ConfigError, match="--resume"):
+        TrunkServer(world.server.config)
+    with running(again(world, clients=1)):
+        assert world.events("resumed")[-1]["step"] == 3
+        found = [train(world, 0, own[0][4:8], **frozen)]
+    assert world.events("step")[-1]["step"] == 7
+    assert clients_of(world.server.config.out_dir) == ["client0", "client1", "client2"]
+    with running(again(world, clients=1)):
+        found.append(train(world, 1, own[1][4:8], asked={}, **frozen))
+    assert found == reference
+    for client in range(3):
+        assert all(torch.equal(mine, expected[client][name]) for name, mine in weights(world, client).items())
+    # Who was not there for eight steps has one checkpoint, of the step it was part of last.
+    folder = client_directory(world.server.config.out_dir, "client2")
+    assert checkpoint_steps(folder) == [3]
+
+
+@pytest.mark.parametrize("trainables", ["lora", "full"])
+def test_a_shared_trunk_resumes_as_well(tmp_path, data, stories, trainables):
+    batches = [step[0] for step in story_batches(data, 1, steps=8)]
+    settings = {"trainables": trainables, "optimizer.learning_rate": 1e-3, "optimizer.schedule": "linear", "optimizer.steps": 9}
+    found = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        world = World(tmp_path / name, stories, 1, **settings)
+        with running(world):
+            losses = train(world, 0, batches[: 8 if name == "whole" else 5], ends="frozen", asked={})
+        if name == "parts":
+            with running(again(world)):
+                losses += train(world, 0, batches[5:], ends="frozen", asked={})
+        found.append(losses)
+    assert found[0] == found[1]
+    assert [event["step"] for event in world.events("step")] == list(range(8))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_runs_is_refused(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    world = World(tmp_path, model, 1, checkpoint_every=1, **SETTINGS)
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with pytest.raises(CheckpointError, match="leave --resume out"):
+        again(world)
+    with running(world):
+        train(world, 0, [batch] * 3)
+    run = world.server.config.out_dir
+    assert checkpoint_steps(run) == checkpoint_steps(client_directory(run, "client0")) == [0, 1, 2]
+    damaged = checkpoint_directory(client_directory(run, "client0"), 2) / "trainables.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    again(world)
+    assert world.events("resumed")[-1]["step"] == 1
+    assert world.events("checkpoint-damaged")[-1]["step"] == 2
+    assert checkpoint_steps(run) == [0, 1]
+    assert (run / "checkpoints" / "damaged-step-00000002").is_dir()
+    for changes, mend in (
+        ({"adapters": "shared"}, "adapters = per-client"),
+        ({"cut": "1:2"}, "cut = 1:1"),
+        ({"lora": LoraSettings(dropout=0.5)}, "lora"),
+        ({"model": tiny_llama(tmp_path / "other", seed=1)}, "another model"),
+    ):
+        with pytest.raises(CheckpointError, match=mend):
+            again(world, **changes)
+    assert checkpoint_steps(run) == [0, 1], "what is of another run is not damaged"
