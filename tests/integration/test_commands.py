@@ -220,3 +220,31 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(tmp_path, monkeypatch, caps
     assert sentence in said.err + said.out
     assert "Traceback" not in said.err
     assert len((said.err + said.out).strip().splitlines()) == 1
+
+
+def test_a_step_is_held_for_a_killed_client_until_it_is_back(tmp_path, stories, text):
+    run = Run(tmp_path, stories, 2, "--on-loss", "wait", "--step-deadline", 0)
+    try:
+        steady, doomed = (run.client(index, text, "--steps", 400, "--evaluate", 0) for index in range(2))
+        run.wait_for_step(2)
+        doomed.kill()
+        doomed.communicate()
+        deadline = time.monotonic() + 60
+        while not run.events("server", "left"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        held = len(run.events("server", "step"))
+        back = run.client(1, text, "--steps", 3, "--evaluate", 0)
+        code, _, err = finish(back)
+        assert code == 0, err
+        run.wait_for_step(held + 5)
+        steps = run.events("server", "step")
+        # Every step until the client left of its own will had both; none was made while it was away.
+        both = [set(event["parts"]) == {"client0", "client1"} for event in steps]
+        assert all(both[: held + 3])
+        assert not any(both[held + 3 :])
+        assert not any(part["dropped"] for event in steps for part in event["parts"].values())
+        steady.kill()
+        steady.communicate()
+    finally:
+        run.close()
