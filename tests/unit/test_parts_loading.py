@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import splitfl
 from benchmarks import memory
 from splitfl.errors import ModelError
-from splitfl.parts.loading import load_ends, load_trunk
+from splitfl.parts.loading import attach_trunk, load_ends, load_trunk
 from splitfl.parts.plan import plan
 from tests.families import FAMILIES, save_family
 
@@ -147,3 +147,22 @@ def test_a_side_uses_memory_for_its_own_part_alone(capfd: pytest.CaptureFixture[
     for part in ("client", "server"):
         assert result[part]["ratio"] <= memory.BAR
         assert held[part] <= result[part]["read_bytes"] <= 1.05 * held[part] + 1e6
+
+
+def test_a_call_that_was_interrupted_leaves_no_mask_behind(llama: Path) -> None:
+    ends = load_ends(llama, (1, 1))
+    seen: list[torch.Tensor | None] = []
+
+    def trunk(h: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        seen.append(mask)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return h
+
+    attach_trunk(ends, trunk)
+    ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
+    with pytest.raises(KeyboardInterrupt):
+        ends(input_ids=ids, attention_mask=mask)
+    ends(input_ids=ids)
+    assert seen[1] is None
+    load_ends(llama, (1, 1))  # probed again, in the same thread
