@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from client_ends.objective import Objective, objective_of, without_targets_after_padding
+from client_ends.pieces import forward_in_pieces, pieces_of
 from client_ends.remote import RemoteTrunk
 from client_ends.session import TrunkSession
 from splitfl.channel.client import OpenTerms
@@ -224,6 +225,7 @@ class SplitModelForSequenceClassification(_SplitModel):
 def _observed(forward: Any) -> Any:
     """The family's forward, watched: it tells the remote trunk the mode, and what the labels say of the objective."""
     signature = inspect.signature(forward)
+    names = {name for name, each in signature.parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD} - {"self"}
 
     @functools.wraps(forward)
     def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,8 +243,13 @@ def _observed(forward: Any) -> Any:
         objective = self._set_objective or objective_of(arguments, per_token=per_token)
         self._remote.training = self.training
         self._remote.objective = objective
+        named = {name: arguments[name] for name in arguments if name in names or name in kwargs}
+        pieces = pieces_of(named, self.config, self._remote.micro_batches)
         try:
-            out = forward(self, *args, **kwargs)
+            if pieces:
+                out = forward_in_pieces(self, forward, named, pieces, self._remote, objective)
+            else:
+                out = forward(self, *args, **kwargs)
         finally:
             self._remote.objective = None
         loss = out.get("loss") if hasattr(out, "get") else out[0] if objective and isinstance(out, tuple) else None
