@@ -258,7 +258,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "layout",
         str,
-        "rows of a trunk batch: packed behind one another, padded, or auto: packed where padding wastes something",
+        "rows of a trunk batch: packed behind one another, padded, or auto: packed where padding wastes more than that costs",
         _one_of("auto", "padded", "packed"),
     ),
     Setting("lanes", int, "pieces of a batch that run side by side on a CPU (0: one a thread, at most 4)", _at_least(0)),
