@@ -128,11 +128,10 @@ def why_not_keyed(model: nn.Module) -> str | None:
 
 def _tried(trunk: Any, runs: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the blocks add to the trial's hidden states going forward, and to their gradient going back: (tokens, H) each."""
-    like = next(trunk.layout.block_list(trunk).parameters())
     generator = torch.Generator().manual_seed(0)
     total = sum(length for length, _ in _TRIAL)
     # Small, so that in half precision what is added is not lost beside it.
-    h, dy = (0.1 * torch.randn(total, trunk.layout.hidden_size, generator=generator).to(like.device, like.dtype) for _ in "hd")
+    h, dy = (0.1 * torch.randn(total, trunk.layout.hidden_size, generator=generator).to(trunk.device, trunk.dtype) for _ in "hd")
     h.requires_grad_()
     parts = h.split([rows.tokens for rows in runs])
     with torch.enable_grad():

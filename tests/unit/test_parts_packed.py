@@ -193,9 +193,13 @@ def test_a_family_whose_attention_looks_across_segments_is_refused(tmp_path: Pat
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_trunk_in_half_precision_packs(tmp_path: Path) -> None:
+def test_a_trunk_in_half_precision_under_lora_packs(tmp_path: Path) -> None:
     model = load_trunk(save_family(named("llama"), tmp_path), (1, 1), dtype="bfloat16")
-    assert why_not_packed(model) is None
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    lora.train()
+    assert why_not_packed(lora) is None
+    assert lora.training
+    assert model.training
 
 
 def test_flash_attention_is_told_where_segments_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
