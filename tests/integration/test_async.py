@@ -205,9 +205,11 @@ def test_equal_speeds_and_the_loss_falls_on_real_text(tmp_path, data, stories):
 
     with running(world):
         losses = side_by_side(clients, client)
-        wait_for(lambda: len(world.events("step")) >= rounds)
+        given = rounds // 5 * sum(int((one["labels"][:, 1:] != -100).sum()) for step in batches for one in step)
+        wait_for(lambda: sum(event["targets"] for event in world.events("step")) == given)
     events = world.events("step")
-    assert len(events) == rounds
+    # Parts that end together are used together, so there may be fewer steps, never more.
+    assert rounds // 2 <= len(events) <= rounds
     assert max(part["staleness"] for event in events for part in event["parts"].values()) <= 2
     for own in losses:
         assert sum(own[-5:]) < 0.95 * sum(own[:5])
