@@ -146,16 +146,40 @@ def _blocks(runs: Runs, rows: int, block: int, device: torch.device) -> tuple[Te
     return torch.tensor(pairs, device=device), torch.cat(row_of).to(device), place_of.to(device), block
 
 
+def _stacked(pairs: Sequence[AdapterPair], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All A ``(pairs, rank, in)`` and all B ``(pairs, out, rank)``, zero beyond a pair's own rank; a few kernels for any number.
+
+    Gradients of the parts come back contiguous, as the fused optimizer wants them.
+    """
+    ranks = tuple(pair.a.shape[0] for pair in pairs)
+    rank, into, out = max(ranks), pairs[0].a.shape[1], pairs[0].b.shape[0]
+    a = torch.cat([pair.a for pair in pairs])
+    b = torch.cat([pair.b.reshape(-1) for pair in pairs])
+    if any(own != rank for own in ranks):
+        rows, places = _padding(ranks, out, a.device)
+        a = a.new_zeros(len(pairs) * rank, into).index_copy(0, rows, a)
+        b = b.new_zeros(len(pairs) * out * rank).index_copy(0, places, b)
+    return a.reshape(-1, rank, into).to(dtype), b.reshape(-1, out, rank).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _padding(ranks: tuple[int, ...], out: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the rows of all A, and the elements of all B, one after another, lie among those padded to the largest rank."""
+    rank = max(ranks)
+    own = torch.arange(rank) < torch.tensor(ranks)[:, None]  # (pairs, rank)
+    elements = own[:, None].expand(-1, out, -1)
+    return own.flatten().nonzero().flatten().to(device), elements.flatten().nonzero().flatten().to(device)
+
+
 def add_in_blocks(out: Tensor, x: Tensor, runs: Runs, pairs: Sequence[AdapterPair], *, block: int = _BLOCK) -> Tensor:
     """As :func:`add_in_runs`, by batched products over blocks of ``block`` rows with one adapter each, and never in place."""
     pair_of, row_of, place_of, block = _blocks(runs, len(x), block, x.device)
-    rank = max(pair.a.shape[0] for pair in pairs)
-    a = torch.stack([nn.functional.pad(pair.a, (0, 0, 0, rank - pair.a.shape[0])) for pair in pairs]).to(x.dtype)
-    b = torch.stack([nn.functional.pad(pair.b, (0, rank - pair.b.shape[1])) * pair.scaling for pair in pairs]).to(x.dtype)
+    a, b = _stacked(pairs, x.dtype)
+    scaling = torch.tensor([pair.scaling for pair in pairs], dtype=x.dtype, device=x.device)
     # One row of zeros more, which the places without a row read.
     held = x if row_of is None else nn.functional.pad(x, (0, 0, 0, 1)).index_select(0, row_of)
     blocks = held.reshape(-1, block, x.shape[-1])
-    inner = torch.bmm(blocks, a.index_select(0, pair_of).transpose(1, 2))
+    inner = torch.bmm(blocks, a.index_select(0, pair_of).transpose(1, 2)) * scaling.index_select(0, pair_of)[:, None, None]
     delta = torch.bmm(inner, b.index_select(0, pair_of).transpose(1, 2)).reshape(-1, out.shape[-1])
     if place_of is None:
         return out + delta
