@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 
@@ -167,6 +168,45 @@ def test_nobody_is_late_while_nobody_waits(tmp_path, model):
         alone.wait_step()
     (event,) = world.events("step")
     assert [part["micro_batches"] for part in event["parts"].values()] == [1, 1]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_clients_that_are_late_at_any_moment_end_no_session_and_hold_nobody_up(tmp_path, model, mode):
+    """Deadlines as short as the sleeps, so that every message crosses every end of a step sooner or later."""
+    world = World(tmp_path, model, 3, trainables="full", timing=QUICK, step_deadline=0.02, mode=mode, max_staleness=0)
+    missed = [0, 0, 0]
+
+    def client(index: int) -> None:
+        split, draw = join(world, index), random.Random(index)
+        session = split.trunk.session
+        for _ in range(30):
+            try:
+                for one in FLIGHTY[0]:
+                    loss = split(**one).loss
+                    time.sleep(draw.choice((0, 0, 0.02, 0.04)))
+                    loss.backward()
+                    time.sleep(draw.choice((0, 0, 0.02, 0.04)))
+                if draw.random() < 0.2:
+                    split.step("pause")
+                    with torch.no_grad():
+                        split(**STEADY[0])
+                else:
+                    split.step()
+            except StepMissed:
+                missed[index] += 1
+        session.pause()
+        split.wait_step()
+        split.close()
+
+    with running(world):
+        side_by_side(3, client)
+        wait_for(lambda: not world.server._loop._names)
+        loop = world.server._loop
+        assert loop.failure is None
+        assert not loop._stale
+        assert not loop._scheduler._waiting
+    assert sum(missed) > 0
+    assert [event["why"] for event in world.events("left")] == ["the client said goodbye"] * 3
 
 
 def test_the_command_goes_on_after_a_step_it_missed(tmp_path, data, stories, monkeypatch):
