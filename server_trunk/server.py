@@ -77,7 +77,8 @@ class TrunkServer:
         listed = authorized_file(config)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            if not resume:
+                self._write_config()
         except OSError as error:
             raise ConfigError(f"cannot write to {out} ({error.strerror}): choose another directory with --out") from None
         if config.threads:
@@ -108,12 +109,18 @@ class TrunkServer:
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log)
-        self._first = self._keeper.resume() if resume else 0
+        self._first = 0
+        if resume:
+            self._first = self._keeper.resume()
+            self._write_config()  # what cannot go on leaves the run's own as it is
         self._done = threading.Event()
         self._channel: ServerChannel | None = None
         self._transport = transport
         self._channel_options = channel_options
         self.join: JoinString | None = None
+
+    def _write_config(self) -> None:
+        (self.config.out_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
 
     def start(self) -> None:
         """Open the endpoints and start both threads; :attr:`join` is what clients need.

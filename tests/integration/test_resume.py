@@ -9,6 +9,7 @@ import torch
 
 from server_trunk.server import TrunkServer
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, client_directory, clients_of
+from splitfl.cli import main
 from splitfl.config import LoraSettings
 from splitfl.errors import CheckpointError, ConfigError
 from splitfl.transport.memory import MemoryNetwork, MemoryServerTransport
@@ -102,3 +103,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_runs_is_refused(tmp_pat
         with pytest.raises(CheckpointError, match=mend):
             again(world, **changes)
     assert checkpoint_steps(run) == [0, 1], "what is of another run is not damaged"
+    assert 'adapters = "per-client"' in (run / "config.toml").read_text()
+
+
+def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_path, capsys):
+    model = tiny_llama(tmp_path / "model")
+    (tmp_path / "authorized_clients").write_text("")
+    arguments = ["serve", model, "--out", str(tmp_path / "run"), "--authorized-clients", str(tmp_path / "authorized_clients")]
+    assert main([*arguments, "--resume"]) == 2
+    assert "leave --resume out to begin a new run" in capsys.readouterr().err
