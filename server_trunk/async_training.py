@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
+from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -45,6 +46,10 @@ class AsyncTraining(SharedTraining):
         if not report.skipped:
             self._renew()
         return report
+
+    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
+        super().load(tensors, extra)
+        self._renew()
 
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
         super().load(tensors, extra)

@@ -237,10 +237,13 @@ def test_a_working_copy_is_what_the_modules_hold_and_the_checkpoint_holds_the_sa
         step(one, batch(0))
         one.wait_step()
         wait_for(lambda: optimizer_steps(world) == 1)
-    tensors, _ = training.state()
+    tensors, extra = training.state()
     held = named_trainables(world.server._model)
     assert tensors.keys() == held.keys()
     assert all(torch.equal(tensors[name], held[name]) and tensors[name] is not held[name] for name in tensors)
+    training.load({name: tensor + 1 for name, tensor in tensors.items()}, extra)
+    after = named_trainables(world.server._model)
+    assert all(torch.equal(after[name], held[name] + 1) for name in tensors)
 
 
 @pytest.mark.parametrize(
