@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
-from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -46,10 +45,6 @@ class AsyncTraining(SharedTraining):
         if not report.skipped:
             self._renew()
         return report
-
-    def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
-        super().load(tensors, extra)
-        self._renew()
 
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
         super().load(tensors, extra)
