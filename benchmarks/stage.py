@@ -1,0 +1,162 @@
+"""What several benchmarks set up alike: a model made on the spot, one server process, its clients' keys, links between them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.central_ratio import LEARNING_RATE, Workers, build_model
+from benchmarks.link import Link, host_of
+from benchmarks.relay import free_port
+
+__all__ = ["Stage", "batch_of", "quiet", "train"]
+
+
+def quiet() -> None:
+    """Idle threads sleep and libraries say nothing, here and in every process started from here."""
+    # Spinning threads would take the cores from the other processes.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+class Stage:
+    """A server process with ``clients`` keys on its list, each reached over a link of its own where ``links``.
+
+    ``settings`` go into the run config; ``model_dir`` reuses a model, else a Llama of ``hidden`` and ``blocks`` is made.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        clients: int,
+        hidden: int,
+        blocks: int,
+        model_dir: str | None = None,
+        links: bool = False,
+    ) -> None:
+        from splitfl.protocol.join import JoinString
+        from splitfl.protocol.keys import write_identity
+
+        self._work = tempfile.TemporaryDirectory()
+        work = self._work.name
+        self.model_dir = model_dir or f"{work}/model"
+        if model_dir is None:
+            build_model(Path(self.model_dir), hidden=hidden, blocks=blocks)
+        self.keys = [f"{work}/client{index}.key" for index in range(clients)]
+        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self.keys)]
+        Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
+        port, data_port = free_port(), free_port()
+        own: dict[str, Any] = {
+            "model": self.model_dir,
+            "out": f"{work}/server",
+            "authorized_clients": f"{work}/authorized_clients",
+            "checkpoint_every": 0,
+            "trainables": "full",
+            "optimizer.learning_rate": LEARNING_RATE,
+            "bind": f"127.0.0.1:{port}",
+            "data_port": data_port,
+        }
+        self.log = Path(work) / "server" / "log.jsonl"
+        self.link: Link | None = None
+        self._workers = Workers()
+        try:
+            if links:
+                near, near_data = free_port(), free_port()
+                self.link = Link({near: port, near_data: data_port}, links=clients)
+                own["advertise"] = f"*:{near_data}"  # the host that the client dialled
+            self._server = self._workers.start("server", _serve, own | settings)
+            join = JoinString.parse(self._server.recv())
+            hosts = [(host_of(index), near) if links else ("127.0.0.1", port) for index in range(clients)]
+            self.joins = [str(JoinString(join.key, host, to, join.run)) for host, to in hosts]
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, target: Any, *args: Any) -> Connection:
+        """One more process: ``target(pipe, *args)``, which ends when it receives None."""
+        return self._workers.start("clients", target, *args)
+
+    def peak_memory(self) -> int:
+        """The server process's resident high-water mark, bytes."""
+        self._server.send("memory")
+        return int(self._server.recv())
+
+    def close(self) -> None:
+        self._workers.stop()
+        if self.link is not None:
+            self.link.close()
+        self._work.cleanup()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, settings: dict[str, Any]) -> None:
+    """Worker: the trunk server; sends its join string, and its peak memory when asked."""
+    import resource
+    import sys
+
+    from server_trunk.server import TrunkServer
+    from splitfl.config import build_config
+
+    server = TrunkServer(build_config(settings))
+    server.start()
+    pipe.send(str(server.join))
+    while pipe.recv() is not None:
+        # ru_maxrss is in KiB, on macOS in bytes.
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    server.stop()
+
+
+def batch_of(rows: int, length: int, seed: int) -> dict[str, Any]:
+    """Random tokens ``(rows, length)`` with their labels."""
+    import torch
+
+    from benchmarks.central_ratio import VOCABULARY
+
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def train(pipe: Connection, model_dir: str, join: str, key: str, shape: Sequence[int], seed: int) -> None:
+    """Worker: one client with real ends, all weights trained, one thread. Command: (micro-batches, steps) -> the wall clock at
+    the end of each step; between commands the client has withdrawn from the run's steps.
+    """
+    import time
+
+    import torch
+
+    from client_ends import SplitModelForCausalLM
+    from splitfl.adapters import set_trainable
+    from splitfl.config import OptimizerSettings
+    from splitfl.optimizer import build_optimizer
+
+    torch.set_num_threads(1)
+    model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu")
+    set_trainable(model, "full")
+    model.train()
+    optimizer = build_optimizer(model.parameters(), OptimizerSettings(learning_rate=LEARNING_RATE))
+    batch = batch_of(shape[0], shape[1], seed)
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        model.trunk.micro_batches, steps = command
+        ends = []
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ends.append(time.time())
+        model.trunk.session.pause()
+        model.wait_step()
+        pipe.send(ends)
+    model.close()

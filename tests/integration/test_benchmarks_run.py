@@ -1,0 +1,61 @@
+"""Each benchmark runs, small, and says in JSON what it is there to say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def run(name: str, *flags: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["machine"]["torch"]
+    return result
+
+
+def test_wan():
+    result = run("wan")
+    shares = [cell["share_of_bound"] for cell in result["cells"]]
+    assert result["worst_share_of_bound"] == min(shares) > 0
+    for cell in result["cells"]:
+        compute, transfer, trips = cell["compute_s"], cell["transfer_s"], 2 * cell["rtt_ms"] / 1000
+        # The time that messages are under way is in the step, whatever the machine.
+        assert cell["step_s"] > max(trips, transfer)
+        assert cell["bound_s"] == pytest.approx(
+            max(compute, transfer) + min(compute, transfer) / result["micro_batches"] + trips, rel=0.01
+        )
+    slow, fast = (next(cell["transfer_s"] for cell in result["cells"] if cell["mbit_per_s"] == rate) for rate in (50, 1000))
+    assert slow / fast == pytest.approx(20, rel=0.1)
+    assert {"factor", "predicted", "predicted_both_directions"} <= result["pipelining"].keys()
+    for mode in ("sync", "async"):
+        assert result["company"][mode]["2"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--real"]])
+def test_modes(tmp_path, flags):
+    result = run("modes", "--plot", str(tmp_path / "modes.svg"), *flags)
+    assert (tmp_path / "modes.svg").read_text().count("serial") >= 1
+    table = result["results"]["1x64"]
+    for mode in ("serial", "client-batching"):
+        for clients in ("1", "2"):
+            row = table[mode][clients]
+            assert row["steps"] > 0
+            assert row["tokens_per_second"] == pytest.approx(64 * int(clients) / row["step_s"], rel=0.02)
+            assert 0 < row["busy_share"] <= 1
+            assert row["peak_memory_mb"] > 50
+    assert result["gain"]["1x64"]["client-batching"].keys() == {"1", "2"}
+
+
+def test_graphs():
+    result = run("graphs")
+    assert result["recompute_step_over_keep"] > 0
+    assert result["ways"].keys() == {"keep", "recompute"}
+    assert all(way["peak_memory_mb"] > way["above_rest_mb"] >= 0 for way in result["ways"].values())
