@@ -47,6 +47,7 @@ class ClientTraining:
 
     def __init__(self, model: Any, config: RunConfig, book: AdapterBook) -> None:
         self.loras = ClientLoras(model, config.lora, seed=config.seed)
+        self.loras.try_out(model)
         self.adapters: dict[str, ClientAdapter] = {}
         self._settings, self._book = config.optimizer, book
         self._moving = False

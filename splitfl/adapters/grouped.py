@@ -28,7 +28,9 @@ from splitfl.adapters.lora import is_fan_in_fan_out, lora_start, targeted_linear
 from splitfl.adapters.names import ADAPTER, full_name
 from splitfl.adapters.trainables import set_trainable
 from splitfl.config import LoraSettings
-from splitfl.parts.rows import current_rows
+from splitfl.errors import ModelError
+from splitfl.parts.packed import run_segments
+from splitfl.parts.rows import Rows, current_rows
 
 __all__ = ["AdapterPair", "ClientLoras", "GroupedLinear", "Runs", "add_in_blocks", "add_in_runs"]
 
@@ -37,6 +39,9 @@ Runs = tuple[tuple[int, int, int], ...]
 
 #: Rows of a block: large enough to fill a tensor core's tile, small enough that a client's last block is mostly rows.
 _BLOCK = 128
+
+#: Whose rows a part is tried with: no client can be called so.
+_TRIAL = ("/one", "/other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +69,25 @@ class GroupedLinear(nn.Module):
         base: Any = self.base_layer
         return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else (base.nx, base.nf)
 
+    @property
+    def weight(self) -> Any:
+        """The base's own: some families look at a layer's dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+        """(..., in) to (..., out). Raises ModelError for rows that are not the run's own, as where a family routes them."""
         rows = current_rows()
         owners = list(dict.fromkeys(owner for owner, _, _ in rows.runs if owner)) if rows is not None else []
         if rows is None or not owners:
             return cast(Tensor, self.base_layer(x))
         # Two dimensions: a view of the product, which three would be, could not be added to in place.
         flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != rows.runs[-1][2]:
+            raise ModelError(f"a layer sees {len(flat)} rows in a run of {rows.runs[-1][2]}, so nobody can tell whose they are")
         out = self.base_layer(flat)
         place = {owner: index for index, owner in enumerate(owners)}
         runs = tuple((place[owner], begin, end) for owner, begin, end in rows.runs if owner)
@@ -202,6 +218,25 @@ class ClientLoras:
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
         self.fan_in_fan_out = is_fan_in_fan_out(linears.values())
+
+    def try_out(self, model: Any) -> None:
+        """Run the part on two owners' rows. Raises ModelError where its layers do not see each token's row in its place."""
+        size = model.layout.hidden_size
+        like = next(model.parameters())
+        for owner in _TRIAL:
+            self.add(owner, rank=1, alpha=1.0)
+        try:
+            with torch.no_grad():
+                flat = torch.ones(5, size, device=like.device, dtype=like.dtype)
+                run_segments(model, flat, Rows(((3, 0), (2, 0)), False, _TRIAL))
+        except ModelError as error:
+            raise ModelError(
+                f"{model.config.model_type} cannot have an adapter for each client in these layers, {error}: choose others with "
+                "--lora-targets, or --adapters shared"
+            ) from None
+        finally:
+            for owner in _TRIAL:
+                self.remove(owner)
 
     def add(self, owner: str, *, rank: int, alpha: float) -> dict[str, Parameter]:
         """A fresh adapter for ``owner``, as :func:`attach_lora` starts it; returns its parameters by their full names, sorted."""

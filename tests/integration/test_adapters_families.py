@@ -1,4 +1,4 @@
-"""For every architecture of the table: what two parts train merges into what the two parts compute."""
+"""For every architecture of the table: two adapters merge into what the two parts compute, and clients can have their own."""
 
 import pytest
 import torch
@@ -7,6 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from splitfl import attach_trunk, load_ends, load_trunk
 from splitfl.adapters import LoraSettings, attach_lora, merge, named_trainables, save_part
+from splitfl.adapters.grouped import ClientLoras
+from splitfl.parts.packed import run_segments
+from splitfl.parts.rows import Rows
 from tests.families import FAMILIES, VOCABULARY, save_family
 
 SETTINGS = LoraSettings(rank=3, alpha=6.0)
@@ -45,3 +48,28 @@ def test_two_adapters_become_one(tmp_path, family):
         assert torch.equal(adapted(input_ids=ids).logits, expected)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
         assert (merged(input_ids=ids).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_each_client_has_its_own_adapter_in_a_mixed_batch(tmp_path, family):
+    base = save_family(family, tmp_path / "base")
+    mixed = load_trunk(base, (1, 1))
+    loras = ClientLoras(mixed, SETTINGS, seed=1)
+    loras.try_out(mixed)
+    wire, owners = ((5, 0), (3, 1), (4, 0)), ("ada", "ben", "ada")
+    size = mixed.layout.hidden_size
+    flat = torch.randn(12, size, generator=torch.Generator().manual_seed(0))
+    own = {owner: loras.add(owner, rank=rank, alpha=6.0) for owner, rank in (("ada", 3), ("ben", 5))}
+    places = {"ada": [*range(5), *range(8, 12)], "ben": [5, 6, 7]}
+    draw = torch.Generator().manual_seed(3)
+    for parameters in own.values():
+        for value in parameters.values():
+            value.data += 0.05 * torch.randn(value.shape, generator=draw)
+    with torch.no_grad():
+        y = run_segments(mixed, flat, Rows(wire, False, owners))
+        for owner, rank in (("ada", 3), ("ben", 5)):
+            alone = attach_lora(load_trunk(base, (1, 1)), LoraSettings(rank=rank, alpha=6.0), seed=1)
+            for name, value in named_trainables(alone).items():
+                value.copy_(own[owner][name])
+            rows = Rows(tuple(each for each, whose in zip(wire, owners, strict=True) if whose == owner), False)
+            torch.testing.assert_close(y[places[owner]], run_segments(alone, flat[places[owner]], rows), rtol=1e-5, atol=1e-5)

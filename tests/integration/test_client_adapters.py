@@ -284,3 +284,10 @@ def test_settings_that_contradict_each_other(settings, mend):
 
     with pytest.raises(ConfigError, match=mend):
         build_config({"model": "m", "adapters": "per-client"} | settings)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("rank", "0"), ("alpha", "0"), ("lr", "-1"), ("weight-decay", "-0.5")])
+def test_flags_out_of_range_are_one_sentence(tmp_path, capsys, flag, value):
+    arguments = ["train", "--trunk", "splitfl://x", "--identity", "none", "--data", str(tmp_path / "none")]
+    assert main([*arguments, f"--adapter-{flag}", value]) == 2
+    assert f"--adapter-{flag} {value}: it must be" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from splitfl.adapters import LoraSettings, attach_lora, named_trainables
 from splitfl.adapters import grouped as module
 from splitfl.adapters.grouped import AdapterPair, ClientLoras, GroupedLinear, add_in_blocks, add_in_runs
+from splitfl.errors import ModelError
 from splitfl.parts.dropout import dropout_key, install_keyed_dropout
 from splitfl.parts.loading import load_trunk
 from splitfl.parts.packed import run_segments, why_not_packed
@@ -245,3 +246,20 @@ def test_half_precision_keeps_adapters_in_fp32(bases):
     gradients = torch.autograd.grad(y.float().sum(), list(named.values()))
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
     assert y.dtype == torch.bfloat16
+
+
+def test_layers_that_see_other_rows_are_refused_before_anybody_trains(bases):
+    trunk = load_trunk(str(bases / "llama"), "1:1")
+    mlp = trunk.model.layers[1].mlp
+    whole = mlp.forward
+
+    def routed(x):
+        return torch.cat([whole(x[:, :1]), x[:, 1:]], dim=1)
+
+    mlp.forward = routed
+    with pytest.raises(ModelError, match=r"llama cannot have an adapter for each client in these layers.*--adapters shared"):
+        ClientLoras(trunk, LoraSettings(), seed=0).try_out(trunk)
+    other = load_trunk(str(bases / "llama"), "1:1")
+    loras = ClientLoras(other, LoraSettings(), seed=0)
+    loras.try_out(other)
+    assert all(not layer.of for layer in loras.layers.values())
