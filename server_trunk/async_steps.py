@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server_trunk.steps import LATE, LOST, PAUSED, Ledger, Part, Steps, check_done, earliest
+from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
+from server_trunk.steps import Steps
 from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone

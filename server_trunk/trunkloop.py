@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
+from server_trunk.ledger import Ledger, Part
 from server_trunk.meter import Meter
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
-from server_trunk.steps import Ledger, Part, Steps
+from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
