@@ -81,7 +81,7 @@ class RunKeeper:
     def _describe(self, step: int, lora: LoraSettings) -> dict[str, Any]:
         config = self._config
         cut = Cut.parse(config.cut)
-        return describe_part(
+        about = describe_part(
             self._model,
             part="trunk",
             base=config.model,
@@ -93,6 +93,7 @@ class RunKeeper:
             step=step,
             run=config.run,
         )
+        return about | {"mode": config.mode}
 
     # --- going on ---------------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ WEIGHTS = "weights.safetensors"
 
 # What a checkpoint has to say of itself to become a result, and what it may say: the rest is found in its tensors.
 _NEEDED = ("part", "base", "identity", "cut", "trainables", "lora", "task", "step")
-_MORE = ("revision", "run", "client", "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions")
+_MORE = ("revision", "run", "mode", "client", "head", "num_labels", "label_names", "fan_in_fan_out", "dtype", "versions")
 
 
 def describe_part(

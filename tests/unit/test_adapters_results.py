@@ -307,6 +307,19 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, bases):
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_of_an_asynchronous_run_need_not_be_of_one_step(tmp_path, bases):
+    base = bases / "llama"
+    for part, load, step, more in (("ends", load_ends, 7, {}), ("trunk", load_trunk, 3, {"mode": "async"})):
+        model = prepare(load(base, CUT), A)
+        meta = describe_part(
+            model, part=part, base=str(base), identity=IDENTITY, cut=CUT, trainables="lora", lora=A, task="causal-lm", step=step
+        )
+        save_checkpoint(checkpoint_directory(tmp_path / part, step), named_trainables(model), meta | more)
+        export_part(tmp_path / part, tmp_path / f"{part}-out")
+    merge(tmp_path / "ends-out", tmp_path / "trunk-out", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
 def test_sides_that_know_different_shards_belong_together(tmp_path, bases):
     base = bases / "llama"
     mine = IDENTITY | {"shards": {"1.safetensors": "a" * 64, "2.safetensors": "b" * 64}}
