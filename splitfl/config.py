@@ -209,7 +209,12 @@ SETTINGS: tuple[Setting, ...] = (
         "when a client is lost amid a step: drop goes on without it, wait holds the step for its return",
         _one_of("drop", "wait"),
     ),
-    Setting("step_deadline", float, "seconds for which others wait for a client in a step before going on without it (0: no limit)", _at_least(0)),
+    Setting(
+        "step_deadline",
+        float,
+        "seconds for which others wait for a client in a step before going on without it (0: no limit)",
+        _at_least(0),
+    ),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
     Setting(
         "adapters",
