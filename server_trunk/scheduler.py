@@ -60,10 +60,10 @@ class _Unit:
     number: int
     members: list[Member]
     kept: bool
+    awaited: int = field(init=False)  # members that have not settled; counted, as a batch may have thousands
 
-    @property
-    def ready(self) -> bool:
-        return all(member.settled for member in self.members)
+    def __post_init__(self) -> None:
+        self.awaited = sum(not member.settled for member in self.members)
 
 
 @dataclass(slots=True)
@@ -89,7 +89,6 @@ class Scheduler:
     _finish: dict[str, float] = field(default_factory=dict)  # by client: the finish tag of its newest member
     _open: dict[str, dict[int, tuple[_Unit, Member]]] = field(default_factory=dict)  # by session and micro-batch
     _ready: dict[int, _Unit] = field(default_factory=dict)  # in the order in which they became ready
-    _arrived: Counter[int] = field(default_factory=Counter)  # by step: gradients that are here and have not run
     _underway: dict[str, set[int]] = field(default_factory=dict)  # numbers of micro-batches, by session
     _kept: Counter[str] = field(default_factory=Counter)  # tokens under way, by session
     _next_number: int = 0
@@ -141,16 +140,15 @@ class Scheduler:
         if backward.rows != member.tokens or backward.step != member.forward.step:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro} of another size or step")
         member.backward, member.gradient = backward, gradient
-        self._arrived[backward.step] += 1
-        self._settle(unit)
+        self._settled(unit)
         return member
 
     def abandon(self, session: str, step: int | None = None) -> None:
         """No more backwards come from this session (for ``step``, or at all): missing rows become zero."""
         for unit, member in list(self._open.get(session, {}).values()):
-            if member.backward is None and step in (None, member.forward.step):
+            if not member.settled and step in (None, member.forward.step):
                 member.abandoned = True
-                self._settle(unit)
+                self._settled(unit)
 
     def forget(self, session: str) -> None:
         """The session is gone: its waiting forwards go too, and nobody waits for its gradients."""
@@ -165,24 +163,17 @@ class Scheduler:
             self._release(member)
         return gone
 
-    def _settle(self, unit: _Unit) -> None:
-        if unit.ready:
-            self._ready.setdefault(unit.number, unit)
+    def _settled(self, unit: _Unit) -> None:
+        """One more member of it has."""
+        unit.awaited -= 1
+        if not unit.awaited:
+            self._ready[unit.number] = unit
 
     # --- what is asked ----------------------------------------------------------------------------------------------------------
 
     def waits(self, session: str) -> bool:
         """Whether a forward of this session with a graph to keep has not run yet."""
         return any(member.session == session and member.forward.grad for _, _, member in self._waiting)
-
-    def open_micros(self, session: str, step: int) -> int:
-        """How many of the session's backwards for ``step`` have arrived and not yet run."""
-        held = self._open.get(session, {}).values()
-        return sum(1 for _, member in held if member.forward.step == step and member.backward is not None)
-
-    def runs_later(self, step: int) -> bool:
-        """Whether a gradient of ``step`` has arrived that has not run yet: until it has, the step's sum is not whole."""
-        return self._arrived[step] > 0
 
     def has_work(self, may_run: Allowed, now: float = 0.0, *, more_expected: bool = False) -> bool:
         """Whether :meth:`next` would return something. If not, ``due`` says when it will, should nothing come."""
@@ -213,10 +204,6 @@ class Scheduler:
             del held[member.forward.micro]
             if not held:
                 del self._open[member.session]
-            if member.backward is not None:
-                self._arrived[member.backward.step] -= 1
-                if not self._arrived[member.backward.step]:
-                    del self._arrived[member.backward.step]
             self._release(member)
         if unit.kept:
             self.kept_graph_tokens -= sum(member.tokens for member in members)
@@ -283,7 +270,8 @@ class Scheduler:
                 self._open.setdefault(member.session, {})[member.forward.micro] = (unit, member)
                 if unit.kept:
                     self.kept_graph_tokens += member.tokens
-            self._settle(unit)
+            if not unit.awaited:
+                self._ready[unit.number] = unit
 
     def _close_units(self, batch: ForwardBatch) -> None:
         for member in batch.members:

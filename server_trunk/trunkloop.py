@@ -305,8 +305,9 @@ class TrunkLoop:
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
             replies.append((member.session, reply, out))
             self._outlet.credit(member.session, forward.payload_bytes)
-            if forward.grad:
-                self._abandon_if_all_arrived(member.session)
+        if batch.has_backward:
+            for session in dict.fromkeys(member.session for member in batch.members):
+                self._abandon_if_all_arrived(session)
         self._mailer.send(landing, functools.partial(self._leave, "forward", batch.members, began, landing, replies))
 
     def _leave(self, kind: str, members: list[Member], began: float, landing: Landing, replies: list[_Reply]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server_trunk.scheduler import BackwardBatch, ForwardBatch, Scheduler
+from server_trunk.scheduler import MAX_UNDERWAY, BackwardBatch, ForwardBatch, Scheduler
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, Forward
 
@@ -276,3 +276,19 @@ def test_a_batch_that_waits_for_more_says_until_when():
     assert scheduler.due == 12.0
     assert scheduler.has_work(always, 12.0, more_expected=True)
     assert scheduler.due is None
+
+
+def test_thousands_of_micro_batches_in_one_batch_are_settled_one_by_one():
+    # Each word about one of them must not look at all the others: that took hours for as many as a session may have.
+    scheduler = Scheduler(batch_tokens=10**6)
+    for micro in range(MAX_UNDERWAY):
+        scheduler.add_forward("a", forward(micro, 1), None)
+    batch = scheduler.next(always)
+    for micro in range(MAX_UNDERWAY - 1):
+        scheduler.add_backward("a", backward(micro, 1), "dy")
+    assert not scheduler.has_work(always)
+    for _ in range(100):
+        scheduler.abandon("a", 0)
+    assert members(scheduler.next(always)) == members(batch)
+    assert scheduler.next(always) is None
+    assert scheduler.kept_graph_tokens == scheduler.kept_tokens("a") == 0
