@@ -31,9 +31,6 @@ from splitfl.tensors import DTYPES
 
 __all__ = ["Engine"]
 
-#: Pieces are not made smaller than this by themselves: a device that cannot run so few tokens cannot run the model.
-_SMALLEST = 16
-
 
 class _Sum:
     """The gradients of one batch, on their way into the step's sum: all of them, or, where one fails, none.
@@ -64,9 +61,18 @@ class _Sum:
 
     def count(self) -> None:
         """All pieces have run: the batch counts."""
+        held: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if gradient is not None and parameter.grad is None:
+                # Laid out as its parameter: the fused AdamW of a CPU takes that for granted.
+                same = gradient.stride() == parameter.stride()
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+            elif gradient is not None and parameter.grad is not None:
+                held.append(parameter.grad)
+                added.append(gradient)
+        if held:
+            torch._foreach_add_(held, added)
 
 
 class Engine:
@@ -115,9 +121,14 @@ class Engine:
         whether the graph is kept.
 
         It is where ``batch.keep`` asks for it, unless the device had no memory for it; then :meth:`backward` or :meth:`discard`
-        must follow under the same number.
+        must follow under the same number. A training member whose hidden states are not finite is marked ``spoilt`` and gets NaN.
         """
         members, keep = batch.members, batch.keep
+        for member in members:
+            if member.forward.grad and not _is_finite(member.hidden):
+                # In the backward its rows have a gradient of zero, but zero times NaN would be NaN in what all share.
+                member.hidden.zero_()
+                member.spoilt = True
         self._transfers.begin()
         pieces = self._cut(members)
         with self._mode(members[0]):
@@ -132,7 +143,8 @@ class Engine:
         out = [(piece.places, _taken(piece.out).detach()) for piece in pieces]
         if keep:
             self._graphs[batch.number] = pieces
-        return self._transfers.down(scatter(out, members)), keep
+        rows = zip(members, scatter(out, members), strict=True)
+        return self._transfers.down([torch.full_like(y, math.nan) if member.spoilt else y for member, y in rows]), keep
 
     def _run(self, piece: Piece, *, grad: bool) -> None:
         with torch.set_grad_enabled(grad):
@@ -175,9 +187,11 @@ class Engine:
                     for member, hidden in zip(members, rows, strict=True):
                         member.hidden = hidden
                 pieces = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
-        total.count()
         rows = scatter([(piece.places, found[id(piece)]) for piece in pieces], members)
-        return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
+        landing = self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
+        # Last, as all of the above takes memory: a batch that fails must not have counted.
+        total.count()
+        return landing
 
     def discard(self, number: int) -> None:
         """Free a graph whose backward will never come."""
@@ -284,12 +298,16 @@ def _summed(member: Member) -> torch.Tensor:
     if member.backward is None:
         return torch.zeros(member.tokens, member.forward.hidden, dtype=DTYPES[member.forward.dtype])
     rows: torch.Tensor = member.gradient.mul_(member.backward.divisor)
-    # The sum of finite numbers is finite but for an overflow, and takes no memory; only then each is looked at.
-    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
+    if member.spoilt or not _is_finite(rows):
         # One client's overflow must not cost all others the step.
         rows.zero_()
         member.spoilt = True
     return rows
+
+
+def _is_finite(rows: torch.Tensor) -> bool:
+    # The sum of finite numbers is finite but for an overflow, and takes no memory; only then each is looked at.
+    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
 
 
 def _reply(member: Member, rows: torch.Tensor) -> torch.Tensor | None:

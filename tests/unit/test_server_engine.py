@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from server_trunk.engine import Engine
+from server_trunk.engine import Engine, _Sum
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import SharedTraining
@@ -208,3 +210,44 @@ def test_the_cpu_allocator_s_error_is_known():
         torch.empty(2**46, dtype=torch.float32)
     assert is_out_of_memory(failure.value)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_gradient_laid_out_otherwise_than_its_parameter_is_put_right():
+    parameter = torch.nn.Parameter(torch.zeros(4, 6))
+    x = torch.randn(6, 3)
+    total = _Sum([parameter], in_place=False)
+    # The gradient of a transposed use comes out transposed in memory too.
+    hidden = torch.zeros(3, requires_grad=True)
+    out = (parameter.t() * 2).t() @ x + hidden
+    total._gradients = [torch.autograd.grad(out.sum(), [parameter], retain_graph=True)[0].t().contiguous().t()]
+    assert total._gradients[0].stride() != parameter.stride()
+    total.count()
+    assert parameter.grad.stride() == parameter.stride()
+    assert torch.equal(parameter.grad, total._gradients[0])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_hidden_states_that_are_not_finite_spoil_nobody_elses_step(model, value, keep):
+    others = both_ways(engine_of(model), members=members_of()[1:])
+    members = members_of()
+    members[0].hidden[0, 0] = value
+    members[0].gradient.fill_(math.nan)  # as of a loss over what comes back
+    outputs, gradients, total = both_ways(engine_of(model), keep=keep, members=members)
+    assert members[0].spoilt
+    assert bool(outputs[0].isnan().all())
+    assert bool(gradients[0].isnan().all())
+    assert_same(((outputs[1],), (gradients[1],), total), others)
+
+
+def test_a_backward_that_fails_at_its_very_end_has_not_counted(model, monkeypatch):
+    engine, members = engine_of(model), members_of()
+    _, kept = engine.forward(ForwardBatch(0, members, True))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory for what is sent back (injected)")
+
+    monkeypatch.setattr("server_trunk.engine.scatter", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.backward(BackwardBatch(0, members, kept))
+    assert all(parameter.grad is None for parameter in engine.training.trainables.values())
