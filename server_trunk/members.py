@@ -28,7 +28,7 @@ class Member:
     backward: Backward | None = None
     gradient: Any = None
     abandoned: bool = False
-    spoilt: bool = False  # its gradient was not finite and counted as zero
+    spoilt: bool = False  # its hidden states or its gradient were not finite, and counted as zero
     kept: bool = True  # its graph is; else `hidden` is, and the forward runs again for the backward
     longest: int = field(init=False)  # of its segments, in tokens
     tokens: int = field(init=False)
