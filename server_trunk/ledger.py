@@ -34,7 +34,7 @@ class Part:
     backwards: int = 0  # gradients that have run
     unrun: int = 0  # gradients that are here, of whichever session, and have not run
     counted: set[int] = field(default_factory=set)
-    replays: frozenset[int] = frozenset()  # ordinals that had counted when the present session took over
+    replays: dict[str, frozenset[int]] = field(default_factory=dict)  # by session that took over: what had counted by then
     done: StepDone | None = None
     dropped: bool = False
     why: str = ""
@@ -78,18 +78,18 @@ class Part:
     def backward_ran(self, session: str, ordinal: int, targets: int) -> None:
         """Its gradient is in the sum, also when the session vanished meanwhile; or it was there before (a replay)."""
         self.unrun -= 1
-        replayed = False
         if session == self.session:
             self.backwards += 1
-            replayed = ordinal in self.replays
-        if not replayed:
+        if ordinal not in self.replays.get(session, ()):
             self.targets += targets
             self.micro_batches += 1
 
     def backward_failed(self, session: str, ordinal: int) -> None:
         """It will not be in the sum."""
         self.unrun -= 1
-        if session != self.session or ordinal not in self.replays:
+        if session == self.session:
+            self.arrived -= 1  # so that the part is not taken for one that will be whole
+        if ordinal not in self.replays.get(session, ()):
             self.counted.discard(ordinal)
 
     def hold(self, now: float) -> None:
@@ -109,7 +109,8 @@ class Part:
 
     def take_over(self, session: str) -> None:
         """Another session begins the part anew; what has counted stays."""
-        self.session, self.lost_at, self.awaited, self.replays = session, None, None, frozenset(self.counted)
+        self.session, self.lost_at, self.awaited = session, None, None
+        self.replays[session] = frozenset(self.counted)
         self.taken = self.forwards = self.arrived = self.backwards = 0
 
 

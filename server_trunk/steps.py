@@ -72,7 +72,9 @@ class Steps:
         self._ahead.pop(session, None)
         self._missed.pop(session, None)
         part = self._holders.get(session)
-        underway = part is not None and part.session == session and not part.dropped and not part.will_be_whole
+        underway = (
+            part is not None and part.session == session and not part.dropped and part.lost_at is None and not part.will_be_whole
+        )
         if part is not None and underway and self._waits:
             part.hold(now)
         elif part is not None and underway:
@@ -195,7 +197,7 @@ class Steps:
     def is_replay(self, session: str, step: int, ordinal: int) -> bool:
         """Whether the gradient of this micro-batch is in the sum already, from before its client was lost."""
         part = self._part(session, step)
-        return part is not None and part.session == session and ordinal in part.replays
+        return part is not None and part.session == session and ordinal in part.replays.get(session, ())
 
     def may_evaluate(self, step: int) -> bool:
         """An evaluation forward that names a step wants the weights after all steps before it; while a step is held for a lost

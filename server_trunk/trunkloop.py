@@ -366,7 +366,10 @@ class TrunkLoop:
                 self._steps.backward_failed(member.session, member.backward.step, member.ordinal)
         for session in {member.session for member in batch.members if member.backward is not None}:
             self._log.write("backward-failed", client=self._names.get(session), error=said)
-            self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
+            if session in self._names:
+                self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
+            else:
+                self._steps.lose(session, time.monotonic())  # when it vanished, its part was still to be whole
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 

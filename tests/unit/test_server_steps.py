@@ -290,3 +290,41 @@ def test_a_gradient_that_failed_is_not_counted_as_there():
     steps.enrol("b2", "b")
     steps.openings()
     assert not steps.is_replay("b2", 0, 0)
+
+
+@pytest.mark.parametrize("vanished", [False, True])
+def test_a_part_whose_last_backward_fails_is_waited_for_no_more(vanished):
+    steps = opened("a", "b")
+    contribute(steps, "a", 10)
+    forward_ran(steps, "b")
+    steps.backward_arrived("b", 0, 0)
+    steps.done("b", StepDone(0, 1, 1, "continue"))
+    if vanished:
+        steps.lose("b")
+        assert steps.close() is None
+    steps.backward_failed("b", 0, 0)
+    steps.lose("b")
+    ledger = steps.close()
+    assert ledger is not None
+    assert {session: (part.targets, part.dropped) for session, part in ledger.parts.items()} == {"a": (10, False), "b": (0, True)}
+
+
+def test_a_replay_that_runs_after_its_own_session_was_lost_too_counts_once():
+    steps = Steps(clients=1, on_loss="wait")
+    steps.enrol("one", "a")
+    assert opens(steps) == ["one"]
+    forward_ran(steps, "one")
+    backward_ran(steps, "one", 4)
+    steps.lose("one")
+    steps.enrol("two", "a")
+    assert opens(steps) == ["two"]
+    forward_ran(steps, "two")
+    steps.backward_arrived("two", 0, 0)
+    steps.lose("two")
+    steps.enrol("three", "a")
+    assert opens(steps) == ["three"]
+    steps.backward_ran("two", 0, 0, 4)
+    contribute(steps, "three", 4)
+    ledger = steps.close()
+    assert ledger is not None
+    assert ledger.targets == 4

@@ -284,3 +284,21 @@ def test_stopping_a_loop_that_has_failed_with_a_full_inbox(model, tmp_path):
     while not loop.inbox.full():
         loop.inbox.put_nowait(None)
     loop.stop()
+
+
+@pytest.mark.parametrize("vanishes", [False, True])
+def test_a_backward_that_cannot_run_holds_up_nobody(model, tmp_path, vanishes):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.engine.is_atomic = True
+    desk.join("a", "b")
+    desk.run(("a", forward(0)))
+    desk.run(("b", forward(0)))
+    desk.run(*honest("a"))
+
+    def choke(batch):
+        raise torch.OutOfMemoryError("no memory (injected)")
+
+    desk.engine.backward = choke
+    desk.run(*honest("b"), *([("b", None)] if vanishes else []))
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+    assert ("b" in desk.outlet.ended) is not vanishes
