@@ -32,7 +32,19 @@ class _Presence:
     ahead: int = 0  # forwards for the next part that have arrived
     missed: int = -1  # the newest of its parts that was not waited for
     gone: bool = False  # only gradients that are here keep it
-    graphs: dict[int, int] = field(default_factory=dict)  # by ordinal: optimizer steps made before the forward
+    graphs: dict[int, list[int]] = field(default_factory=dict)  # by ordinal: optimizer steps made before each forward
+
+    def made_before(self, ordinal: int, default: int) -> int:
+        """A gradient has run: the optimizer steps made before its forward. Of several forwards under one ordinal, which none but a
+        liar sends, the oldest stay, so that no graph seems younger than it is.
+        """
+        made = self.graphs.get(ordinal)
+        if made is None:
+            return default
+        newest = made.pop()
+        if not made:
+            del self.graphs[ordinal]
+        return newest
 
 
 class AsyncSteps:
@@ -120,7 +132,7 @@ class AsyncSteps:
         return [part for part in parts if part is not None and not part.dropped]
 
     def _holds_back(self, presence: _Presence) -> bool:
-        return any(self.number + 1 - made > self._max_staleness for made in presence.graphs.values())
+        return any(self.number + 1 - made[0] > self._max_staleness for made in presence.graphs.values())
 
     def drop(self, session: str) -> int:
         """Wait no longer for this session's part; it has to enrol again. Returns the part's number."""
@@ -206,7 +218,7 @@ class AsyncSteps:
         part = self._part(session, step)
         if part is not None:
             part.forward_ran(session)
-            self._sessions[session].graphs[ordinal] = self.number
+            self._sessions[session].graphs.setdefault(ordinal, []).append(self.number)
 
     def backward_arrived(self, session: str, step: int, ordinal: int) -> None:
         part = self._part(session, step)
@@ -219,7 +231,7 @@ class AsyncSteps:
         if part is None or presence is None:
             return
         part.backward_ran(session, ordinal, targets)
-        staleness = self.number - presence.graphs.pop(ordinal, self.number)
+        staleness = self.number - presence.made_before(ordinal, self.number)
         part.staleness = max(part.staleness, staleness)
         counted = self._ledger.parts.setdefault(session, Part(session, presence.client))
         counted.targets += targets
@@ -230,7 +242,7 @@ class AsyncSteps:
         part = self._part(session, step)
         if part is not None:
             part.backward_failed(session, ordinal)
-            self._sessions[session].graphs.pop(ordinal, None)
+            self._sessions[session].made_before(ordinal, self.number)
 
     def done(self, session: str, message: StepDone) -> None:
         if self.is_stale(session, message.step):

@@ -178,3 +178,18 @@ def test_forwards_ahead_wait_and_others_are_refused():
 def test_the_mode_of_the_run_says_which():
     assert isinstance(steps_of(build_config({"model": "m"})), Steps)
     assert isinstance(steps_of(build_config({"model": "m", "mode": "async"})), AsyncSteps)
+
+
+def test_ordinals_given_twice_do_not_hide_an_old_graph():
+    steps = begun("a", "b", max_staleness=1)
+    forward(steps, "a")
+    for step in range(5):
+        forward(steps, "a")
+        backward(steps, "a")
+        contribute(steps, "b", step)
+        steps.ended()
+        steps.close()
+        steps.openings()
+    assert steps.number == 1
+    backward(steps, "a")
+    assert steps.close() is not None
