@@ -35,8 +35,8 @@ class _Presence:
     graphs: dict[int, list[int]] = field(default_factory=dict)  # by ordinal: optimizer steps made before each forward
 
     def made_before(self, ordinal: int, default: int) -> int:
-        """A gradient has run: the optimizer steps made before its forward. Of several forwards under one ordinal, which none but a
-        liar sends, the oldest stay, so that no graph seems younger than it is.
+        """A gradient has run: the optimizer steps made before its forward. Of several forwards under one ordinal, which none but
+        a liar sends, the oldest stay, so that no graph seems younger than it is.
         """
         made = self.graphs.get(ordinal)
         if made is None:
@@ -116,7 +116,7 @@ class AsyncSteps:
         part.dropped, part.why = True, why
         presence.graphs = {ordinal: made for ordinal, made in presence.graphs.items() if ordinal in part.counted}
 
-    def overdue(self, now: float) -> list[str]:
+    def overdue(self, now: float, *, idle: bool = True) -> list[str]:
         """The sessions that have held back an optimizer step for longer than the deadline allows."""
         due = self._finished >= self._contributions
         for presence in self._sessions.values():

@@ -82,16 +82,17 @@ class Steps:
         elif client is not None and self._waits:
             self._awaited[session] = client
 
-    def overdue(self, now: float) -> list[str]:
-        """The sessions that others have waited for longer than the deadline allows. To be asked whenever nothing can run.
+    def overdue(self, now: float, *, idle: bool = True) -> list[str]:
+        """The sessions that others have waited for longer than the deadline allows.
 
-        A participant is waited for while nothing of it is here to be run and somebody else's part is done, or is held up.
+        A participant is waited for while nothing of it is here to be run and somebody else's part is done, or is held up: is
+        here although the trunk is ``idle``, which means that nothing can run.
         """
         if not self.is_open or not self._deadline:
             return []
         parts = [part for part in self._ledger.parts.values() if not part.dropped]
         present = [part for part in parts if part.lost_at is None]
-        if any(part.finished or part.pending for part in present):
+        if any(part.finished or (idle and part.pending) for part in present):
             for part in present:
                 part.wait(now, not part.finished and not part.pending)
         return [part.session for part in parts if part.is_overdue(now, self._deadline)]

@@ -143,13 +143,14 @@ class TrunkLoop:
 
     def _turn(self) -> None:
         self._receive()
+        self._drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
         work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
         if isinstance(work, ForwardBatch):
             self._forward(work)
         elif isinstance(work, BackwardBatch):
             self._backward(work)
         self._turn_steps()
-        if self.inbox.empty() and not self._has_work() and self._drop_late():
+        if self.inbox.empty() and not self._has_work() and self._drop_late(idle=True):
             self._turn_steps()
 
     def _receive(self) -> None:
@@ -373,9 +374,9 @@ class TrunkLoop:
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 
-    def _drop_late(self) -> bool:
-        """Go on without those whom others have waited for too long; returns whether there are any."""
-        late = self._steps.overdue(time.monotonic())
+    def _drop_late(self, *, idle: bool) -> bool:
+        """Go on without those whom others have waited for too long; returns whether there are any. ``idle``: nothing can run."""
+        late = self._steps.overdue(time.monotonic(), idle=idle)
         for session in late:
             step = self._steps.drop(session)
             self._log.write("late", client=self._names.get(session), session=session[:8], step=step)

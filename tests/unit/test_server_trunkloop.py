@@ -59,7 +59,7 @@ def model(tmp_path_factory):
 class Desk:
     """A loop that runs only when told to."""
 
-    def __init__(self, model, work, *, clients=1, last=0, client_tokens=4096, **settings):
+    def __init__(self, model, work, *, clients=1, last=0, deadline=0.0, client_tokens=4096, **settings):
         self.trunk = load_trunk(model, (1, 1))
         set_trainable(self.trunk, "full")
         training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
@@ -67,7 +67,7 @@ class Desk:
         self.outlet, self.log = Outlet(), work / "log.jsonl"
         self.loop = TrunkLoop(
             self.engine,
-            Steps(clients=clients, last=last),
+            Steps(clients=clients, last=last, deadline=deadline),
             Scheduler(1024),
             self.outlet,
             RunLog(self.log, echo=None),
@@ -302,3 +302,17 @@ def test_a_backward_that_cannot_run_holds_up_nobody(model, tmp_path, vanishes):
     desk.run(*honest("b"), *([("b", None)] if vanishes else []))
     assert [closed.targets for closed in desk.outlet.closed()] == [4]
     assert ("b" in desk.outlet.ended) is not vanishes
+
+
+def test_a_trunk_that_somebody_keeps_busy_still_drops_who_is_late(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2, deadline=1e-9)
+    desk.join("a", "b")
+    desk.run(("busy", "open"), ("a", forward(0)))
+    desk.take(*honest("a"))
+    desk.loop._scheduler.batch_tokens = 1  # so that one forward waits while another runs
+    for micro in range(0, 8, 2):
+        desk.take(("busy", forward(micro, grad=False)), ("busy", forward(micro + 1, grad=False)))
+        desk.loop._turn()
+    assert desk.loop._has_work()
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+    assert desk.events("late")[0]["client"] == "b"
