@@ -95,15 +95,16 @@ class Mailer:
     At most ``depth`` landings are awaited: whoever would send more waits, so that the device is never far behind its thread.
     """
 
-    def __init__(self, depth: int = 2) -> None:
+    def __init__(self, on_failure: Callable[[], None] = lambda: None, depth: int = 2) -> None:
+        """``on_failure``: called, in the mailer's thread, once :meth:`check` has something to raise."""
+        self._on_failure = on_failure
         self._waiting: queue.Queue[tuple[Landing, Callable[[], None]] | None] = queue.Queue(depth)
         self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
     def send(self, landing: Landing, leave: Callable[[], None]) -> None:
         """Call ``leave`` once ``landing`` is whole. Raises what an earlier landing failed with."""
-        if self.failure is not None:
-            raise self.failure
+        self.check()
         if landing.wait is None and self._thread is None:
             leave()
             return
@@ -111,6 +112,11 @@ class Mailer:
             self._thread = threading.Thread(target=self._run, name="mailer", daemon=True)
             self._thread.start()
         self._waiting.put((landing, leave))
+
+    def check(self) -> None:
+        """Raises what a landing failed with."""
+        if self.failure is not None:
+            raise self.failure
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
@@ -123,6 +129,7 @@ class Mailer:
                 leave()
             except BaseException as error:
                 self.failure = error
+                self._on_failure()
 
     def close(self) -> None:
         """Send what is left, and end."""

@@ -19,7 +19,7 @@ from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
 from server_trunk.ledger import Ledger, Part
 from server_trunk.meter import Meter
-from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
+from server_trunk.scheduler import MAX_UNDERWAY, BackwardBatch, ForwardBatch, Member, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing, Mailer
@@ -101,7 +101,7 @@ class TrunkLoop:
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
         self._enrolments: dict[str, int] = {}
-        self._stale: list[tuple[str, int]] = []  # sessions and micro-batches to be told so once their step has closed
+        self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
         self._report = StepReport(0.0, None)  # of the newest step
         self._busy = 0.0
         self._step_began = time.monotonic()
@@ -109,7 +109,7 @@ class TrunkLoop:
         self._stopping = False
         self._trained = False
         self.failure: BaseException | None = None
-        self._mailer = Mailer()
+        self._mailer = Mailer(self._wake)
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
     def start(self) -> None:
@@ -118,12 +118,16 @@ class TrunkLoop:
     def stop(self) -> None:
         """Finish the batch under way, then end."""
         self._stopping = True
-        # The inbox can be full only while the thread is busy, or has failed; neither waits for this word.
-        with contextlib.suppress(queue.Full):
-            self.inbox.put_nowait(None)
+        self._wake()
         if self._thread.ident is not None:
             self._thread.join()
         self._mailer.close()
+
+    def _wake(self) -> None:
+        """Let the thread look around. From any thread."""
+        # The inbox can be full only while the thread is busy, or has failed; neither waits for this word.
+        with contextlib.suppress(queue.Full):
+            self.inbox.put_nowait(None)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread; True once it has ended."""
@@ -143,6 +147,7 @@ class TrunkLoop:
 
     def _turn(self) -> None:
         self._receive()
+        self._mailer.check()
         self._drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
         work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
         if isinstance(work, ForwardBatch):
@@ -229,8 +234,8 @@ class TrunkLoop:
             self._end(session, "too-many-tokens", text)
             return
         if forward.grad and self._steps.is_stale(session, forward.step):
+            self._take_stale(session, forward.micro)
             self._outlet.credit(session, forward.payload_bytes)
-            self._stale.append((session, forward.micro))
             return
         if forward.grad:
             self._steps.take_forward(session, forward.step)
@@ -253,11 +258,18 @@ class TrunkLoop:
 
     def _take_backward(self, session: str, backward: Backward, gradient: Any) -> None:
         if self._steps.is_stale(session, backward.step):
-            self._stale.append((session, backward.micro))
+            self._take_stale(session, backward.micro)
             return
         member = self._scheduler.add_backward(session, backward, gradient)
         self._steps.backward_arrived(session, backward.step, member.ordinal)
         self._abandon_if_all_arrived(session)
+
+    def _take_stale(self, session: str, micro: int) -> None:
+        """Credit does not bound these: it is given back before they are answered."""
+        late = self._stale.setdefault(session, [])
+        if len(late) > 2 * MAX_UNDERWAY:  # forwards and backwards
+            raise RemoteProtocolError("more micro-batches of a step that has gone on than a session can have under way")
+        late.append(micro)
 
     def _abandon_if_all_arrived(self, session: str) -> None:
         """Once all announced backwards are here, the other forwards of the step will never get one."""
@@ -270,7 +282,7 @@ class TrunkLoop:
         gone = self._scheduler.withdraw(session, lambda one: one.forward.grad and self._steps.is_stale(session, one.forward.step))
         for member in gone:
             self._outlet.credit(session, member.forward.payload_bytes)
-            self._stale.append((session, member.forward.micro))
+            self._stale.setdefault(session, []).append(member.forward.micro)
 
     def _end(self, session: str, code: str, text: str) -> None:
         self._outlet.end(session, Fault(code, text, True, None))
@@ -279,6 +291,7 @@ class TrunkLoop:
     def _forget(self, session: str) -> None:
         if self._names.pop(session, None) is not None:
             self._enrolments.pop(session, None)
+            self._stale.pop(session, None)
             self._scheduler.forget(session)
             self._steps.lose(session, time.monotonic())
 
@@ -405,11 +418,8 @@ class TrunkLoop:
 
     def _answer_stale(self) -> None:
         """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
-        waiting, self._stale = self._stale, []
-        for session, micro in waiting:
-            if self._steps.is_ending(session):
-                self._stale.append((session, micro))
-            else:
+        for session in [session for session in self._stale if not self._steps.is_ending(session)]:
+            for micro in self._stale.pop(session):
                 self._outlet.tell(session, Fault("stale", _STALE, False, micro))
 
     def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None) -> None:

@@ -27,14 +27,16 @@ def test_what_has_landed_leaves_at_once_and_what_has_not_does_not_hold_up_its_se
 
 
 def test_a_failed_copy_is_raised_to_the_next_sender_and_nobody_hangs():
-    mailer, failed = Mailer(depth=1), threading.Event()
+    failed = threading.Event()
+    mailer = Mailer(failed.set, depth=1)
 
     def fail():
-        failed.set()
         raise RuntimeError("the device is gone")
 
     mailer.send(landing(fail), lambda: None)
     assert failed.wait(10)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        mailer.check()
 
     def send_on():
         for _ in range(1000):

@@ -14,6 +14,7 @@ from server_trunk.gateway import Gateway
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import SharedTraining
+from server_trunk.transfers import Landing
 from server_trunk.trunkloop import Event, TrunkLoop
 from splitfl.adapters import set_trainable
 from splitfl.config import OptimizerSettings, build_config
@@ -316,3 +317,28 @@ def test_a_trunk_that_somebody_keeps_busy_still_drops_who_is_late(model, tmp_pat
     assert desk.loop._has_work()
     assert [closed.targets for closed in desk.outlet.closed()] == [4]
     assert desk.events("late")[0]["client"] == "b"
+
+
+def test_a_flood_for_a_step_that_has_gone_on_is_bounded(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2)
+    desk.join("a", "b")
+    # As of a participant that was dropped while the step is held open by another.
+    desk.loop._steps.is_stale = desk.loop._steps.is_ending = lambda session, *step: session == "b"
+    for micro in range(2 * MAX_UNDERWAY + 10):
+        desk.take(("b", forward(micro, (1, 0))))
+    desk.loop._receive()
+    assert "gone on" in desk.outlet.ended["b"].text
+    assert not desk.loop._stale
+
+
+def test_an_answer_that_fails_on_its_way_ends_a_loop_that_has_nothing_to_do(model, tmp_path):
+    desk = Desk(model, tmp_path)
+
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    desk.loop.start()
+    desk.loop._mailer.send(Landing([], lambda: 0.0, fail), lambda: None)
+    assert desk.loop.join(10)
+    assert "gone" in str(desk.loop.failure)
+    desk.loop.stop()
