@@ -23,6 +23,9 @@ QUEUE_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 # Queue times kept for the quantiles: of all clients, and of each.
 _KEPT, _KEPT_OF_ONE = 2048, 128
 
+# Arrivals remembered of a session. What its step did not wait for never runs, so that without a bound they would add up.
+_ARRIVALS = 16384
+
 
 class Ran(Protocol):
     """What the meter reads of a micro-batch that has run."""
@@ -161,6 +164,8 @@ class Meter:
         with self._lock:
             since = self._since.get(session)
             if since is not None:
+                if len(since) >= _ARRIVALS:
+                    del since[next(iter(since))]
                 since[direction, micro] = now
 
     def ran(self, direction: str, members: Sequence[Ran], *, began: float, seconds: float) -> None:

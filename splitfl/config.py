@@ -7,6 +7,7 @@ command line, the file's checker and the printed config are all made from it. No
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -164,6 +165,10 @@ def _between(low: float, high: float) -> Check:
     return lambda value: None if low <= value < high else f"must lie in [{low:g}, {high:g})"
 
 
+# What a thread can be told to wait for is limited too.
+_seconds = _between(0, 1e9)
+
+
 def _host_and_port(value: str) -> str | None:
     host, _, port = value.rpartition(":")
     return None if host and port.isdigit() and int(port) < 65536 else "is no HOST:PORT"
@@ -213,7 +218,7 @@ SETTINGS: tuple[Setting, ...] = (
         "step_deadline",
         float,
         "seconds for which others wait for a client in a step before going on without it (0: no limit)",
-        _at_least(0),
+        _seconds,
     ),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
     Setting(
@@ -259,7 +264,7 @@ SETTINGS: tuple[Setting, ...] = (
         _one_of("client-batching", "serial"),
     ),
     Setting("batch_tokens", int, "most tokens of one trunk batch", _at_least(1)),
-    Setting("batch_wait", float, "seconds a batch that is not full waits for clients still to come", _at_least(0)),
+    Setting("batch_wait", float, "seconds a batch that is not full waits for clients still to come", _seconds),
     Setting(
         "layout",
         str,
@@ -278,7 +283,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
     Setting("until_done", bool, "end when clients have trained and all have left"),
-    Setting("status_every", float, "seconds between status lines in the log (0: none)", _at_least(0)),
+    Setting("status_every", float, "seconds between status lines in the log (0: none)", _seconds),
     Setting("metrics", str, "HOST:PORT, or a port of loopback, that serves live numbers to Prometheus", _port_or_address),
 )
 
@@ -330,6 +335,8 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"the {config.optimizer.schedule} schedule needs its length: give --steps")
     if config.optimizer.steps and config.optimizer.warmup_steps > config.optimizer.steps:
         raise ConfigError("warmup_steps is larger than steps: warm up for fewer steps or train for more")
+    if config.graphs != "auto" and config.graph_tokens:
+        raise ConfigError(f"graph_tokens has no say where graphs = {config.graphs}: leave graphs at auto, or graph_tokens at 0")
     if config.mode == "async":
         _check_async(config)
     if config.adapters == "per-client":
@@ -362,6 +369,7 @@ def _check_async(config: RunConfig) -> None:
             config.graphs == "recompute" or config.graph_tokens > 0,
             "the weights may have moved on before a backward: leave graphs at keep, without a limit",
         ),
+        "batch_wait": (config.batch_wait > 0, "no batch waits for anybody: leave batch_wait at 0"),
         "adapters": (config.adapters != "shared", "all clients train one trunk: leave adapters at shared"),
     }
     for key, (contradicts, mend) in contradictions.items():
@@ -379,6 +387,8 @@ def _typed(setting: Setting, value: Any) -> Any:
         value, fits = float(value), True
     if not fits:
         raise ConfigError(f"{setting.key} must be a {setting.kind.__name__}, not {value!r}")
+    if setting.kind is float and not math.isfinite(value):
+        raise ConfigError(f"{setting.key} = {value!r}: it must be a finite number")
     complaint = setting.check(value)
     if complaint:
         raise ConfigError(f"{setting.key} = {value!r}: it {complaint}")

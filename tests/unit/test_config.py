@@ -1,6 +1,7 @@
 """The run config: one table, checked; TOML and flags give the same; nothing is guessed."""
 
 import argparse
+import math
 
 import pytest
 
@@ -52,6 +53,10 @@ def test_flags_win_over_the_file(tmp_path):
         ({"model": "m", "optimizer.schedule": "cosine"}, "give --steps"),
         ({"model": "m", "optimizer.steps": 5, "optimizer.warmup_steps": 9}, "larger than steps"),
         ({"model": "m", "lora.dropout": 1.0}, "[0, 1)"),
+        ({"model": "m", "step_deadline": math.inf}, "finite"),
+        ({"model": "m", "batch_wait": 1e12}, "[0, 1e+09)"),
+        ({"model": "m", "graphs": "keep", "graph_tokens": 9}, "graph_tokens at 0"),
+        ({"model": "m", "mode": "async", "batch_wait": 1.0}, "batch_wait at 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(values, part):

@@ -192,3 +192,9 @@ def test_no_status_where_none_is_wanted(tmp_path, meter):
     live.stop()
     log.close()
     assert not (tmp_path / "log.jsonl").read_text()
+
+
+def test_what_arrives_and_never_runs_does_not_add_up(meter):
+    for micro in range(20000):
+        meter.arrived("a1", "backward", micro)
+    assert len(meter._since["a1"]) < 20000
