@@ -5,6 +5,9 @@ the trunk computed, and the server's peak memory. ``serial`` is FL-GLM's baselin
 By default clients are light: they speak the real, sealed protocol, but send random hidden states and gradients instead of
 computing ends, so that what is measured is the trunk; ``--real`` gives each a process with real ends on the same cores.
 
+What batching saves is what a batch costs whatever its size; where one client's batch already fills the cores (``--hidden 512``,
+or 4 x 128), there is little to save.
+
 FedSEA-LLaMA (arXiv 2505.15683) publishes 1.41 for its client-batching against its serial mode at 8 clients.
 
     python -m benchmarks.modes [--clients 1 2 4 8 16] [--real] [--quick] [--json] [--plot FILE.svg]
@@ -169,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--real", action="store_true", help="clients with real ends, a process each")
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2, help="the trunk's CPU threads")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens over all clients and steps of one cell, about")
