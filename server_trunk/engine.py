@@ -88,6 +88,7 @@ class Engine:
         drops: bool = False,
         lanes: int = 1,
         in_place: bool = False,
+        may_recompute: bool = True,
         choose_packed: Callable[[Sequence[tuple[int, int]]], bool] = lambda wire: False,
         report: Callable[[int], None] = lambda tokens: None,
     ) -> None:
@@ -97,6 +98,7 @@ class Engine:
             lanes: pieces of a batch that run side by side on a CPU.
             in_place: gradients are added up where they stand, which saves one more set of them in memory; running out of it amid
                 a backward then ends the run.
+            may_recompute: whether a forward may run again for its backward: not where the weights may have moved on meanwhile.
             choose_packed: whether a run of these segments is packed or padded.
             report: told of the new most tokens of a piece when the device was out of memory.
         """
@@ -104,7 +106,8 @@ class Engine:
         self._trunk = find_trunk(model)
         self.training = training
         self._device = device
-        self._seed, self._drops, self._in_place = seed, drops, in_place
+        self._seed, self._drops = seed, drops
+        self._in_place, self._may_recompute = in_place, may_recompute
         self._choose_packed, self._report = choose_packed, report
         self._transfers = (CudaTransfers if device.type == "cuda" else Transfers)(device)
         self._lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
@@ -135,7 +138,7 @@ class Engine:
             try:
                 self._lanes.run(lambda piece: self._run(piece, grad=keep), pieces)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or (batch.has_backward and not self._may_recompute):
                     raise
                 # What fills a device is graphs, so this one is not kept either.
                 keep = False

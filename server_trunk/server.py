@@ -104,6 +104,7 @@ class TrunkServer:
             lanes=config.lanes or min(4, torch.get_num_threads()),
             # One more copy of all gradients is only worth it where the device can run out of memory and go on.
             in_place=asynchronous or (config.trainables == "full" and self._device.type == "cpu"),
+            may_recompute=not asynchronous,
             report=lambda tokens: self._log.write("out-of-memory", most_tokens=tokens),
         )
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)

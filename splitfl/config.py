@@ -207,7 +207,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
     Setting("mode", str, "sync: a step waits for all its clients; async: nobody waits for anybody", _one_of("sync", "async")),
     Setting("async_contributions", int, "async: finished parts of clients that make an optimizer step", _at_least(1)),
-    Setting("max_staleness", int, "async: most optimizer steps between a forward and the use of its gradient", _at_least(0)),
+    Setting(
+        "max_staleness",
+        int,
+        "async: most optimizer steps between a forward and the use of its gradient (0: no step while any client works)",
+        _at_least(0),
+    ),
     Setting(
         "on_loss",
         str,

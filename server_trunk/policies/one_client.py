@@ -10,12 +10,11 @@ __all__ = ["OneClient"]
 
 
 class OneClient:
-    """Training forwards of one client at a time: a shared batch would have to wait for the slowest member's gradient."""
+    """A training forward runs alone: a shared batch would have to wait for the slowest member's gradient. Others run together."""
 
     def choose(self, waiting: Sequence[Member], take: Callable[[Member], bool], busy: Container[str]) -> list[Member]:
         taken: list[Member] = []
         for member in waiting:
-            alone = member.forward.grad and taken and member.session != taken[0].session
-            if not alone and take(member):
+            if not (taken and member.forward.grad) and take(member):
                 taken.append(member)
         return taken

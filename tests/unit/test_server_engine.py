@@ -251,3 +251,10 @@ def test_a_backward_that_fails_at_its_very_end_has_not_counted(model, monkeypatc
     with pytest.raises(torch.OutOfMemoryError):
         engine.backward(BackwardBatch(0, members, kept))
     assert all(parameter.grad is None for parameter in engine.training.trainables.values())
+
+
+def test_where_weights_may_have_moved_on_nothing_is_computed_again(model):
+    engine = engine_of(model, in_place=True, may_recompute=False)
+    ShortOfMemory(engine, 13, bare=100)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.forward(ForwardBatch(0, members_of(), True))

@@ -292,3 +292,15 @@ def test_thousands_of_micro_batches_in_one_batch_are_settled_one_by_one():
     assert members(scheduler.next(always)) == members(batch)
     assert scheduler.next(always) is None
     assert scheduler.kept_graph_tokens == scheduler.kept_tokens("a") == 0
+
+
+def test_a_client_s_micro_batches_run_one_by_one_beside_those_of_others():
+    scheduler = Scheduler(batch_tokens=1000)
+    for micro in range(2):
+        for session in "ab":
+            scheduler.add_forward(session, forward(micro, 100), None)
+    assert members(scheduler.next(always)) == [("a", 0), ("b", 0)]
+    assert members(scheduler.next(always)) == [("a", 1), ("b", 1)]
+    for micro in range(2, 4):
+        scheduler.add_forward("a", forward(micro, 10), None)
+    assert members(scheduler.next(always)) == [("a", 2), ("a", 3)]
