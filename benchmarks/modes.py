@@ -58,6 +58,7 @@ def light_clients(pipe: Connection, joins: list[str], keys: list[str], rows: int
     ]
     wire = [(length, 0)] * rows
     hidden = torch.randn(rows * length, sessions[0].terms["hidden_size"], generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(sessions[0].dtype)
     gradient = hidden * 1e-3
 
     def work(session: TrunkSession, steps: int, ends: list[float]) -> None:

@@ -59,3 +59,11 @@ def test_graphs():
     assert result["recompute_step_over_keep"] > 0
     assert result["ways"].keys() == {"keep", "recompute"}
     assert all(way["peak_memory_mb"] > way["above_rest_mb"] >= 0 for way in result["ways"].values())
+
+
+def test_bare_trunk():
+    result = run("bare_trunk", "--device", "cpu")
+    assert result["share_of_bare"].keys() == {"1", "2"}
+    for row in result["details"].values():
+        assert 0 < row["busy_share"] <= 1
+        assert row["share_of_bare"] == pytest.approx(row["served_tokens_per_second"] / row["bare_tokens_per_second"], rel=0.5)
