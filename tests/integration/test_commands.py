@@ -222,6 +222,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_two(tmp_path, monkeypatch, caps
     assert len((said.err + said.out).strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_step_is_held_for_a_killed_client_until_it_is_back(tmp_path, stories, text):
     run = Run(tmp_path, stories, 2, "--on-loss", "wait", "--step-deadline", 0)
     try:

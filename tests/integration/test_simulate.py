@@ -24,7 +24,15 @@ ENDS = ("--ends", "full", "--max-length", "48", "--batch-size", "3", "--evaluate
 
 def splitfl(*words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "splitfl.cli", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # What runs these tests in the background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def losses(directory: Path) -> list[float]:

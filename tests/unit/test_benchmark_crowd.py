@@ -27,6 +27,7 @@ def test_a_summary_names_the_worst_served_and_counts_errors():
     assert found["tokens_per_second"] == 30
 
 
+@pytest.mark.slow
 def test_a_small_crowd_is_served(tmp_path):
     found = measure(argparse.Namespace(clients=5, seconds=1.5, processes=1, batch_tokens=3 * TOKENS))
     assert found["errors"] == 0
