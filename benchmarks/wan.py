@@ -12,7 +12,7 @@ be hidden before the first micro-batch has come through or after the last, a rou
 It also asks what micro-batches bring (m against 1 over 50 ms), and what several clients, in step or asynchronous, win back of the
 2 RTT: with one client the trunk idles while messages travel; with several it works for another.
 
-    python -m benchmarks.wan [--rounds 3] [--micro-batches 8] [--quick] [--json]
+    python -m benchmarks.wan [--rounds 3] [--micro-batches 16] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="counted steps of one block")
-    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--micro-batches", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16)
@@ -225,10 +225,10 @@ def main() -> None:
     args.round_trips, args.bandwidths, args.company, args.company_micro_batches = ROUND_TRIPS, BANDWIDTHS, (1, 2, 4), 1
     if args.quick:
         args.round_trips, args.bandwidths, args.company = (20,), (50, 1000), (1, 2)
-        args.rounds, args.steps, args.hidden, args.blocks, args.rows, args.length = 1, 2, 64, 4, 8, 32
+        args.rounds, args.steps, args.hidden, args.blocks, args.rows, args.length = 1, 2, 64, 4, 8, 64
+        args.micro_batches = 8
     quiet()
-    # Micro-batches that wait together would run as one batch, and none of them could be answered before all are done.
-    settings = {"clients": 1, "threads": 1, "batch_tokens": args.rows * args.length // args.micro_batches}
+    settings = {"clients": 1, "threads": 1}
     with Stage(settings, clients=1, hidden=args.hidden, blocks=args.blocks, links=True) as stage:
         line = Line(stage, args)
         line.near(args.micro_batches)
