@@ -13,15 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
-from server_trunk.ledger import Ledger, Part
 from server_trunk.meter import Meter
-from server_trunk.scheduler import MAX_UNDERWAY, BackwardBatch, ForwardBatch, Member, Scheduler
+from server_trunk.outlet import Outlet
+from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
+from server_trunk.stepkeeper import StepKeeper
 from server_trunk.steps import Steps
-from server_trunk.training import StepReport
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import (
@@ -33,22 +33,11 @@ from splitfl.protocol.messages import (
     Hidden,
     Leave,
     Pause,
-    StepClosed,
     StepDone,
-    StepOpened,
 )
 from splitfl.runlog import RunLog
 
-__all__ = ["Event", "Outlet", "TrunkLoop"]
-
-
-class Outlet(Protocol):
-    """Where answers go. Thread-safe; a session that is gone swallows what is sent to it."""
-
-    def send(self, session: str, message: Any, payload: Any) -> None: ...
-    def tell(self, session: str, message: Any) -> None: ...
-    def credit(self, session: str, n: int) -> None: ...
-    def end(self, session: str, fault: Fault) -> None: ...
+__all__ = ["Event", "TrunkLoop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +53,6 @@ class Event:
 
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
 INBOX_EVENTS = 65536
-
-_COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
-_STALE = "the step this belongs to has gone on without it"
-
 
 #: Session, message, and the tensor that is its payload.
 _Reply = tuple[str, Any, Any]
@@ -97,17 +82,11 @@ class TrunkLoop:
         self._client_tokens = client_tokens
         self._payload_of = payload_of
         self._meter = meter or Meter()
-        self._on_step, self._on_idle = on_step, on_idle
+        self._on_idle = on_idle
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._enrolments: dict[str, int] = {}
-        self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
-        self._report = StepReport(0.0, None)  # of the newest step
-        self._busy = 0.0
-        self._step_began = time.monotonic()
-        self._tokens = 0
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, on_step)
         self._stopping = False
-        self._trained = False
         self.failure: BaseException | None = None
         self._mailer = Mailer(self._wake)
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
@@ -148,15 +127,17 @@ class TrunkLoop:
     def _turn(self) -> None:
         self._receive()
         self._mailer.check()
-        self._drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
+        self._keeper.drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
         work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
         if isinstance(work, ForwardBatch):
             self._forward(work)
         elif isinstance(work, BackwardBatch):
             self._backward(work)
-        self._turn_steps()
-        if self.inbox.empty() and not self._has_work() and self._drop_late(idle=True):
-            self._turn_steps()
+        self._keeper.turn()
+        if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
+            self._keeper.turn()
+        if self._keeper.trained and not self._names:
+            self._on_idle()
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
@@ -209,20 +190,11 @@ class TrunkLoop:
             self._take_backward(session, message, event.payload)
             self._outlet.credit(session, message.payload_bytes)
         elif isinstance(message, Enrol):
-            if self._steps.complete:
-                self._outlet.tell(session, _COMPLETE)
-            else:
-                self._steps.enrol(session, self._names[session])
-                self._enrolments[session] = self._enrolments.get(session, 0) + 1
+            self._keeper.enrol(session)
         elif isinstance(message, StepDone):
-            self._steps.done(session, message)
-            self._abandon_if_all_arrived(session)
+            self._keeper.done(session, message)
         elif isinstance(message, Pause | Leave):
-            if self._scheduler.waits(session):
-                raise RemoteProtocolError("left the step while forwards of it are under way")
-            left = self._steps.pause(session)
-            if left is not None:
-                self._scheduler.abandon(session, left)
+            self._keeper.withdraw(session)
 
     def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
         padded = len(forward.segments) * max(length for length, _ in forward.segments)
@@ -234,7 +206,7 @@ class TrunkLoop:
             self._end(session, "too-many-tokens", text)
             return
         if forward.grad and self._steps.is_stale(session, forward.step):
-            self._take_stale(session, forward.micro)
+            self._keeper.take_stale(session, forward.micro)
             self._outlet.credit(session, forward.payload_bytes)
             return
         if forward.grad:
@@ -258,31 +230,11 @@ class TrunkLoop:
 
     def _take_backward(self, session: str, backward: Backward, gradient: Any) -> None:
         if self._steps.is_stale(session, backward.step):
-            self._take_stale(session, backward.micro)
+            self._keeper.take_stale(session, backward.micro)
             return
         member = self._scheduler.add_backward(session, backward, gradient)
         self._steps.backward_arrived(session, backward.step, member.ordinal)
-        self._abandon_if_all_arrived(session)
-
-    def _take_stale(self, session: str, micro: int) -> None:
-        """Credit does not bound these: it is given back before they are answered."""
-        late = self._stale.setdefault(session, [])
-        if len(late) > 2 * MAX_UNDERWAY:  # forwards and backwards
-            raise RemoteProtocolError("more micro-batches of a step that has gone on than a session can have under way")
-        late.append(micro)
-
-    def _abandon_if_all_arrived(self, session: str) -> None:
-        """Once all announced backwards are here, the other forwards of the step will never get one."""
-        step = self._steps.all_arrived(session)
-        if step is not None:
-            self._scheduler.abandon(session, step)
-
-    def _abandon_stale(self, session: str) -> None:
-        """What waits of a part that nobody waits for any more does not run."""
-        gone = self._scheduler.withdraw(session, lambda one: one.forward.grad and self._steps.is_stale(session, one.forward.step))
-        for member in gone:
-            self._outlet.credit(session, member.forward.payload_bytes)
-            self._stale.setdefault(session, []).append(member.forward.micro)
+        self._keeper.abandon_if_all_arrived(session)
 
     def _end(self, session: str, code: str, text: str) -> None:
         self._outlet.end(session, Fault(code, text, True, None))
@@ -290,10 +242,8 @@ class TrunkLoop:
 
     def _forget(self, session: str) -> None:
         if self._names.pop(session, None) is not None:
-            self._enrolments.pop(session, None)
-            self._stale.pop(session, None)
             self._scheduler.forget(session)
-            self._steps.lose(session, time.monotonic())
+            self._keeper.forget(session)
 
     # --- compute and reply ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +263,7 @@ class TrunkLoop:
             forward = member.forward
             if kept or not batch.has_backward:
                 member.hidden = None  # the graph holds what it needs
-            self._tokens += member.tokens
+            self._keeper.ran(tokens=member.tokens)
             if forward.grad:
                 self._steps.forward_ran(member.session, forward.step, member.ordinal)
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
@@ -321,13 +271,13 @@ class TrunkLoop:
             self._outlet.credit(member.session, forward.payload_bytes)
         if batch.has_backward:
             for session in dict.fromkeys(member.session for member in batch.members):
-                self._abandon_if_all_arrived(session)
+                self._keeper.abandon_if_all_arrived(session)
         self._mailer.send(landing, functools.partial(self._leave, "forward", batch.members, began, landing, replies))
 
     def _leave(self, kind: str, members: list[Member], began: float, landing: Landing, replies: list[_Reply]) -> None:
         """Send the answers of a batch; in the mailer's thread where they had yet to land."""
         took = landing.took()
-        self._busy += took
+        self._keeper.ran(seconds=took)
         self._meter.ran(kind, members, began=began, seconds=took)
         for session, reply, tensor in replies:
             self._outlet.send(session, reply, self._payload_of(tensor))
@@ -384,90 +334,3 @@ class TrunkLoop:
                 self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
             else:
                 self._steps.lose(session, time.monotonic())  # when it vanished, its part was still to be whole
-
-    # --- steps ------------------------------------------------------------------------------------------------------------------
-
-    def _drop_late(self, *, idle: bool) -> bool:
-        """Go on without those whom others have waited for too long; returns whether there are any. ``idle``: nothing can run."""
-        late = self._steps.overdue(time.monotonic(), idle=idle)
-        for session in late:
-            step = self._steps.drop(session)
-            self._log.write("late", client=self._names.get(session), session=session[:8], step=step)
-            self._abandon_stale(session)
-            self._scheduler.abandon(session, step)
-        return bool(late)
-
-    def _turn_steps(self) -> None:
-        for part in self._steps.ended():
-            self._tell_closed(part, part.step, part.targets, 1)
-        ledger = self._steps.close()
-        if ledger is not None:
-            self._close(ledger)
-            for session in self._steps.dismiss():
-                self._abandon_stale(session)
-                self._outlet.tell(session, _COMPLETE)
-        was_open, now = self._steps.is_open, time.monotonic()
-        for session, step in self._steps.openings(now):
-            if not was_open:
-                self._step_began = now
-            # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
-            self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
-        self._answer_stale()
-        if self._trained and not self._names:
-            self._on_idle()
-
-    def _answer_stale(self) -> None:
-        """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
-        for session in [session for session in self._stale if not self._steps.is_ending(session)]:
-            for micro in self._stale.pop(session):
-                self._outlet.tell(session, Fault("stale", _STALE, False, micro))
-
-    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None) -> None:
-        rate = self._report.of(part.client).learning_rate
-        closed = StepClosed(step, targets, participants, rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness)
-        self._outlet.tell(part.session, closed)
-
-    def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
-        """What each participant gave to a step, by the client's name (and the session, where a client has several)."""
-        named: dict[str, dict[str, Any]] = {}
-        for session, part in ledger.parts.items():
-            key = f"{part.client}/{session[:4]}" if part.client in named else part.client
-            named[key] = {"targets": part.targets, "micro_batches": part.micro_batches, "dropped": part.dropped}
-            if part.why:
-                named[key]["why"] = part.why
-            if not ledger.ends_parts:
-                named[key]["staleness"] = part.staleness
-            if part.client in self._report.clients:
-                own = self._report.of(part.client)
-                named[key] |= {"learning_rate": own.learning_rate, "grad_norm": own.grad_norm}
-        return named
-
-    def _close(self, ledger: Ledger) -> None:
-        began = time.monotonic()
-        report = self._engine.close_step(ledger.step, ledger.targets_by_client)
-        self._trained = True
-        self._report = report
-        now = time.monotonic()
-        self._busy += now - began
-        self._meter.step_closed(
-            ((part.client, part.targets, part.dropped) for part in ledger.parts.values()), seconds=now - began
-        )
-        if ledger.ends_parts:
-            for part in ledger.parts.values():
-                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.of(part.client).grad_norm)
-        seconds = now - self._step_began
-        self._log.write(
-            "step",
-            step=ledger.step,
-            targets=ledger.targets,
-            learning_rate=report.learning_rate,
-            grad_norm=report.grad_norm,
-            skipped=report.skipped or None,
-            tokens=self._tokens,
-            seconds=round(seconds, 4),
-            tokens_per_second=round(self._tokens / seconds, 1) if seconds > 0 else None,
-            busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
-            parts=self._named(ledger),
-        )
-        self._step_began, self._busy, self._tokens = now, 0.0, 0
-        self._on_step(ledger.step)

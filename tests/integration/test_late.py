@@ -203,7 +203,7 @@ def test_clients_that_are_late_at_any_moment_end_no_session_and_hold_nobody_up(t
         wait_for(lambda: not world.server._loop._names)
         loop = world.server._loop
         assert loop.failure is None
-        assert not loop._stale
+        assert not loop._keeper._stale
         assert not loop._scheduler._waiting
     assert sum(missed) > 0
     assert [event["why"] for event in world.events("left")] == ["the client said goodbye"] * 3

@@ -249,7 +249,7 @@ def test_sessions_that_come_and_go_leave_nothing_behind(model, tmp_path):
         desk.run((name, forward(0)))
         desk.run((name, None))
     loop = desk.loop
-    assert not any([loop._stale, loop._names, loop._enrolments, desk.engine._graphs])
+    assert not any([loop._keeper._stale, loop._names, loop._keeper._enrolments, desk.engine._graphs])
     assert not any([loop._steps._enrolled, loop._steps._ahead, loop._steps._missed, loop._steps._holders])
     assert not any([loop._scheduler._open, loop._scheduler._kept, loop._scheduler._ready, loop._scheduler._underway])
 
@@ -328,7 +328,7 @@ def test_a_flood_for_a_step_that_has_gone_on_is_bounded(model, tmp_path):
         desk.take(("b", forward(micro, (1, 0))))
     desk.loop._receive()
     assert "gone on" in desk.outlet.ended["b"].text
-    assert not desk.loop._stale
+    assert not desk.loop._keeper._stale
 
 
 def test_an_answer_that_fails_on_its_way_ends_a_loop_that_has_nothing_to_do(model, tmp_path):

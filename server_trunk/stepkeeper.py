@@ -1,0 +1,192 @@
+"""Steps as clients see them: opened and closed in order, the late gone on without, the ledger in the log.
+
+:mod:`server_trunk.steps` knows what may happen; this does it, and tells those it concerns. Called from the trunk's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from server_trunk.async_steps import AsyncSteps
+from server_trunk.engine import Engine
+from server_trunk.ledger import Ledger, Part
+from server_trunk.meter import Meter
+from server_trunk.outlet import Outlet
+from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
+from server_trunk.steps import Steps
+from server_trunk.training import StepReport
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import Fault, StepClosed, StepDone, StepOpened
+from splitfl.runlog import RunLog
+
+__all__ = ["StepKeeper"]
+
+_COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
+_STALE = "the step this belongs to has gone on without it"
+
+
+class StepKeeper:
+    """``names``: clients by open session, kept by the loop. ``on_step(step)`` is called after each closed step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        steps: Steps | AsyncSteps,
+        scheduler: Scheduler,
+        outlet: Outlet,
+        log: RunLog,
+        meter: Meter,
+        names: Mapping[str, str],
+        on_step: Callable[[int], None],
+    ) -> None:
+        self._engine, self._steps, self._scheduler = engine, steps, scheduler
+        self._outlet, self._log, self._meter, self._names, self._on_step = outlet, log, meter, names, on_step
+        self._enrolments: dict[str, int] = {}
+        self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
+        self._report = StepReport(0.0, None)  # of the newest step
+        self._began = time.monotonic()
+        self._busy = 0.0
+        self._tokens = 0
+        self.trained = False  # whether a step has closed
+
+    # --- what clients say -------------------------------------------------------------------------------------------------------
+
+    def enrol(self, session: str) -> None:
+        if self._steps.complete:
+            self._outlet.tell(session, _COMPLETE)
+            return
+        self._steps.enrol(session, self._names[session])
+        self._enrolments[session] = self._enrolments.get(session, 0) + 1
+
+    def done(self, session: str, message: StepDone) -> None:
+        self._steps.done(session, message)
+        self.abandon_if_all_arrived(session)
+
+    def withdraw(self, session: str) -> None:
+        """Pause or Leave."""
+        if self._scheduler.waits(session):
+            raise RemoteProtocolError("left the step while forwards of it are under way")
+        left = self._steps.pause(session)
+        if left is not None:
+            self._scheduler.abandon(session, left)
+
+    def forget(self, session: str) -> None:
+        """The session is gone."""
+        self._enrolments.pop(session, None)
+        self._stale.pop(session, None)
+        self._steps.lose(session, time.monotonic())
+
+    def take_stale(self, session: str, micro: int) -> None:
+        """A micro-batch of a step that did not wait for it. Credit does not bound these: it is given back before they are
+        answered.
+        """
+        late = self._stale.setdefault(session, [])
+        if len(late) > 2 * MAX_UNDERWAY:  # forwards and backwards
+            raise RemoteProtocolError("more micro-batches of a step that has gone on than a session can have under way")
+        late.append(micro)
+
+    def abandon_if_all_arrived(self, session: str) -> None:
+        """Once all announced backwards are here, the other forwards of the step will never get one."""
+        step = self._steps.all_arrived(session)
+        if step is not None:
+            self._scheduler.abandon(session, step)
+
+    # --- what the trunk does ----------------------------------------------------------------------------------------------------
+
+    def ran(self, *, seconds: float = 0.0, tokens: int = 0) -> None:
+        """The engine was at work for so long, or ran so many tokens forwards."""
+        self._busy += seconds
+        self._tokens += tokens
+
+    def drop_late(self, *, idle: bool) -> bool:
+        """Go on without those whom others have waited for too long; returns whether there are any. ``idle``: nothing can run."""
+        late = self._steps.overdue(time.monotonic(), idle=idle)
+        for session in late:
+            step = self._steps.drop(session)
+            self._log.write("late", client=self._names.get(session), session=session[:8], step=step)
+            self._abandon_stale(session)
+            self._scheduler.abandon(session, step)
+        return bool(late)
+
+    def _abandon_stale(self, session: str) -> None:
+        """What waits of a part that nobody waits for any more does not run."""
+        gone = self._scheduler.withdraw(session, lambda one: one.forward.grad and self._steps.is_stale(session, one.forward.step))
+        for member in gone:
+            self._outlet.credit(session, member.forward.payload_bytes)
+            self._stale.setdefault(session, []).append(member.forward.micro)
+
+    def turn(self) -> None:
+        """Close the step that is whole, open the next, and tell whom it concerns."""
+        for part in self._steps.ended():
+            self._tell_closed(part, part.step, part.targets, 1)
+        ledger = self._steps.close()
+        if ledger is not None:
+            self._close(ledger)
+            for session in self._steps.dismiss():
+                self._abandon_stale(session)
+                self._outlet.tell(session, _COMPLETE)
+        was_open, now = self._steps.is_open, time.monotonic()
+        for session, step in self._steps.openings(now):
+            if not was_open:
+                self._began = now
+            # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
+            self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
+        self._answer_stale()
+
+    def _answer_stale(self) -> None:
+        """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
+        for session in [session for session in self._stale if not self._steps.is_ending(session)]:
+            for micro in self._stale.pop(session):
+                self._outlet.tell(session, Fault("stale", _STALE, False, micro))
+
+    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None) -> None:
+        rate = self._report.of(part.client).learning_rate
+        closed = StepClosed(step, targets, participants, rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness)
+        self._outlet.tell(part.session, closed)
+
+    def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
+        """What each participant gave to a step, by the client's name (and the session, where a client has several)."""
+        named: dict[str, dict[str, Any]] = {}
+        for session, part in ledger.parts.items():
+            key = f"{part.client}/{session[:4]}" if part.client in named else part.client
+            named[key] = {"targets": part.targets, "micro_batches": part.micro_batches, "dropped": part.dropped}
+            if part.why:
+                named[key]["why"] = part.why
+            if not ledger.ends_parts:
+                named[key]["staleness"] = part.staleness
+            if part.client in self._report.clients:
+                own = self._report.of(part.client)
+                named[key] |= {"learning_rate": own.learning_rate, "grad_norm": own.grad_norm}
+        return named
+
+    def _close(self, ledger: Ledger) -> None:
+        began = time.monotonic()
+        report = self._engine.close_step(ledger.step, ledger.targets_by_client)
+        self.trained = True
+        self._report = report
+        now = time.monotonic()
+        self._busy += now - began
+        self._meter.step_closed(
+            ((part.client, part.targets, part.dropped) for part in ledger.parts.values()), seconds=now - began
+        )
+        if ledger.ends_parts:
+            for part in ledger.parts.values():
+                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.of(part.client).grad_norm)
+        seconds = now - self._began
+        self._log.write(
+            "step",
+            step=ledger.step,
+            targets=ledger.targets,
+            learning_rate=report.learning_rate,
+            grad_norm=report.grad_norm,
+            skipped=report.skipped or None,
+            tokens=self._tokens,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(self._tokens / seconds, 1) if seconds > 0 else None,
+            busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
+            parts=self._named(ledger),
+        )
+        self._began, self._busy, self._tokens = now, 0.0, 0
+        self._on_step(ledger.step)
