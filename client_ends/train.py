@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from client_ends.data import Batches, TokenizedDataset, load_examples, pad_token, split_holdout, tokenize
+from client_ends.evaluation import evaluate
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
 from client_ends.progress import Progress
 from splitfl.adapters import attach_lora, named_trainables, set_trainable
@@ -30,7 +31,7 @@ from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 from splitfl.runlog import RunLog
 
-__all__ = ["TrainResult", "TrainSettings", "evaluate", "prepare_ends", "read_data", "train"]
+__all__ = ["TrainResult", "TrainSettings", "prepare_ends", "read_data", "train"]
 
 _FACES = {
     "causal-lm": SplitModelForCausalLM,
@@ -132,28 +133,6 @@ def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any
         raise ConfigError(f"the ends can be trained as lora or full, or be frozen, not {ends!r}")
     set_trainable(model, "full" if ends == "full" else "none")
     return model
-
-
-@torch.no_grad()
-def evaluate(model: Any, batches: Batches, device: torch.device) -> dict[str, float]:
-    """Mean loss over targets, with perplexity (language models) or accuracy (classifiers). No graph is kept anywhere."""
-    was_training = model.training
-    model.eval()
-    total = counted = right = 0.0
-    for batch in batches:
-        held = {name: tensor.to(device) for name, tensor in batch.items()}
-        out = model(**held)
-        targets = Batches.targets(batch)
-        total += float(out.loss) * targets
-        counted += targets
-        if held["labels"].ndim == 1:
-            right += float((out.logits.argmax(-1) == held["labels"]).sum())
-    model.train(was_training)
-    mean = total / max(1.0, counted)
-    report = {"loss": mean, "targets": counted}
-    if right or batches.dataset[0]["labels"].__class__ is int:
-        return report | {"accuracy": right / max(1.0, counted)}
-    return report | {"perplexity": math.exp(min(mean, 700.0))}
 
 
 def train(

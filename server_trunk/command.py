@@ -9,7 +9,8 @@ import threading
 from collections.abc import Container
 from typing import Any
 
-from splitfl.config import SETTINGS, RunConfig, build_config, read_toml, to_toml
+from splitfl.config import RunConfig, build_config, read_toml, to_toml
+from splitfl.settings import SETTINGS
 
 __all__ = ["add_arguments", "config_from", "run"]
 

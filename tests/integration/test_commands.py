@@ -87,7 +87,8 @@ def test_what_was_trained_is_what_merge_gives_to_plain_transformers_and_peft(tmp
     from peft import PeftModel
 
     from client_ends.data import Batches, pad_token
-    from client_ends.train import TrainSettings, evaluate, read_data
+    from client_ends.evaluation import evaluate
+    from client_ends.train import TrainSettings, read_data
 
     run = Run(tmp_path, stories, 1, "--until-done")
     try:
