@@ -124,7 +124,6 @@ class Gateway:
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype], pin=self._pin)
 
     def on_data(self, session: str, message: Any, payload: torch.Tensor) -> None:
-        self._meter.arrived(session, "forward" if isinstance(message, Forward) else "backward", message.micro)
         self._put(Event(session, message, payload))
 
     def on_control(self, session: str, message: Any) -> None:

@@ -24,9 +24,10 @@ class Member:
     client: str = ""
     ordinal: int = 0
     replayed: bool = False
-    arrived: float = 0.0  # the loop's clock
+    arrived: float = 0.0  # when, by time.monotonic
     backward: Backward | None = None
     gradient: Any = None
+    returned: float | None = None  # when its gradient arrived
     abandoned: bool = False
     spoilt: bool = False  # its hidden states or its gradient were not finite, and counted as zero
     kept: bool = True  # its graph is; else `hidden` is, and the forward runs again for the backward

@@ -23,23 +23,20 @@ QUEUE_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 # Queue times kept for the quantiles: of all clients, and of each.
 _KEPT, _KEPT_OF_ONE = 2048, 128
 
-# Arrivals remembered of a session. What its step did not wait for never runs, so that without a bound they would add up.
-_ARRIVALS = 16384
-
 
 class Ran(Protocol):
-    """What the meter reads of a micro-batch that has run."""
+    """What the meter reads of a micro-batch that has run. ``arrived``, ``returned``: when its hidden states came, and its
+    gradient, on the meter's clock.
+    """
 
-    session: str
     client: str
     tokens: int
     longest: int
+    arrived: float
+    returned: float | None
 
     @property
     def segments(self) -> int: ...
-
-    @property
-    def forward(self) -> Any: ...
 
 
 class _Window:
@@ -111,7 +108,6 @@ class Meter:
         self._began = clock()
         self._clients: dict[str, _Client] = {}
         self._names: dict[str, str] = {}  # by open session
-        self._since: dict[str, dict[tuple[str, int], float]] = {}  # by session: when what has not run yet arrived
         self._queues = {"forward": _Queue(_KEPT), "backward": _Queue(_KEPT)}
         self._sums = {name: self._window() for name in ("tokens", "busy", "batches", "members", "batch_tokens", "slots")}
         self._busy = 0.0
@@ -146,7 +142,6 @@ class Meter:
         with self._lock:
             self._names[session] = client
             self._of(client).sessions.add(session)
-            self._since[session] = {}
             self._events += 1
 
     def left(self, session: str) -> None:
@@ -155,18 +150,7 @@ class Meter:
             client = self._names.pop(session, None)
             if client is not None:
                 self._clients[client].sessions.discard(session)
-            self._since.pop(session, None)
             self._events += 1
-
-    def arrived(self, session: str, direction: str, micro: int) -> None:
-        """A micro-batch's ``forward`` or ``backward`` is here, whole."""
-        now = self._clock()
-        with self._lock:
-            since = self._since.get(session)
-            if since is not None:
-                if len(since) >= _ARRIVALS:
-                    del since[next(iter(since))]
-                since[direction, micro] = now
 
     def ran(self, direction: str, members: Sequence[Ran], *, began: float, seconds: float) -> None:
         """A batch has run; ``began`` on the meter's clock."""
@@ -197,7 +181,7 @@ class Meter:
         else:
             client.backwards += 1
             client.backward_tokens += member.tokens
-        since = self._since.get(member.session, {}).pop((direction, member.forward.micro), None)
+        since = member.arrived if direction == "forward" else member.returned
         if since is not None:
             waited = max(0.0, began - since)
             self._queues[direction].add(waited)

@@ -132,14 +132,14 @@ class Scheduler:
         insort(self._waiting, (start, self._arrivals, member))
         self._kept[session] += member.tokens
 
-    def add_backward(self, session: str, backward: Backward, gradient: Any) -> Member:
+    def add_backward(self, session: str, backward: Backward, gradient: Any, *, now: float = 0.0) -> Member:
         """Returns the micro-batch it belongs to. Raises RemoteProtocolError where no forward awaits this backward."""
         unit, member = self._open.get(session, {}).get(backward.micro, (None, None))
         if unit is None or member is None or member.settled:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro}, whose graph is not kept")
         if backward.rows != member.tokens or backward.step != member.forward.step:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro} of another size or step")
-        member.backward, member.gradient = backward, gradient
+        member.backward, member.gradient, member.returned = backward, gradient, now
         self._settled(unit)
         return member
 

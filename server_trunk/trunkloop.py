@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from server_trunk.async_steps import AsyncSteps
@@ -49,6 +49,7 @@ class Event:
     payload: Any = None
     opened: bool = False
     name: str = ""
+    at: float = field(default_factory=time.monotonic)  # when it came
 
 
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
@@ -181,13 +182,13 @@ class TrunkLoop:
         if session not in self._names:
             return  # ended meanwhile; what was still on its way is dropped
         if isinstance(message, Forward):
-            self._take_forward(session, message, event.payload)
+            self._take_forward(event, message)
         elif isinstance(message, Backward):
             # The rows' graph is already paid for, so the credit goes back on arrival: two micro-batches that share a trunk batch
             # can then never wait for each other's credit.
             if message.targets > message.rows:
                 raise RemoteProtocolError(f"{message.targets} targets in a micro-batch of {message.rows} tokens")
-            self._take_backward(session, message, event.payload)
+            self._take_backward(event, message)
             self._outlet.credit(session, message.payload_bytes)
         elif isinstance(message, Enrol):
             self._keeper.enrol(session)
@@ -196,7 +197,8 @@ class TrunkLoop:
         elif isinstance(message, Pause | Leave):
             self._keeper.withdraw(session)
 
-    def _take_forward(self, session: str, forward: Forward, hidden: Any) -> None:
+    def _take_forward(self, event: Event, forward: Forward) -> None:
+        session = event.session
         padded = len(forward.segments) * max(length for length, _ in forward.segments)
         if padded > self._client_tokens:
             text = (
@@ -221,18 +223,19 @@ class TrunkLoop:
         self._scheduler.add_forward(
             session,
             forward,
-            hidden,
+            event.payload,
             client=self._names[session],
             ordinal=forward.ordinal,
             replayed=forward.grad and self._steps.is_replay(session, forward.step, forward.ordinal),
-            now=time.monotonic(),
+            now=event.at,
         )
 
-    def _take_backward(self, session: str, backward: Backward, gradient: Any) -> None:
+    def _take_backward(self, event: Event, backward: Backward) -> None:
+        session = event.session
         if self._steps.is_stale(session, backward.step):
             self._keeper.take_stale(session, backward.micro)
             return
-        member = self._scheduler.add_backward(session, backward, gradient)
+        member = self._scheduler.add_backward(session, backward, event.payload, now=event.at)
         self._steps.backward_arrived(session, backward.step, member.ordinal)
         self._keeper.abandon_if_all_arrived(session)
 

@@ -52,7 +52,7 @@ def member(session: str, client: str, micro: int, *lengths: int) -> Member:
 
 def run(meter: Meter, clock: Clock, direction: str, *members: Member, waited: float = 0.0, seconds: float = 0.0) -> None:
     for each in members:
-        meter.arrived(each.session, direction, each.forward.micro)
+        setattr(each, {"forward": "arrived", "backward": "returned"}[direction], clock.now)
     clock.now += waited
     began = clock.now
     clock.now += seconds
@@ -116,7 +116,6 @@ def test_steps_and_those_dropped_from_them(meter):
 
 
 def test_who_leaves_keeps_its_sums_and_leaves_nothing_that_grows(meter, clock):
-    meter.arrived("a1", "forward", 0)
     run(meter, clock, "forward", member("b1", "bob", 0, 5))
     for session in ("a1", "a2", "b1"):
         meter.left(session)
@@ -124,8 +123,8 @@ def test_who_leaves_keeps_its_sums_and_leaves_nothing_that_grows(meter, clock):
     assert taken["sessions"] == 0
     assert {name: client["sessions"] for name, client in taken["clients"].items()} == {"ann": 0, "bob": 0}
     assert taken["clients"]["bob"]["tokens"] == 5
-    assert not meter._since
-    run(meter, clock, "forward", member("b1", "bob", 0, 5))  # of a session that is gone: counted, its time unknown
+    assert not meter._names
+    run(meter, clock, "forward", member("b1", "bob", 0, 5))  # of a session that is gone: counted
     assert meter.snapshot()["clients"]["bob"]["tokens"] == 10
 
 
@@ -194,7 +193,8 @@ def test_no_status_where_none_is_wanted(tmp_path, meter):
     assert not (tmp_path / "log.jsonl").read_text()
 
 
-def test_what_arrives_and_never_runs_does_not_add_up(meter):
-    for micro in range(20000):
-        meter.arrived("a1", "backward", micro)
-    assert len(meter._since["a1"]) < 20000
+def test_a_member_whose_gradient_never_came_has_not_waited(meter, clock):
+    meter.ran("backward", [member("a1", "ann", 0, 5)], began=clock.now, seconds=0.1)
+    taken = meter.snapshot()
+    assert taken["backwards"] == 1
+    assert taken["queue"]["backward"]["median"] is None

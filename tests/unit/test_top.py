@@ -21,7 +21,6 @@ def measured(tokens: int = 12) -> Meter:
     meter = Meter(100)
     for client in ("client10", "client2"):
         meter.joined(f"{client}-session", client)
-        meter.arrived(f"{client}-session", "forward", 0)
     forward = Forward(0, 0, ((tokens, 0),), 4, "float32", "raw", True, True, True)
     meter.ran("forward", [Member("client2-session", forward, None, "client2")], began=meter._clock(), seconds=0.1)
     meter.step_closed([("client2", tokens, False), ("client10", 0, True)])
