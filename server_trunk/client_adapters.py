@@ -50,7 +50,7 @@ class ClientTraining:
         self.loras.try_out(model)
         self.adapters: dict[str, ClientAdapter] = {}
         self._settings, self._book = config.optimizer, book
-        self._moving = False
+        self._moved = False
 
     def joined(self, client: str) -> None:
         asked, present = self._book.of(client), self.adapters.get(client)
@@ -65,6 +65,7 @@ class ClientTraining:
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         """Step the adapter of each client that contributed; the report has one of its own for each client in ``targets``."""
+        self._moved = False
         present = {client: self.adapters[client] for client in targets if client in self.adapters}
         gradients = {
             client: [parameter.grad for parameter in adapter.parameters.values() if parameter.grad is not None]
@@ -76,7 +77,7 @@ class ClientTraining:
         norms = [torch.nn.utils.get_total_norm(found) for found in gradients.values()]
         summed = dict(zip(gradients, torch.stack(norms).tolist() if norms else [], strict=True))
         reports: dict[str, StepReport] = {}
-        self._moving = True
+        self._moved = True
         for client, adapter in present.items():
             asked = self._book.of(client)
             rate = learning_rate_at(adapter.made, dataclasses.replace(self._settings, learning_rate=asked.learning_rate))
@@ -95,14 +96,13 @@ class ClientTraining:
                 adapter.optimizer.step()
                 adapter.made += 1
             reports[client] = StepReport(rate, norm if finite else None, skipped=not finite)
-        self._moving = False
         for adapter in self.adapters.values():
             adapter.clear()
         rate = learning_rate_at(step, self._settings)
         return StepReport(rate, None, all(report.skipped for report in reports.values()), reports)
 
-    def moved_partly(self) -> bool:
-        return self._moving
+    def moved(self) -> bool:
+        return self._moved
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Nothing: each adapter is kept by itself, see :meth:`state_of`."""

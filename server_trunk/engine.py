@@ -114,7 +114,7 @@ class Engine:
         self._graphs: dict[int, list[Piece]] = {}
         self._most: int | None = None  # tokens of a piece, once the device was out of memory
         self.is_atomic = not in_place  # whether a backward that fails has left the step's sum as it was
-        self.closed: int | None = -1  # the step after which the weights stand; None while they are moved
+        self.closed: int | None = -1  # the step after which the weights stand; None where one failed midway
         model.eval()
 
     # --- forward ----------------------------------------------------------------------------------------------------------------
@@ -207,12 +207,20 @@ class Engine:
         kind = getattr(torch, "AcceleratorError", None)
         return kind is not None and isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
 
+    def close(self) -> None:
+        """End its threads; nothing runs any more."""
+        self._lanes.close()
+
     # --- the step ---------------------------------------------------------------------------------------------------------------
 
     def close_step(self, step: int, targets: Mapping[str, int]) -> StepReport:
         """Divide by the counted targets (by client), clip, step, and clear the gradients for the next step."""
-        self.closed = None
-        report = self.training.close(step, targets)
+        try:
+            report = self.training.close(step, targets)
+        except BaseException:
+            if self.training.moved():
+                self.closed = None
+            raise
         self.closed = step
         return report
 

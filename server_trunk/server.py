@@ -252,6 +252,7 @@ class TrunkServer:
         if self._channel is None:
             return
         self._loop.stop()
+        self._engine.close()
         try:
             # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
             closed = self._engine.closed

@@ -55,8 +55,8 @@ class Training(Protocol):
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave. Raises CheckpointError where names or shapes differ."""
 
-    def moved_partly(self) -> bool:
-        """Whether a step failed midway, so that the weights are of no step."""
+    def moved(self) -> bool:
+        """Whether the newest :meth:`close`, should it have failed, may have moved weights, which are then of no step."""
 
 
 class SharedTraining:
@@ -67,7 +67,7 @@ class SharedTraining:
         self._settings = settings
         self._parameters = list(self.trainables.values())
         self.optimizer = build_optimizer(self._parameters, settings) if self._parameters else None
-        self._moving = False
+        self._moved = False
 
     def joined(self, client: str) -> None:
         pass  # there is one set of parameters, and it is there
@@ -76,6 +76,7 @@ class SharedTraining:
         return self._parameters
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        self._moved = False
         rate = learning_rate_at(step, self._settings)
         if self.optimizer is None:
             return StepReport(rate, None)
@@ -91,9 +92,8 @@ class SharedTraining:
             clip = min(1.0, self._settings.clip / (norm + 1e-6)) if self._settings.clip else 1.0
             torch._foreach_mul_(gradients, clip / counted)
             set_learning_rate(self.optimizer, rate)
-            self._moving = True
+            self._moved = True
             self.optimizer.step()
-            self._moving = False
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(rate, norm if finite else None, skipped=not finite)
 
@@ -106,5 +106,5 @@ class SharedTraining:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(extra["optimizer"])
 
-    def moved_partly(self) -> bool:
-        return self._moving
+    def moved(self) -> bool:
+        return self._moved

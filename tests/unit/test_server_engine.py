@@ -258,3 +258,22 @@ def test_where_weights_may_have_moved_on_nothing_is_computed_again(model):
     ShortOfMemory(engine, 13, bare=100)
     with pytest.raises(torch.OutOfMemoryError):
         engine.forward(ForwardBatch(0, members_of(), True))
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_an_optimizer_step_that_fails_says_whether_the_weights_are_still_of_a_step(model, monkeypatch, moves):
+    engine = engine_of(model)
+    both_ways(engine)
+    engine.close_step(0, {"a": 4})
+    both_ways(engine)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    if moves:
+        monkeypatch.setattr(engine.training.optimizer, "step", broken)
+    else:
+        monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.close_step(1, {"a": 4})
+    assert engine.closed == (None if moves else 0)
