@@ -20,7 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, without: Container[str] = 
     parser.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id of the model (or `model` in --config)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings below; flags win over it")
     if "resume" not in without:
-        parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run's directory")
+        again = parser.add_mutually_exclusive_group()
+        again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run's directory")
+        again.add_argument(
+            "--resume-if-any",
+            action="store_true",
+            help="the same, or begin where it holds none: for a server that something starts again when it ends",
+        )
     defaults = RunConfig(model="")
     for setting in SETTINGS:
         if setting.key in without:
@@ -47,11 +53,13 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     from server_trunk.server import TrunkServer
+    from splitfl.checkpoint import checkpoint_steps
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
     print(f"loading the trunk of {config.model}", file=sys.stderr)
-    server = TrunkServer(config, resume=args.resume, echo=sys.stderr)
+    resume = args.resume or (args.resume_if_any and bool(checkpoint_steps(config.out_dir)))
+    server = TrunkServer(config, resume=resume, echo=sys.stderr)
     server.start()
     print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
     print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from splitfl import __version__
 from splitfl.errors import SplitflError
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 #: Command: (its module, with `add_arguments(parser)` and `run(args) -> exit code`; one line of help). By name, not by import:
 #: the common ground imports neither side.
@@ -28,9 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. A SplitflError ends it with one sentence and no traceback."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these arguments: it knows all commands, and the flags of the one that they name."""
     parser = argparse.ArgumentParser(
         prog="splitfl",
         description="Fine-tune one language model together: text, labels and loss stay with each client.",
@@ -42,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. A SplitflError ends it with one sentence and no traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(arguments).parse_args(arguments)
     try:
         return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
     except SplitflError as error:

@@ -112,3 +112,18 @@ def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_pa
     arguments = ["serve", model, "--out", str(tmp_path / "run"), "--authorized-clients", str(tmp_path / "authorized_clients")]
     assert main([*arguments, "--resume"]) == 2
     assert "leave --resume out to begin a new run" in capsys.readouterr().err
+
+
+def test_a_server_that_is_started_again_by_something_goes_on_where_it_can(tmp_path, capsys, monkeypatch):
+    class Server:
+        def __init__(self, config, *, resume, echo):
+            raise ConfigError(f"resume: {resume}")
+
+    monkeypatch.setattr("server_trunk.server.TrunkServer", Server)
+    arguments = ["serve", "model", "--out", str(tmp_path), "--resume-if-any"]
+    assert main(arguments) == 2
+    assert "resume: False" in capsys.readouterr().err
+    (checkpoint := tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (checkpoint / "checkpoint.json").touch()
+    assert main(arguments) == 2
+    assert "resume: True" in capsys.readouterr().err
