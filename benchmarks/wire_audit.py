@@ -78,8 +78,8 @@ class _Sink:
     def welcome(self, peer: Any, hello: Any) -> Welcome:
         return Welcome(PROTOCOL_VERSION, hello.run, {}, {}, time.time())
 
-    def admit(self, peer: Any, message: Any) -> None:
-        return None
+    def admit(self, peer: Any, message: Any) -> int:
+        return 0
 
     def on_opened(self, session: Any) -> None:
         return None

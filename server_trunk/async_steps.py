@@ -10,6 +10,7 @@ synchronous parallel model (Ho et al., NeurIPS 2013), but whoever is ahead goes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
@@ -82,7 +83,8 @@ class AsyncSteps:
 
     # --- who takes part ---------------------------------------------------------------------------------------------------------
 
-    def enrol(self, session: str, client: str = "") -> None:
+    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = ()) -> None:
+        """``held`` is of no concern: each session numbers its own steps."""
         presence = self._sessions.setdefault(session, _Presence(client or session, self.number))
         if presence.enrolled:
             raise RemoteProtocolError("enrolled twice")
@@ -159,6 +161,13 @@ class AsyncSteps:
                 left.append(session)
             presence.enrolled = False
         return left
+
+    def common(self, kept: Sequence[int]) -> int | None:
+        """Nobody has to stand where others stand."""
+        return None
+
+    def go_back(self, number: int) -> None:
+        raise AssertionError("an asynchronous run goes on from where it was resumed")
 
     @property
     def expects_forwards(self) -> bool:

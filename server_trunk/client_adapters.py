@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,12 @@ class ClientTraining:
 
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
         """Nothing: each adapter is loaded by itself, see :meth:`load_client`."""
+
+    def begin_anew(self, clients: Iterable[str]) -> None:
+        """The adapters of these clients are as they were before their first step."""
+        for client in clients:
+            del self.adapters[client]
+            self.joined(client)
 
     # --- one client -------------------------------------------------------------------------------------------------------------
 

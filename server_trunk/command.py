@@ -14,6 +14,9 @@ from splitfl.settings import SETTINGS
 
 __all__ = ["add_arguments", "config_from", "run"]
 
+#: Seconds that an open step may take to its end after SIGTERM; most supervisors kill after 30.
+PATIENCE = 20.0
+
 
 def add_arguments(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
     """``without``: keys of settings that get no flag; ``resume`` among them."""
@@ -64,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
     print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
     stopping = threading.Event()
+    asked: list[int] = []
 
-    def ask_to_stop(*_: Any) -> None:
+    def ask_to_stop(number: int, *_: Any) -> None:
+        asked.append(number)
         stopping.set()
 
     for name in ("SIGINT", "SIGTERM"):
@@ -74,5 +79,7 @@ def run(args: argparse.Namespace) -> int:
         while not stopping.is_set() and not server.wait(0.5):
             pass
     finally:
-        server.stop()
+        # Ctrl-C is a person who ends the run; SIGTERM comes from what starts it again.
+        back = signal.SIGTERM in asked
+        server.stop(back=back, patience=PATIENCE if back else 0.0)
     return 0

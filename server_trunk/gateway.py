@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ class Gateway:
         meter: Meter | None = None,
         pin: bool = False,
         longest: int | None = None,
+        stands: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``book``: what each client's own adapter is like. ``longest``: the position before which every token must lie, where
-        the model's rotary table grows with what it sees.
+        """``stands``: the run's open step, or the next to open. ``book``: what each client's own adapter is like. ``longest``:
+        the position before which every token must lie, where the model's rotary table grows with what it sees.
         """
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
         self._meter, self._book = meter or Meter(), book or AdapterBook(config)
+        self._stands = stands
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
         self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
@@ -72,7 +75,7 @@ class Gateway:
             self._log.write("version-differs", client=peer.name, library=library, client_has=theirs, server_has=mine)
         return Welcome(PROTOCOL_VERSION, self._config.run, self._terms, self._libraries, time.time())
 
-    def admit(self, peer: Any, message: Open) -> None:
+    def admit(self, peer: Any, message: Open) -> int:
         if tuple(message.cut) != (self._cut.input_blocks, self._cut.output_blocks):
             theirs = f"{message.cut[0]}:{message.cut[1]}"
             raise Refused(
@@ -87,12 +90,13 @@ class Gateway:
         if difference:
             raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
         self._book.agree(peer.name, message.adapter)
+        return self._stands()
 
     def on_opened(self, session: Any) -> None:
         self._book.settle(session.session, session.peer.name, session.open.adapter)
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
         self._meter.joined(session.session, session.peer.name)
-        self._inbox.put(Event(session.session, opened=True, name=session.peer.name))
+        self._inbox.put(Event(session.session, opened=True, name=session.peer.name, replaces=session.open.replaces))
 
     def on_refused(self, who: str, code: str, text: str) -> None:
         self._log.write("refused", who=who, code=code, why=text)

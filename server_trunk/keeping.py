@@ -8,7 +8,8 @@ with that adapter and its optimizer, ``M`` being the newest step that the client
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 
 from server_trunk.client_adapters import ClientTraining
 from server_trunk.engine import Engine
+from server_trunk.ledger import Ledger
+from server_trunk.run_ledger import RunLedger
 from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import (
     checkpoint_directory,
@@ -44,6 +47,37 @@ class RunKeeper:
     def __init__(self, config: RunConfig, model: Any, identity: ModelIdentity, engine: Engine, log: RunLog) -> None:
         self._config, self._model, self._identity, self._engine, self._log = config, model, identity, engine, log
         self.saved = -1  # the step of the newest checkpoint
+        self.ledger = RunLedger()
+
+    # --- what the trunk's loop tells and asks (see :class:`~server_trunk.stepkeeper.Run`) ---------------------------------------
+
+    def made(self, ledger: Ledger) -> bool:
+        """A step was made; returns whether its checkpoint is written."""
+        self.ledger.enter(ledger)
+        every, last, step = self._config.checkpoint_every, self._config.optimizer.steps, ledger.step
+        if not ((every and (step + 1) % every == 0) or (last and step + 1 == last)):
+            return False
+        self.save(step)
+        return True
+
+    def kept(self) -> Sequence[int]:
+        """The steps of all checkpoints, ascending."""
+        return checkpoint_steps(self._config.out_dir)
+
+    def go_back(self, step: int) -> None:
+        """Load the checkpoint of ``step``, after which all clients can go on; newer ones are renamed, so that the run will not
+        go on from them. Raises CheckpointError where it is damaged.
+        """
+        main, clients = self._read(step)
+        self._load(main, clients)
+        training = self._engine.training
+        if isinstance(training, ClientTraining):
+            training.begin_anew([client for client in training.adapters if client not in clients])
+        for newer in [each for each in self.kept() if each > step]:
+            directory = checkpoint_directory(self._config.out_dir, newer)
+            os.replace(directory, _aside(directory, "undone"))
+        self.saved = self._engine.closed = step
+        self._log.write("went-back", step=step)
 
     # --- saving -----------------------------------------------------------------------------------------------------------------
 
@@ -51,6 +85,7 @@ class RunKeeper:
         """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
         config, training = self._config, self._engine.training
         tensors, extra = self._engine.state()
+        extra |= {"ledger": self.ledger.state()}
         meta = self._describe(step, config.lora)
         if isinstance(training, ClientTraining):
             meta["clients"] = self._save_clients(training)
@@ -114,7 +149,7 @@ class RunKeeper:
             try:
                 main, clients = self._read(step)
             except CheckpointError as error:
-                aside = directory.with_name(f"damaged-{directory.name}")
+                aside = _aside(directory, "damaged")
                 os.replace(directory, aside)
                 self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
                 continue
@@ -157,6 +192,7 @@ class RunKeeper:
         training = self._engine.training
         tensors, _, extra = main
         state = {name: unpack_state(content) for name, content in extra.items()}
+        self.ledger = RunLedger.from_state(state["ledger"]) if "ledger" in state else RunLedger()
         training.load(tensors, state)
         torch.set_rng_state(state["generator"])
         for client, (weights, meta, files) in clients.items():
@@ -164,3 +200,10 @@ class RunKeeper:
             training.load_client(
                 client, weights, {name: unpack_state(content) for name, content in files.items()}, meta, meta["step"]
             )
+
+
+def _aside(directory: Path, why: str) -> Path:
+    """Where a checkpoint goes that the run does not go on from; one that was put there before is deleted."""
+    place = directory.with_name(f"{why}-{directory.name}")
+    shutil.rmtree(place, ignore_errors=True)
+    return place

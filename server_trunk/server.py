@@ -146,7 +146,7 @@ class TrunkServer:
             client_tokens=config.client_tokens,
             payload_of=byte_view,
             meter=self.meter,
-            on_step=self._after_step,
+            run=self._keeper,
             on_idle=self._when_idle,
         )
         hidden = self._model.config.get_text_config().hidden_size
@@ -160,6 +160,7 @@ class TrunkServer:
             meter=self.meter,
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
+            stands=lambda: self._loop.step,
         )
         host, port = config.address
         self._transport = self._transport or ZmqServerTransport(
@@ -222,12 +223,6 @@ class TrunkServer:
 
     # --- the run's life ---------------------------------------------------------------------------------------------------------
 
-    def _after_step(self, step: int) -> None:
-        every = self.config.checkpoint_every
-        last = self.config.optimizer.steps
-        if (every and (step + 1) % every == 0) or (last and step + 1 == last):
-            self._keeper.save(step)
-
     def _when_idle(self) -> None:
         if self.config.until_done:
             self._done.set()
@@ -247,10 +242,16 @@ class TrunkServer:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
         return False
 
-    def stop(self, text: str = "the server is stopping") -> None:
-        """Finish the batch under way, write a last checkpoint, tell the clients, close."""
+    def stop(self, text: str = "the server is stopping", *, back: bool = False, patience: float = 0.0) -> None:
+        """Finish the batch under way, write a last checkpoint, tell the clients, close.
+
+        ``back``: the server means to start again, so that clients wait for it. ``patience``: seconds that the open step may take
+        to its end.
+        """
         if self._channel is None:
             return
+        if patience:
+            self._loop.finish_step(patience)
         self._loop.stop()
         self._engine.close()
         try:
@@ -259,7 +260,7 @@ class TrunkServer:
             if closed is not None and closed > self._keeper.saved:
                 self._keeper.save(closed)
         finally:
-            self._channel.stop(text)
+            self._channel.stop(text, back=back)
             self._channel = None
             self._live.stop()
             self._log.write("stopped", why=text)

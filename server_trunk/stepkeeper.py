@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
@@ -18,17 +18,30 @@ from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import Fault, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import Enrol, Fault, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 
-__all__ = ["StepKeeper"]
+__all__ = ["Run", "StepKeeper"]
 
 _COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
 _STALE = "the step this belongs to has gone on without it"
 
 
+class Run(Protocol):
+    """What is kept of a run. Called from the trunk's thread."""
+
+    def made(self, ledger: Ledger) -> bool:
+        """A step was made; returns whether the run is kept as it is after it."""
+
+    def kept(self) -> Sequence[int]:
+        """The steps after which the run could be taken up again."""
+
+    def go_back(self, step: int) -> None:
+        """Take the run up again after ``step``."""
+
+
 class StepKeeper:
-    """``names``: clients by open session, kept by the loop. ``on_step(step)`` is called after each closed step."""
+    """``names``: clients by open session, kept by the loop. ``run`` is what is kept of the run."""
 
     def __init__(
         self,
@@ -39,10 +52,10 @@ class StepKeeper:
         log: RunLog,
         meter: Meter,
         names: Mapping[str, str],
-        on_step: Callable[[int], None],
+        run: Run,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
-        self._outlet, self._log, self._meter, self._names, self._on_step = outlet, log, meter, names, on_step
+        self._outlet, self._log, self._meter, self._names, self._run = outlet, log, meter, names, run
         self._enrolments: dict[str, int] = {}
         self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
         self._report = StepReport(0.0, None)  # of the newest step
@@ -50,14 +63,15 @@ class StepKeeper:
         self._busy = 0.0
         self._tokens = 0
         self.trained = False  # whether a step has closed
+        self.ending = False  # no further step opens
 
     # --- what clients say -------------------------------------------------------------------------------------------------------
 
-    def enrol(self, session: str) -> None:
+    def enrol(self, session: str, message: Enrol) -> None:
         if self._steps.complete:
             self._outlet.tell(session, _COMPLETE)
             return
-        self._steps.enrol(session, self._names[session])
+        self._steps.enrol(session, self._names[session], message.held)
         self._enrolments[session] = self._enrolments.get(session, 0) + 1
 
     def done(self, session: str, message: StepDone) -> None:
@@ -127,6 +141,10 @@ class StepKeeper:
             for session in self._steps.dismiss():
                 self._abandon_stale(session)
                 self._outlet.tell(session, _COMPLETE)
+        if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
+            self._answer_stale()
+            return
+        self._go_back()
         was_open, now = self._steps.is_open, time.monotonic()
         for session, step in self._steps.openings(now):
             if not was_open:
@@ -135,15 +153,24 @@ class StepKeeper:
             self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
         self._answer_stale()
 
+    def _go_back(self) -> None:
+        """A run that was resumed begins where all who are there can begin, if there is such a step."""
+        common = self._steps.common(self._run.kept())
+        if common is not None:
+            self._run.go_back(common)
+            self._steps.go_back(common + 1)
+
     def _answer_stale(self) -> None:
         """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
         for session in [session for session in self._stale if not self._steps.is_ending(session)]:
             for micro in self._stale.pop(session):
                 self._outlet.tell(session, Fault("stale", _STALE, False, micro))
 
-    def _tell_closed(self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None) -> None:
-        rate = self._report.of(part.client).learning_rate
-        closed = StepClosed(step, targets, participants, rate, grad_norm, part.targets, part.withdrawn, staleness=part.staleness)
+    def _tell_closed(
+        self, part: Part, step: int, targets: int, participants: int, grad_norm: float | None = None, *, kept: bool = False
+    ) -> None:
+        rate, given = self._report.of(part.client).learning_rate, part.targets
+        closed = StepClosed(step, targets, participants, rate, grad_norm, given, part.withdrawn, part.staleness, kept)
         self._outlet.tell(part.session, closed)
 
     def _named(self, ledger: Ledger) -> dict[str, dict[str, Any]]:
@@ -171,9 +198,6 @@ class StepKeeper:
         self._meter.step_closed(
             ((part.client, part.targets, part.dropped) for part in ledger.parts.values()), seconds=now - began
         )
-        if ledger.ends_parts:
-            for part in ledger.parts.values():
-                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), report.of(part.client).grad_norm)
         seconds = now - self._began
         self._log.write(
             "step",
@@ -189,4 +213,9 @@ class StepKeeper:
             parts=self._named(ledger),
         )
         self._began, self._busy, self._tokens = now, 0.0, 0
-        self._on_step(ledger.step)
+        # First kept, then said: a run that starts again never stands before a checkpoint that its clients have heard of.
+        kept = self._run.made(ledger)
+        if ledger.ends_parts:
+            for part in ledger.parts.values():
+                norm = report.of(part.client).grad_norm
+                self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), norm, kept=kept)

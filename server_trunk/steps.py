@@ -8,6 +8,8 @@ lost one is held instead, until a new session of the same client takes it over a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
@@ -34,6 +36,8 @@ class Steps:
         self._missed: dict[str, int] = {}  # by session: the newest step that did not wait for it
         self._ledger = Ledger(first)
         self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
+        self._held: dict[str, tuple[int, ...]] = {}  # by session: steps after which its client can go on
+        self._first = first
 
     @property
     def complete(self) -> bool:
@@ -41,10 +45,12 @@ class Steps:
 
     # --- who takes part ---------------------------------------------------------------------------------------------------------
 
-    def enrol(self, session: str, client: str = "") -> None:
+    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = ()) -> None:
+        """``held``: steps after which the client can go on."""
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")
         self._enrolled[session] = client or session
+        self._held[session] = held
         returned = next((lost for lost, name in self._awaited.items() if name == client), None)
         if returned is not None:
             del self._awaited[returned]
@@ -69,6 +75,7 @@ class Steps:
         without it, or waits for its client.
         """
         client = self._enrolled.pop(session, None)
+        self._held.pop(session, None)
         self._ahead.pop(session, None)
         self._missed.pop(session, None)
         part = self._holders.get(session)
@@ -121,6 +128,22 @@ class Steps:
         if left:
             self._enrolled.clear()
         return left
+
+    def common(self, kept: Sequence[int]) -> int | None:
+        """Of the steps that the server has ``kept``, the newest after which everybody enrolled can go on, where the first step
+        since the run was resumed is about to open and not all can go on from where it stands; else None.
+        """
+        held = [self._held[session] for session in self._enrolled]
+        wanted = [set(steps) for steps in held if steps]  # who has yet to begin goes on from anywhere
+        begun = self.is_open or self.number != self._first or not self._first or len(self._enrolled) < max(1, self._needed)
+        if begun or all(self.number - 1 in steps for steps in wanted):
+            return None
+        return max((step for step in kept if step < self.number and all(step in steps for steps in wanted)), default=None)
+
+    def go_back(self, number: int) -> None:
+        """The run stands before step ``number`` again."""
+        self.number = self._first = number
+        self._ledger = Ledger(number)
 
     @property
     def expects_forwards(self) -> bool:

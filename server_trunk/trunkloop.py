@@ -11,16 +11,17 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
+from server_trunk.ledger import Ledger
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
-from server_trunk.stepkeeper import StepKeeper
+from server_trunk.stepkeeper import Run, StepKeeper
 from server_trunk.steps import Steps
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
@@ -49,7 +50,21 @@ class Event:
     payload: Any = None
     opened: bool = False
     name: str = ""
+    replaces: str = ""  # a lost session of the same client
     at: float = field(default_factory=time.monotonic)  # when it came
+
+
+class _NotKept:
+    """A run of which nothing is kept."""
+
+    def made(self, ledger: Ledger) -> bool:
+        return False
+
+    def kept(self) -> Sequence[int]:
+        return ()
+
+    def go_back(self, step: int) -> None:
+        raise AssertionError("nothing is kept")
 
 
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
@@ -60,8 +75,8 @@ _Reply = tuple[str, Any, Any]
 
 
 class TrunkLoop:
-    """Runs until :meth:`stop`. ``on_step(step)`` is called in the trunk's thread after each closed step, to write checkpoints;
-    ``on_idle()`` whenever clients have trained and all have left.
+    """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints; ``on_idle()`` is
+    called whenever clients have trained and all have left.
     """
 
     def __init__(
@@ -75,7 +90,7 @@ class TrunkLoop:
         client_tokens: int,
         payload_of: Callable[[Any], Any],
         meter: Meter | None = None,
-        on_step: Callable[[int], None] = lambda step: None,
+        run: Run | None = None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
@@ -86,7 +101,7 @@ class TrunkLoop:
         self._on_idle = on_idle
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, on_step)
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or _NotKept())
         self._stopping = False
         self.failure: BaseException | None = None
         self._mailer = Mailer(self._wake)
@@ -102,6 +117,20 @@ class TrunkLoop:
         if self._thread.ident is not None:
             self._thread.join()
         self._mailer.close()
+
+    def finish_step(self, timeout: float) -> bool:
+        """Open no further step, and wait for the end of the open one; True where none is open any more."""
+        self._keeper.ending = True
+        deadline = time.monotonic() + timeout
+        while self._steps.is_open and self._thread.is_alive() and time.monotonic() < deadline:
+            self._wake()
+            self._thread.join(0.02)
+        return not self._steps.is_open
+
+    @property
+    def step(self) -> int:
+        """The open step, or the next to open. From any thread."""
+        return self._steps.number
 
     def _wake(self) -> None:
         """Let the thread look around. From any thread."""
@@ -174,6 +203,8 @@ class TrunkLoop:
         session, message = event.session, event.message
         if message is None:
             if event.opened:
+                if self._names.get(event.replaces) == event.name:
+                    self._end(event.replaces, "lost", "another session of this client has taken its place")
                 self._names[session] = event.name
                 self._engine.training.joined(event.name)
             else:
@@ -191,7 +222,7 @@ class TrunkLoop:
             self._take_backward(event, message)
             self._outlet.credit(session, message.payload_bytes)
         elif isinstance(message, Enrol):
-            self._keeper.enrol(session)
+            self._keeper.enrol(session, message)
         elif isinstance(message, StepDone):
             self._keeper.done(session, message)
         elif isinstance(message, Pause | Leave):

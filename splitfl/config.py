@@ -134,6 +134,8 @@ class RunConfig:
             "clients": self.clients,
             "mode": self.mode,
             "on_loss": self.on_loss,
+            "checkpoint_every": self.checkpoint_every,
+            "checkpoint_keep": self.checkpoint_keep,
             "trainables": self.trainables,
             "adapters": self.adapters,
             "lora": lora,

@@ -60,6 +60,7 @@ class OpenTerms:
     model: dict[str, Any]
     cut: tuple[int, int]
     adapter: dict[str, Any] = field(default_factory=dict)
+    replaces: str = ""
 
 
 class ClientChannel:
@@ -225,7 +226,12 @@ class ClientChannel:
         with self._lock:
             self._check_alive()
             message = self._session.make_open(
-                ciphers=ciphers, model=terms.model, cut=terms.cut, name=self._name, adapter=terms.adapter
+                ciphers=ciphers,
+                model=terms.model,
+                cut=terms.cut,
+                name=self._name,
+                adapter=terms.adapter,
+                replaces=terms.replaces,
             )
             self._control_queue.append(self._session.send(message))
         self._transport.wake()
@@ -351,7 +357,7 @@ class ClientChannel:
         elif isinstance(message, Fault) and message.fatal:
             raise SessionLost(message.text, message.code)
         elif isinstance(message, Closing):
-            raise SessionLost(f"the server closed the session: {message.text}", "closing")
+            raise SessionLost(f"the server closed the session: {message.text}", "restarting" if message.back else "closing")
         elif not isinstance(message, Heartbeat):
             self._on_control(message)
 

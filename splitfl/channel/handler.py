@@ -43,8 +43,8 @@ class ServerHandler(Protocol):
     def welcome(self, peer: Peer, hello: Hello) -> Welcome:
         """Answers Hello; raises Refused."""
 
-    def admit(self, peer: Peer, open: Open) -> None:
-        """Judges Open; raises Refused."""
+    def admit(self, peer: Peer, open: Open) -> int:
+        """Judges Open; returns the run's open step, or the next to open. Raises Refused."""
 
     def on_opened(self, session: SessionInfo) -> None:
         """Both connections stand, keys are proven. Each on_opened is followed by one on_closed."""

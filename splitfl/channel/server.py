@@ -65,6 +65,7 @@ class ServerChannel:
         self._sessions = Sessions(transport, handler, self._admission, offer, self._timing, clock)
         self._commands: deque[tuple[Link, Callable[[], None]]] = deque()
         self._stopping: str | None = None
+        self._back = False
         self._wait = 0.0
         self._started = threading.Event()
         self._failure: BaseException | None = None
@@ -79,9 +80,11 @@ class ServerChannel:
         if self._failure is not None:
             raise self._failure
 
-    def stop(self, text: str = "the server stops") -> None:
-        """Sends what is queued (bounded wait), tells every client Closing, and joins the thread."""
-        self._stopping = text
+    def stop(self, text: str = "the server stops", *, back: bool = False) -> None:
+        """Sends what is queued (bounded wait), tells every client Closing, and joins the thread. ``back``: the server means to be
+        back, so that clients wait for it.
+        """
+        self._back, self._stopping = back, text
         self._transport.wake()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -164,7 +167,7 @@ class ServerChannel:
             self._stopping = self._stopping or "the server failed"
         finally:
             try:
-                self._sessions.close_all(self._stopping or "the server stops")
+                self._sessions.close_all(self._stopping or "the server stops", back=self._back)
             finally:
                 self._transport.close(self._timing.linger)
 

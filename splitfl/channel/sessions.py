@@ -230,7 +230,7 @@ class Sessions:
                 RefusalCode.CIPHER,
                 f"the server has none of the client's ciphers; it has {', '.join(self._offer.ciphers)}",
             )
-        self._handler.admit(link.peer, message)
+        step = self._handler.admit(link.peer, message)
         link.open = message
         session = secrets.token_hex(8)
         with self.lock:
@@ -243,6 +243,7 @@ class Sessions:
                 window=self._offer.window,
                 max_message=self._offer.max_message,
                 record=self._offer.record,
+                step=step,
             )
             keys = link.session.secrets
             assert keys is not None
@@ -358,11 +359,11 @@ class Sessions:
         self.active.pop(link, None)
         return known
 
-    def close_all(self, text: str) -> None:
-        """Tells everybody Closing."""
+    def close_all(self, text: str, *, back: bool) -> None:
+        """Tells everybody Closing; ``back``: the server means to be back."""
         text = presentable(text, _TEXT_BYTES)
         for link in list(self._links.values()):
-            self._send(link, encode(Closing(text)))
+            self._send(link, encode(Closing(text, back)))
             self.drop(link, text)
 
     def tick(self) -> None:

@@ -27,6 +27,9 @@ MAX_STEP = MAX_INTEGER
 MAX_MICRO = 2**31 - 1
 MAX_COUNT = 2**31 - 1
 
+#: Steps that one Enrol may name.
+MAX_HELD = 16
+
 SECRET_BYTES = 32
 TICKET_BYTES = 32
 KEM_PUBLIC_BYTES = 1184  # ML-KEM-768 encapsulation key, FIPS 203 table 3
@@ -78,7 +81,8 @@ class Open(Message):
 
     ``model`` is the model identity (plain msgpack values, opaque here); ``cut`` = (blocks in the input end, in the
     output end). ``adapter``: what the client asks for its own adapter in the trunk, where each client has one; empty
-    for the run's defaults.
+    for the run's defaults. ``replaces``: the session of this client's that was lost and that this one stands for, if any: it
+    ends, should the server not have noticed its loss.
     """
 
     client_secret: bytes = field(repr=False)
@@ -88,6 +92,7 @@ class Open(Message):
     cut: tuple[int, int]
     name: str
     adapter: dict[str, Any] = field(default_factory=dict)
+    replaces: str = ""
 
     TYPE: ClassVar[int] = 2
     FIELDS: ClassVar = {
@@ -98,15 +103,20 @@ class Open(Message):
         "cut": pair(integer(0, 65535), integer(0, 65535)),
         "name": short_text(64),
         "adapter": plain(depth=2, nodes=64),
+        "replaces": short_text(64),
     }
 
 
 @dataclass(frozen=True)
 class Enrol(Message):
-    """Makes this session a participant of the next step to open."""
+    """Makes this session a participant of the next step to open. ``held``: steps after which this client can go on, newest first:
+    as it stands, or from what it has kept; none where it has yet to take part in its first.
+    """
+
+    held: tuple[int, ...] = ()
 
     TYPE: ClassVar[int] = 3
-    FIELDS: ClassVar = {}
+    FIELDS: ClassVar = {"held": sequence(integer(0, MAX_STEP), 0, MAX_HELD)}
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class Welcome(Message):
 class Opened(Message):
     """Answers :class:`Open`. Sizes in bytes: ``window`` the credit granted, ``max_message`` the largest payload,
     ``record`` the plaintext of a full record. ``data_address``: ``tcp://host:port``; an empty host or ``*`` means the
-    host that was dialled.
+    host that was dialled. ``step``: the run's open step, or the next to open.
     """
 
     session: str
@@ -206,6 +216,7 @@ class Opened(Message):
     window: int
     max_message: int
     record: int
+    step: int = 0
 
     TYPE: ClassVar[int] = 34
     FIELDS: ClassVar = {
@@ -219,6 +230,7 @@ class Opened(Message):
         "window": integer(1, 2**40),
         "max_message": integer(1, 2**40),
         "record": integer(4096, 4 * 2**20),
+        "step": integer(0, MAX_STEP),
     }
 
 
@@ -253,6 +265,7 @@ class StepClosed(Message):
     """The step is done for this session. ``targets``: counted target tokens of all participants; ``counted``: those of this
     one; ``grad_norm`` before clipping. ``dropped``: the step did not wait for this session's part, which is out of steps until it
     enrols again. ``staleness``: optimizer steps made since the oldest forward of this session's part (asynchronous mode).
+    ``checkpoint``: the server has kept the run as it is after this step.
     """
 
     step: int
@@ -263,6 +276,7 @@ class StepClosed(Message):
     counted: int = 0
     dropped: bool = False
     staleness: int = 0
+    checkpoint: bool = False
 
     TYPE: ClassVar[int] = 37
     FIELDS: ClassVar = {
@@ -274,6 +288,7 @@ class StepClosed(Message):
         "counted": integer(0),
         "dropped": boolean,
         "staleness": integer(0, MAX_COUNT),
+        "checkpoint": boolean,
     }
 
 
@@ -307,9 +322,10 @@ class Fault(Message):
 
 @dataclass(frozen=True)
 class Closing(Message):
-    """The server stops, in good order."""
+    """The server stops, in good order. ``back``: it means to be back before long, to go on with the run."""
 
     text: str
+    back: bool = False
 
     TYPE: ClassVar[int] = 41
-    FIELDS: ClassVar = {"text": short_text(4096)}
+    FIELDS: ClassVar = {"text": short_text(4096), "back": boolean}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from splitfl.errors import LocalProtocolError
 from splitfl.protocol.fields import Check, FieldError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # One frame on the control endpoint, and the metadata of one data message.
 MAX_CONTROL_BYTES = 64 * 1024

@@ -189,11 +189,12 @@ class ClientSession(_Session):
         cut: tuple[int, int],
         name: str,
         adapter: dict[str, Any] | None = None,
+        replaces: str = "",
     ) -> Open:
         """An Open with fresh secrets."""
         self._kem = schedule.KemKey()
         secret = schedule.new_secret()
-        self._open = Open(secret, self._kem.public, ciphers, model, cut, name, adapter or {})
+        self._open = Open(secret, self._kem.public, ciphers, model, cut, name, adapter or {}, replaces)
         return self._open
 
     def send(self, message: Message) -> bytes:
@@ -296,6 +297,7 @@ class ServerSession(_Session):
         window: int,
         max_message: int,
         record: int,
+        step: int = 0,
     ) -> tuple[Opened, bytes]:
         """Opened with fresh secrets, and its frame; derives the keys. Raises RemoteProtocolError for a bad ML-KEM
         key.
@@ -315,6 +317,7 @@ class ServerSession(_Session):
             window,
             max_message,
             record,
+            step,
         )
         frame = self.send(opened)
         assert frame is not None

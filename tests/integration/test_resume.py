@@ -7,8 +7,17 @@ import dataclasses
 import pytest
 import torch
 
+from server_trunk.run_ledger import RunLedger
 from server_trunk.server import TrunkServer
-from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, client_directory, clients_of
+from splitfl.checkpoint import (
+    checkpoint_directory,
+    checkpoint_steps,
+    client_directory,
+    clients_of,
+    load_checkpoint,
+    newest_checkpoint,
+    unpack_state,
+)
 from splitfl.cli import main
 from splitfl.config import LoraSettings
 from splitfl.errors import CheckpointError, ConfigError
@@ -127,3 +136,15 @@ def test_a_server_that_is_started_again_by_something_goes_on_where_it_can(tmp_pa
     (checkpoint / "checkpoint.json").touch()
     assert main(arguments) == 2
     assert "resume: True" in capsys.readouterr().err
+
+
+def test_the_ledger_of_a_checkpoint_says_each_step_once_across_resumes(tmp_path):
+    world = World(tmp_path, tiny_llama(tmp_path / "model"), 1, checkpoint_every=2, trainables="full")
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with running(world):
+        train(world, 0, [batch] * 3, asked={})
+    with running(again(world)):
+        train(world, 0, [batch] * 2, asked={})
+    newest = load_checkpoint(newest_checkpoint(world.server.config.out_dir))
+    entries = RunLedger.from_state(unpack_state(newest[2]["ledger"])).entries()
+    assert entries == [(step, {"client0": 11}) for step in range(5)]

@@ -60,13 +60,14 @@ class Handler:
             raise Refused("unknown-run", f"there is no run {hello.run!r} here")
         return Welcome(PROTOCOL_VERSION, "run", {"cut": [1, 1]}, {"torch": "2"}, time.time())
 
-    def admit(self, peer: Peer, open: Open) -> None:
+    def admit(self, peer: Peer, open: Open) -> int:
         if self.full:
             raise Refused("full", "the run is full")
         if open.model != MODEL:
             raise Refused("model-mismatch", "the model differs")
         if open.cut != (1, 1):
             raise Refused("cut-mismatch", "the cut differs")
+        return 7
 
     def on_opened(self, session: SessionInfo) -> None:
         self.opened.append(session)

@@ -262,7 +262,7 @@ def test_refusals_carry_code_and_sentence(make: Make, change: dict[str, Any], co
 def test_another_protocol_version(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make()
     monkeypatch.setattr("splitfl.channel.client.PROTOCOL_VERSION", 1)
-    with pytest.raises(Refused, match="version 1, the server 2: install the same") as caught:
+    with pytest.raises(Refused, match="version 1, the server 3: install the same") as caught:
         world.join()
     assert caught.value.code == "protocol-version"
     wait_until(lambda: world.handler.refused)

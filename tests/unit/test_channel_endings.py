@@ -271,13 +271,15 @@ def test_a_ticket_without_the_keys_opens_nothing(make: Make) -> None:
 # --- Hostile bytes on an open session ---
 
 
-@pytest.mark.parametrize("junk", [b"", b"\xc1", b"\x81\xa4type\x03", os.urandom(300), encode(Heartbeat(1.0))[:-1]])
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xc1", b"\x81\xa4type\x03", b"\x81\xa4type\x05", os.urandom(300), encode(Heartbeat(1.0))[:-1]]
+)
 def test_junk_on_control_ends_that_session_only(make: Make, junk: bytes) -> None:
     world = make()
     well, ill = world.join(), world.join()
     ill.channel._control_queue.append(junk or b"\x00")
     ill.channel._transport.wake()
-    if junk == b"\x81\xa4type\x03":  # a perfectly good Enrol
+    if junk == b"\x81\xa4type\x05":  # a perfectly good Pause
         wait_until(lambda: world.handler.control)
         return
     wait_until(lambda: ill.lost and world.handler.closed)

@@ -44,8 +44,9 @@ FROM_CLIENT = st.one_of(
         st.tuples(st.integers(0, 99), st.integers(0, 99)),
         WORD,
         st.dictionaries(WORD, COUNT | NOT_NEGATIVE, max_size=4),
+        TEXT,
     ),
-    st.builds(m.Enrol),
+    st.builds(m.Enrol, st.lists(STEP, max_size=16).map(tuple)),
     st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"])),
     st.builds(m.Pause),
     st.builds(m.Leave),
@@ -66,14 +67,15 @@ FROM_SERVER = st.one_of(
         st.integers(1, 2**40),
         st.integers(1, 2**40),
         st.integers(4096, 2**22),
+        STEP,
     ),
     st.builds(m.Refused, WORD, TEXT),
     st.builds(m.StepOpened, STEP, COUNT),
-    st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE, STEP, st.booleans(), COUNT),
+    st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE, STEP, st.booleans(), COUNT, st.booleans()),
     st.builds(m.Credit, st.integers(1, 2**40)),
     st.builds(m.Heartbeat, FINITE),
     st.builds(m.Fault, WORD, TEXT, st.booleans(), st.none() | MICRO),
-    st.builds(m.Closing, TEXT),
+    st.builds(m.Closing, TEXT, st.booleans()),
 )
 DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),
@@ -254,7 +256,7 @@ def test_limits_on_size_and_depth() -> None:
 
 def test_text_for_terminals_holds_no_control_characters() -> None:
     with pytest.raises(RemoteProtocolError, match="control characters"):
-        m.decode_control(msgpack.packb({"type": 41, "text": "\x1b[2J"}), from_client=False)
+        m.decode_control(msgpack.packb({"type": 41, "text": "\x1b[2J", "back": False}), from_client=False)
     assert m.Closing("two\nlines").text == "two\nlines"
 
 

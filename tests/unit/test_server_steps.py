@@ -328,3 +328,46 @@ def test_a_replay_that_runs_after_its_own_session_was_lost_too_counts_once():
     ledger = steps.close()
     assert ledger is not None
     assert ledger.targets == 4
+
+
+def resumed(**held: tuple[int, ...]) -> Steps:
+    steps = Steps(clients=len(held), first=8)
+    for session, steps_held in held.items():
+        steps.enrol(session, session, steps_held)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "common"),
+    [
+        ((7,), (7, 5), None),  # all stand where the run stands
+        ((7, 5), (5, 3), 5),
+        ((8, 5, 3), (9, 3), 3),
+        ((7, 5), (), None),  # who is new goes on from anywhere
+        ((5,), (), 5),
+        ((7,), (6,), None),  # nothing that all hold: the run stays
+        ((4,), (4,), None),  # the server has not kept it
+    ],
+)
+def test_a_resumed_run_begins_where_all_can_begin(a, b, common):
+    steps = resumed(a=a, b=b)
+    assert steps.common([3, 5, 7]) == common
+    if common is not None:
+        steps.go_back(common + 1)
+        assert steps.common([3, 5, 7]) is None
+    assert opens(steps) == ["a", "b"]
+    assert steps.number == (8 if common is None else common + 1)
+
+
+def test_a_run_goes_back_before_its_first_step_only_and_with_everybody_there():
+    steps = Steps(clients=2, first=8)
+    steps.enrol("a", "a", (5,))
+    assert steps.common([5, 7]) is None  # b may hold less
+    steps.enrol("b", "b", (7, 5))
+    assert steps.common([5, 7]) == 5
+    assert opens(steps) == ["a", "b"]
+    assert steps.common([5, 7]) is None
+    contribute(steps, "a", 1)
+    contribute(steps, "b", 1)
+    assert steps.close() is not None
+    assert steps.common([5, 7]) is None

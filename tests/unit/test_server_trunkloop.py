@@ -81,6 +81,8 @@ class Desk:
         for session, message in events:
             if message is None or message == "open":
                 self.loop.inbox.put(Event(session, opened=message is not None, name=session))
+            elif isinstance(message, str):  # a new session of the same client in place of ``message``
+                self.loop.inbox.put(Event(session, opened=True, name=message, replaces=message))
             else:
                 rows = getattr(message, "rows", 0)
                 payload = torch.ones(rows, HIDDEN) if rows else None
@@ -342,3 +344,23 @@ def test_an_answer_that_fails_on_its_way_ends_a_loop_that_has_nothing_to_do(mode
     assert desk.loop.join(10)
     assert "gone" in str(desk.loop.failure)
     desk.loop.stop()
+
+
+def test_a_session_that_stands_for_a_lost_one_ends_it_at_once(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=1)
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    desk.run(("new", "a"))
+    assert "taken its place" in desk.outlet.ended["a"].text
+    desk.run(("stranger", "nobody"), ("other", "open"))
+    assert list(desk.outlet.ended) == ["a"]
+
+
+def test_once_it_is_ending_the_open_step_closes_and_no_other_opens(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    desk.join("a")
+    desk.loop._keeper.ending = True
+    desk.run(("a", forward(0)))
+    desk.run(*honest("a"))
+    assert [closed.step for closed in desk.outlet.closed()] == [0]
+    assert [message.step for _, message in desk.outlet.told if isinstance(message, StepOpened)] == [0]

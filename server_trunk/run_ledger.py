@@ -1,0 +1,71 @@
+"""The run's ledger: every optimizer step that was made, what counted in it and of whom. Part of each checkpoint.
+
+A step is entered once, right behind the one before it, so that a checkpoint proves that nothing was applied twice. Kept as four
+arrays, a few bytes a step and participant.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from server_trunk.ledger import Ledger
+from splitfl.errors import CheckpointError
+
+__all__ = ["RunLedger"]
+
+_COLUMNS = {"steps": "q", "parts": "i", "clients": "i", "targets": "q"}
+_DTYPES = {"q": torch.int64, "i": torch.int32}
+
+
+class RunLedger:
+    """``steps``: numbers of the steps made, ascending by one; ``parts``: how many clients each had; ``clients`` and ``targets``:
+    for each part in turn, whose it was and how many of its target tokens counted.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, int] = {}
+        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
+
+    def enter(self, ledger: Ledger) -> None:
+        """A step was made."""
+        steps = self._columns["steps"]
+        assert not steps or ledger.step == steps[-1] + 1, f"step {ledger.step} after step {steps[-1]}"
+        steps.append(ledger.step)
+        given = ledger.targets_by_client
+        self._columns["parts"].append(len(given))
+        for client, targets in given.items():
+            self._columns["clients"].append(self._names.setdefault(client, len(self._names)))
+            self._columns["targets"].append(targets)
+
+    def entries(self) -> list[tuple[int, dict[str, int]]]:
+        """Each step's number, and the targets that counted in it by client."""
+        names, place, found = list(self._names), 0, []
+        for step, parts in zip(self._columns["steps"], self._columns["parts"], strict=True):
+            span = slice(place, place + parts)
+            clients = [names[index] for index in self._columns["clients"][span]]
+            found.append((step, dict(zip(clients, self._columns["targets"][span], strict=True))))
+            place += parts
+        return found
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """For :func:`splitfl.checkpoint.save_checkpoint`."""
+        arrays = {name: torch.tensor(column.tolist(), dtype=_DTYPES[_COLUMNS[name]]) for name, column in self._columns.items()}
+        return {"names": list(self._names), **arrays}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> RunLedger:
+        """Take back what :meth:`state` gave. Raises CheckpointError where it is no ledger."""
+        made = cls()
+        try:
+            made._names = {str(name): index for index, name in enumerate(state["names"])}
+            made._columns = {name: array(code, state[name].tolist()) for name, code in _COLUMNS.items()}
+            made.entries()
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            raise CheckpointError(f"the ledger of a checkpoint is damaged ({error}): use another checkpoint") from None
+        return made
