@@ -17,7 +17,7 @@ import statistics
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.modes import light_clients
+from benchmarks.light import light_clients
 from benchmarks.report import emit
 from benchmarks.stage import Stage, quiet
 

@@ -12,52 +12,15 @@ says where the time goes: CPU seconds of each side a step, and the share of the 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import tempfile
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks.report import emit, median_interval
+from benchmarks.stage import Stage, batch_of, optimizer_of, quiet
 
-ROWS, LENGTH, VOCABULARY = 4, 128, 2048
-LEARNING_RATE = 1e-4
-
-
-def build_model(directory: Path, *, hidden: int, blocks: int) -> None:
-    """A Llama with random weights as a Hugging Face directory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-
-
-def _batch(seed: int, rows: int) -> dict[str, Any]:
-    import torch
-
-    ids = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def _optimizer(parameters: Any) -> Any:
-    from splitfl.config import OptimizerSettings
-    from splitfl.optimizer import build_optimizer
-
-    return build_optimizer(parameters, OptimizerSettings(learning_rate=LEARNING_RATE))
+ROWS, LENGTH = 4, 128
 
 
 def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
@@ -68,8 +31,8 @@ def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir).train()
-    optimizer = _optimizer(model.parameters())
-    batch = _batch(1, ROWS * clients)
+    optimizer = optimizer_of(model)
+    batch = batch_of(ROWS * clients, LENGTH, 1)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         threads, pieces, steps = command
@@ -85,31 +48,6 @@ def run_central(pipe: Connection, model_dir: str, clients: int) -> None:
         pipe.send(time.perf_counter() - began)
 
 
-def run_server(pipe: Connection, model_dir: str, work: str, clients: int, threads: int, batch_tokens: int) -> None:
-    """Worker: the trunk server; sends its join string."""
-    from server_trunk.server import TrunkServer
-    from splitfl.config import build_config
-
-    config = build_config(
-        {
-            "model": model_dir,
-            "clients": clients,
-            "trainables": "full",
-            "optimizer.learning_rate": LEARNING_RATE,
-            "threads": threads,
-            "batch_tokens": batch_tokens,
-            "checkpoint_every": 0,
-            "out": f"{work}/server",
-            "authorized_clients": f"{work}/authorized_clients",
-        }
-    )
-    server = TrunkServer(config)
-    server.start()
-    pipe.send(str(server.join))
-    pipe.recv()
-    server.stop()
-
-
 def run_client(pipe: Connection, model_dir: str, join: str, key: str, threads: int, micro_batches: int, seed: int) -> None:
     """Worker: one client. Command: steps -> (wall clock at start, at end)."""
     import torch
@@ -121,8 +59,8 @@ def run_client(pipe: Connection, model_dir: str, join: str, key: str, threads: i
     model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu", micro_batches=micro_batches)
     set_trainable(model, "full")
     model.train()
-    optimizer = _optimizer(model.parameters())
-    batch = _batch(seed, ROWS)
+    optimizer = optimizer_of(model)
+    batch = batch_of(ROWS, LENGTH, seed)
     pipe.send("ready")
     while (steps := pipe.recv()) is not None:
         began = time.time()
@@ -136,94 +74,50 @@ def run_client(pipe: Connection, model_dir: str, join: str, key: str, threads: i
     model.close()
 
 
-class Workers:
-    """Processes with a pipe each, started afresh (`spawn`), ended by None."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._all: list[tuple[Any, Connection]] = []
-        self._of: dict[str, list[psutil.Process]] = {}
-
-    def start(self, role: str, target: Any, *args: Any) -> Connection:
-        near, far = self._context.Pipe()
-        process = self._context.Process(target=target, args=(far, *args), daemon=True)
-        process.start()
-        self._all.append((process, near))
-        self._of.setdefault(role, []).append(psutil.Process(process.pid))
-        return near
-
-    def cpu_seconds(self) -> dict[str, float]:
-        """CPU seconds used so far, by role."""
-        return {
-            role: sum(times.user + times.system for times in (process.cpu_times() for process in processes))
-            for role, processes in self._of.items()
-        }
-
-    def stop(self) -> None:
-        for _, pipe in reversed(self._all):
-            pipe.send(None)
-        for process, _ in reversed(self._all):
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-
-
 def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
     """The ratio of tokens/s, split over central, for ``clients`` clients."""
-    from splitfl.protocol.keys import write_identity
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     server_threads, client_threads = (int(n) for n in (args.threads or ("2:2" if clients == 1 else "2:1")).split(":"))
-    with tempfile.TemporaryDirectory() as work:
-        model_dir = f"{work}/model"
-        build_model(Path(model_dir), hidden=args.hidden, blocks=args.blocks)
-        keys = [f"{work}/client{index}.key" for index in range(clients)]
-        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(keys)]
-        Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
-        workers = Workers()
-        try:
-            central = workers.start("central", run_central, model_dir, clients)
-            central.recv()
-            server = workers.start("server", run_server, model_dir, work, clients, server_threads, args.batch_tokens)
-            join = server.recv()
-            pipes = [
-                workers.start("clients", run_client, model_dir, join, key, client_threads, args.micro_batches, index)
-                for index, key in enumerate(keys)
-            ]
+    settings = {"clients": clients, "threads": server_threads, "batch_tokens": args.batch_tokens}
+    with Stage(settings, clients=clients, hidden=args.hidden, blocks=args.blocks) as stage:
+        central = stage.start(run_central, stage.model_dir, clients, role="central")
+        central.recv()
+        pipes = [
+            stage.start(run_client, stage.model_dir, join, key, client_threads, args.micro_batches, index)
+            for index, (join, key) in enumerate(zip(stage.joins, stage.keys, strict=True))
+        ]
+        for pipe in pipes:
+            pipe.recv()
+
+        def split(steps: int) -> float:
             for pipe in pipes:
-                pipe.recv()
+                pipe.send(steps)
+            spans = [pipe.recv() for pipe in pipes]
+            return max(end for _, end in spans) - min(begin for begin, _ in spans)
 
-            def split(steps: int) -> float:
-                for pipe in pipes:
-                    pipe.send(steps)
-                spans = [pipe.recv() for pipe in pipes]
-                return max(end for _, end in spans) - min(begin for begin, _ in spans)
+        def alone(way: tuple[int, int], steps: int) -> float:
+            central.send((*way, steps))
+            return float(central.recv())
 
-            def alone(way: tuple[int, int], steps: int) -> float:
-                central.send((*way, steps))
-                return float(central.recv())
-
-            split(2)
-            ways = [(threads, pieces) for threads in (1, 2) for pieces in sorted({1, clients})]
-            alone(ways[-1], 1)
-            trial = {way: min(alone(way, 1) for _ in range(2)) for way in ways}
-            best = min(trial, key=lambda way: trial[way])
-            ratios, central_seconds, split_seconds = [], [], []
-            before = workers.cpu_seconds()
-            for pair in range(args.pairs):
-                # The order within a pair alternates too, so that neither always runs on the warmer caches.
-                if pair % 2:
-                    b = split(args.steps)
-                    a = alone(best, args.steps)
-                else:
-                    a = alone(best, args.steps)
-                    b = split(args.steps)
-                central_seconds.append(a)
-                split_seconds.append(b)
-                ratios.append(a / b)
-            used = {role: seconds - before[role] for role, seconds in workers.cpu_seconds().items()}
-        finally:
-            workers.stop()
+        split(2)
+        ways = [(threads, pieces) for threads in (1, 2) for pieces in sorted({1, clients})]
+        alone(ways[-1], 1)
+        trial = {way: min(alone(way, 1) for _ in range(2)) for way in ways}
+        best = min(trial, key=lambda way: trial[way])
+        ratios, central_seconds, split_seconds = [], [], []
+        before = stage.cpu_seconds()
+        for pair in range(args.pairs):
+            # The order within a pair alternates too, so that neither always runs on the warmer caches.
+            if pair % 2:
+                b = split(args.steps)
+                a = alone(best, args.steps)
+            else:
+                a = alone(best, args.steps)
+                b = split(args.steps)
+            central_seconds.append(a)
+            split_seconds.append(b)
+            ratios.append(a / b)
+        used = {role: seconds - before[role] for role, seconds in stage.cpu_seconds().items()}
     median, low, high = median_interval(ratios)
     tokens = clients * ROWS * LENGTH * args.steps
     result = {
@@ -268,9 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.hidden, args.blocks = 3, 128, 4
-    # Idle threads must sleep, not spin: five processes share the cores.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    quiet()
     results = {str(clients): measure(clients, args) for clients in args.clients}
     emit({"ratio": {key: value["ratio"] for key, value in results.items()}, "details": results}, as_json=args.json)
 

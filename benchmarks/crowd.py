@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.light import open_sessions
 from benchmarks.report import emit
 
 HIDDEN, BLOCKS = 64, 4
@@ -96,28 +97,12 @@ class Served:
     errors: list[str] = field(default_factory=list)
 
 
-def run_clients(pipe: Connection, model: str, join: str, keys: Sequence[str], first: int) -> None:
+def run_clients(pipe: Connection, join: str, keys: Sequence[str], first: int) -> None:
     """Worker: sessions in threads. Command: (round, begin, end), on the machine's monotonic clock -> what each was served."""
     import torch
 
-    from client_ends.session import TrunkSession
-    from splitfl.channel.client import OpenTerms
-    from splitfl.parts.cut import Cut
-    from splitfl.parts.identity import model_identity
-    from splitfl.protocol.join import JoinString
-    from splitfl.protocol.keys import read_identity
-
     torch.set_num_threads(1)
-    held = model_identity(model).to_plain()
-
-    def open_session(key: str) -> TrunkSession:
-        def answer(welcome: Any) -> OpenTerms:
-            cut = Cut.parse(welcome.config["cut"])
-            return OpenTerms(model=held, cut=(cut.input_blocks, cut.output_blocks))
-
-        return TrunkSession.open(JoinString.parse(join), read_identity(key), answer, timeout=60)
-
-    sessions = [open_session(key) for key in keys]
+    sessions = open_sessions([join] * len(keys), keys)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         name, begin, end = command
@@ -275,7 +260,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             began = time.monotonic()
             share = -(-args.clients // args.processes)
             parts = [(keys[first : first + share], first) for first in range(0, args.clients, share)]
-            crowd = [start(run_clients, model, join, part, first) for part, first in parts]
+            crowd = [start(run_clients, join, part, first) for part, first in parts]
             workers += crowd
             for _, pipe in crowd:
                 pipe.recv()

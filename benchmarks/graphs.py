@@ -13,7 +13,7 @@ import json
 import statistics
 from typing import Any
 
-from benchmarks.modes import light_clients
+from benchmarks.light import light_clients
 from benchmarks.report import emit
 from benchmarks.stage import Stage, quiet
 

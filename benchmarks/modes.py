@@ -18,11 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import threading
-import time
-from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.light import light_clients
 from benchmarks.report import emit
 from benchmarks.stage import Stage, quiet, train
 
@@ -34,55 +32,6 @@ MODES: dict[str, dict[str, Any]] = {
 BASELINE = "serial"
 SHAPES: tuple[tuple[int, int], ...] = ((1, 64), (4, 128))  # rows and tokens of each client's batch
 FEDSEA = {"clients": 8, "gain": 1.41}
-
-
-def light_clients(pipe: Connection, joins: list[str], keys: list[str], rows: int, length: int) -> None:
-    """Worker: clients without ends, a thread each. Command: steps -> the wall clock at the end of each step of each client."""
-    import torch
-
-    from client_ends.session import TrunkSession
-    from splitfl.channel.client import OpenTerms
-    from splitfl.parts.cut import Cut
-    from splitfl.protocol.join import JoinString
-    from splitfl.protocol.keys import read_identity
-
-    torch.set_num_threads(1)
-
-    def answer(welcome: Any) -> OpenTerms:
-        cut = Cut.parse(welcome.config["cut"])
-        return OpenTerms(model=welcome.config["identity"], cut=(cut.input_blocks, cut.output_blocks))
-
-    sessions = [
-        TrunkSession.open(JoinString.parse(join), read_identity(key), answer, timeout=60.0)
-        for join, key in zip(joins, keys, strict=True)
-    ]
-    wire = [(length, 0)] * rows
-    hidden = torch.randn(rows * length, sessions[0].terms["hidden_size"], generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(sessions[0].dtype)
-    gradient = hidden * 1e-3
-
-    def work(session: TrunkSession, steps: int, ends: list[float]) -> None:
-        for _ in range(steps):
-            number = session.send_forward(hidden, wire, train=True, grad=True)
-            session.await_hidden(number)
-            session.send_backward(number, gradient, targets=rows * length, divisor=float(rows * length))
-            session.await_grad(number)
-            session.step_done()
-            ends.append(time.time())
-
-    pipe.send("ready")
-    while (steps := pipe.recv()) is not None:
-        spans: list[list[float]] = [[] for _ in sessions]
-        threads = [
-            threading.Thread(target=work, args=(session, steps, ends)) for session, ends in zip(sessions, spans, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        pipe.send(spans)
-    for session in sessions:
-        session.close()
 
 
 def _make_steps(stage: Stage, shape: tuple[int, int], steps: int, *, real: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.central_ratio import LEARNING_RATE, Workers, build_model
 from benchmarks.link import Link, host_of
 from benchmarks.relay import free_port
 
-__all__ = ["Stage", "batch_of", "quiet", "train"]
+__all__ = ["VOCABULARY", "Stage", "batch_of", "build_model", "optimizer_of", "quiet", "train"]
+
+VOCABULARY = 2048
+LEARNING_RATE = 1e-4
 
 
 def quiet() -> None:
@@ -22,6 +25,58 @@ def quiet() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def build_model(directory: Path, *, hidden: int, blocks: int) -> None:
+    """A Llama with random weights as a Hugging Face directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+class Workers:
+    """Processes with a pipe each, started afresh (`spawn`), ended by None."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._all: list[tuple[Any, Connection]] = []
+        self._of: dict[str, list[int]] = {}
+
+    def start(self, role: str, target: Any, *args: Any) -> Connection:
+        near, far = self._context.Pipe()
+        process = self._context.Process(target=target, args=(far, *args), daemon=True)
+        process.start()
+        self._all.append((process, near))
+        self._of.setdefault(role, []).append(process.pid)
+        return near
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds used so far, by role."""
+        import psutil
+
+        return {
+            role: sum(times.user + times.system for times in (psutil.Process(pid).cpu_times() for pid in pids))
+            for role, pids in self._of.items()
+        }
+
+    def stop(self) -> None:
+        for _, pipe in reversed(self._all):
+            pipe.send(None)
+        for process, _ in reversed(self._all):
+            process.join(20)
+            if process.is_alive():
+                process.kill()
 
 
 class Stage:
@@ -78,9 +133,13 @@ class Stage:
             self.close()
             raise
 
-    def start(self, target: Any, *args: Any) -> Connection:
+    def start(self, target: Any, *args: Any, role: str = "clients") -> Connection:
         """One more process: ``target(pipe, *args)``, which ends when it receives None."""
-        return self._workers.start("clients", target, *args)
+        return self._workers.start(role, target, *args)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds used so far by the processes of each role, the server's being ``server``."""
+        return self._workers.cpu_seconds()
 
     def peak_memory(self) -> int:
         """The server process's resident high-water mark, bytes."""
@@ -121,10 +180,16 @@ def batch_of(rows: int, length: int, seed: int) -> dict[str, Any]:
     """Random tokens ``(rows, length)`` with their labels."""
     import torch
 
-    from benchmarks.central_ratio import VOCABULARY
-
     ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def optimizer_of(model: Any) -> Any:
+    """The optimizer of all benchmarks, over all of a model."""
+    from splitfl.config import OptimizerSettings
+    from splitfl.optimizer import build_optimizer
+
+    return build_optimizer(model.parameters(), OptimizerSettings(learning_rate=LEARNING_RATE))
 
 
 def train(pipe: Connection, model_dir: str, join: str, key: str, shape: Sequence[int], seed: int) -> None:
@@ -137,14 +202,12 @@ def train(pipe: Connection, model_dir: str, join: str, key: str, shape: Sequence
 
     from client_ends import SplitModelForCausalLM
     from splitfl.adapters import set_trainable
-    from splitfl.config import OptimizerSettings
-    from splitfl.optimizer import build_optimizer
 
     torch.set_num_threads(1)
     model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu")
     set_trainable(model, "full")
     model.train()
-    optimizer = build_optimizer(model.parameters(), OptimizerSettings(learning_rate=LEARNING_RATE))
+    optimizer = optimizer_of(model)
     batch = batch_of(shape[0], shape[1], seed)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
