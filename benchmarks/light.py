@@ -67,10 +67,11 @@ def record(pipe: Connection, model_dir: str, work: str, settings: dict[str, Any]
     key = f"{work}/recorder.key"
     authorized, out = Path(f"{work}/recorder"), f"{work}/recorded"
     authorized.write_text(f"{write_identity(key).public} recorder\n")
-    own = {"model": model_dir, "device": "cpu", "clients": 1, "authorized_clients": str(authorized), "out": out}
+    own: dict[str, Any] = {"model": model_dir, "device": "cpu", "clients": 1, "authorized_clients": str(authorized), "out": out}
+    own |= {"identity": f"{work}/trunk.key", "checkpoint_every": 0}
     network = MemoryNetwork()
-    transport = MemoryServerTransport(network, write_identity(f"{work}/recording-trunk.key"))
-    server = TrunkServer(build_config(settings | own | {"checkpoint_every": 0}), transport=transport)
+    transport = MemoryServerTransport(network, write_identity(f"{work}/trunk.key"))
+    server = TrunkServer(build_config(settings | own), transport=transport)
     server.start()
     options = {"transport": MemoryClientTransport(network)}
     model = SplitModelForCausalLM.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from benchmarks.link import Link, host_of
 from benchmarks.relay import free_port
+from benchmarks.trunks import ReplicatedTrunk, serve
 
 __all__ = ["VOCABULARY", "Stage", "batch_of", "build_model", "optimizer_of", "quiet", "train"]
 
@@ -72,7 +74,8 @@ class Workers:
 
     def stop(self) -> None:
         for _, pipe in reversed(self._all):
-            pipe.send(None)
+            with contextlib.suppress(BrokenPipeError):  # it has failed
+                pipe.send(None)
         for process, _ in reversed(self._all):
             process.join(20)
             if process.is_alive():
@@ -80,7 +83,7 @@ class Workers:
 
 
 class Stage:
-    """A server process with ``clients`` keys on its list, each reached over a link of its own where ``links``.
+    """A server process, or its replicas, with ``clients`` keys on its list, each reached over a link of its own where ``links``.
 
     ``settings`` go into the run config; ``model_dir`` reuses a model, else a Llama of ``hidden`` and ``blocks`` is made.
     """
@@ -95,7 +98,6 @@ class Stage:
         model_dir: str | None = None,
         links: bool = False,
     ) -> None:
-        from splitfl.protocol.join import JoinString
         from splitfl.protocol.keys import write_identity
 
         self._work = tempfile.TemporaryDirectory()
@@ -106,7 +108,6 @@ class Stage:
         self.keys = [f"{work}/client{index}.key" for index in range(clients)]
         lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self.keys)]
         Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
-        port, data_port = free_port(), free_port()
         own: dict[str, Any] = {
             "model": self.model_dir,
             "out": f"{work}/server",
@@ -114,24 +115,44 @@ class Stage:
             "checkpoint_every": 0,
             "trainables": "full",
             "optimizer.learning_rate": LEARNING_RATE,
-            "bind": f"127.0.0.1:{port}",
-            "data_port": data_port,
         }
-        self.log = Path(work) / "server" / "log.jsonl"
+        self._out = Path(work) / "server"
         self.link: Link | None = None
         self._workers = Workers()
+        self._replicas: ReplicatedTrunk | None = None
         try:
-            if links:
-                near, near_data = free_port(), free_port()
-                self.link = Link({near: port, near_data: data_port}, links=clients)
-                own["advertise"] = f"*:{near_data}"  # the host that the client dialled
-            self._server = self._workers.start("server", _serve, own | settings)
-            join = JoinString.parse(self._server.recv())
-            hosts = [(host_of(index), near) if links else ("127.0.0.1", port) for index in range(clients)]
-            self.joins = [str(JoinString(join.key, host, to, join.run)) for host, to in hosts]
+            if settings.get("mode") == "hierarchical":
+                self._replicas = ReplicatedTrunk(own | settings, work)
+                self.joins = [self._replicas.join] * clients
+            else:
+                self._start_server(own | settings, clients, links)
         except BaseException:
             self.close()
             raise
+
+    def _start_server(self, settings: dict[str, Any], clients: int, links: bool) -> None:
+        from splitfl.protocol.join import JoinString
+
+        port, data_port = free_port(), free_port()
+        own: dict[str, Any] = {"bind": f"127.0.0.1:{port}", "data_port": data_port}
+        if links:
+            near, near_data = free_port(), free_port()
+            self.link = Link({near: port, near_data: data_port}, links=clients)
+            own["advertise"] = f"*:{near_data}"  # the host that the client dialled
+        self._server = self._workers.start("server", serve, own | settings)
+        join = JoinString.parse(self._server.recv())
+        hosts = [(host_of(index), near) if links else ("127.0.0.1", port) for index in range(clients)]
+        self.joins = [str(JoinString(join.key, host, to, join.run)) for host, to in hosts]
+
+    @property
+    def log(self) -> Path:
+        """The server's log; of replicas, rank 0's."""
+        return self._out / "log.jsonl"
+
+    @property
+    def logs(self) -> list[Path]:
+        """The log of each replica, or the server's alone."""
+        return [self.log, *sorted(self._out.glob("log-*.jsonl"))]
 
     def start(self, target: Any, *args: Any, role: str = "clients") -> Connection:
         """One more process: ``target(pipe, *args)``, which ends when it receives None."""
@@ -142,12 +163,16 @@ class Stage:
         return self._workers.cpu_seconds()
 
     def peak_memory(self) -> int:
-        """The server process's resident high-water mark, bytes."""
+        """The resident high-water mark of the server process, or of all its replicas together, bytes."""
+        if self._replicas is not None:
+            return self._replicas.peak_memory()
         self._server.send("memory")
         return int(self._server.recv())
 
     def close(self) -> None:
         self._workers.stop()
+        if self._replicas is not None:
+            self._replicas.stop()
         if self.link is not None:
             self.link.close()
         self._work.cleanup()
@@ -157,23 +182,6 @@ class Stage:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def _serve(pipe: Connection, settings: dict[str, Any]) -> None:
-    """Worker: the trunk server; sends its join string, and its peak memory when asked."""
-    import resource
-    import sys
-
-    from server_trunk.server import TrunkServer
-    from splitfl.config import build_config
-
-    server = TrunkServer(build_config(settings))
-    server.start()
-    pipe.send(str(server.join))
-    while pipe.recv() is not None:
-        # ru_maxrss is in KiB, on macOS in bytes.
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    server.stop()
 
 
 def batch_of(rows: int, length: int, seed: int) -> dict[str, Any]:
