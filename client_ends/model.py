@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from client_ends.objective import Objective, objective_of, without_targets_after_padding
 from client_ends.pieces import forward_in_pieces, pieces_of
 from client_ends.remote import RemoteTrunk
+from client_ends.rounds import EndsRounds
 from client_ends.session import TrunkSession
+from splitfl.adapters import named_trainables
 from splitfl.channel.client import OpenTerms
 from splitfl.errors import ConfigError, ModelError, UserError
 from splitfl.parts.cut import Cut
@@ -171,6 +173,10 @@ class _SplitModel:
         object.__setattr__(ends, "_set_objective", None)
         object.__setattr__(ends, "_step_hook", _step_with(weakref.ref(ends)))
         attach_trunk(ends, remote)
+        if session.terms["round_steps"]:
+            session.rounds = EndsRounds(
+                session.terms["round_steps"], session.terms["part_bytes"], _trainables_of(weakref.ref(ends))
+            )
         return ends
 
     @property
@@ -186,9 +192,13 @@ class _SplitModel:
         self._remote.session.step_done(then)
 
     def wait_step(self) -> StepClosed:
-        """Wait until the last step this client took part in has closed at the server."""
+        """Wait until the last step this client took part in has closed at the server; where a round ended with it, the ends then
+        hold the average.
+        """
         session = self._remote.session
-        return session.wait_closed(session.step - 1)
+        closed = session.wait_closed(session.step - 1)
+        session.settle_round()
+        return closed
 
     @contextlib.contextmanager
     def objective(self, targets: list[int], divisor: float) -> Iterator[None]:
@@ -222,6 +232,14 @@ class SplitModelForSequenceClassification(_SplitModel):
     _task = "sequence-classification"
 
 
+def _trainables_of(model: weakref.ref[Any]) -> Callable[[], Mapping[str, torch.nn.Parameter]]:
+    def trainables() -> Mapping[str, torch.nn.Parameter]:
+        ends = model()
+        return {} if ends is None else named_trainables(ends)
+
+    return trainables
+
+
 def _observed(forward: Any) -> Any:
     """The family's forward, watched: it tells the remote trunk the mode, and what the labels say of the objective."""
     signature = inspect.signature(forward)
@@ -241,6 +259,8 @@ def _observed(forward: Any) -> Any:
                 place = list(bound).index("labels") - 1
                 args = (*args[:place], labels, *args[place + 1 :])
         objective = self._set_objective or objective_of(arguments, per_token=per_token)
+        if self.training and torch.is_grad_enabled():
+            self._remote.session.begin_forward()
         self._remote.training = self.training
         self._remote.objective = objective
         named = {name: arguments[name] for name in arguments if name in names or name in kwargs}

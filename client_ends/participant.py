@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from client_ends.rounds import EndsRounds
 from splitfl.channel.client import ClientChannel
-from splitfl.errors import LocalProtocolError, RunComplete, SessionLost, SplitflError, StepMissed, UserError
-from splitfl.protocol.messages import Enrol, Fault, Leave, Pause, StepClosed, StepDone, StepOpened
+from splitfl.errors import LocalProtocolError, RemoteProtocolError, RunComplete, SessionLost, SplitflError, StepMissed, UserError
+from splitfl.protocol.messages import Enrol, Fault, Leave, Pause, RoundClosed, RoundOpened, StepClosed, StepDone, StepOpened
 
 __all__ = ["Micro", "Participant"]
 
@@ -61,6 +62,7 @@ class Participant:
         self._closed: StepClosed | None = None
         self._dropped: StepClosed | None = None  # the word that a step went on without this client
         self._complete = False
+        self.rounds: EndsRounds | None = None  # where the run averages the ends
         self.step = -1
 
     @property
@@ -87,6 +89,9 @@ class Participant:
             self._lock.wait_for(lambda: not self._unanswered or self._lost is not None)
             self._check()
             self._opened = None
+        declared = self.rounds.declare() if self.rounds is not None else None
+        for message in declared.messages() if declared is not None else ():
+            self.channel.tell(message)
         self.channel.tell(Enrol())
         with self._lock:
             self._lock.wait_for(lambda: self._opened is not None or self._lost is not None or self._complete)
@@ -107,6 +112,36 @@ class Participant:
             self._lock.wait_for(heard)
             self._check()
         self._check_missed()
+
+    def begin_forward(self) -> None:
+        """Where the run averages the ends: take part, and have the newest average in them, before a training forward uses them.
+
+        Raises:
+            StepMissed, RunComplete, SessionLost; ConfigError: the ends cannot be averaged with the others.
+        """
+        if self.rounds is not None:
+            self._check()
+            self.settle_round()
+            self._check_missed()
+            self._take_part()
+            self.settle_round()
+
+    def settle_round(self) -> None:
+        """Wait for the end of a round that this client's newest step has ended, and put the average into the ends. Does nothing
+        where the ends are this client's own, or amid a round.
+        """
+        rounds = self.rounds
+        if rounds is None:
+            return
+        with self._lock:
+            self._lock.wait_for(lambda: rounds.is_over or self._lost is not None or self._dropped is not None)
+            if not rounds.is_over:
+                self._check()
+                rounds.excuse()
+            self._lock.wait_for(lambda: rounds.is_settled or self._lost is not None)
+            if not rounds.is_settled:
+                self._check()
+        rounds.load()
 
     # --- a step that went on without this client --------------------------------------------------------------------------------
 
@@ -172,6 +207,8 @@ class Participant:
             self._done_too_late()
             return
         self._clear_step()
+        if self.rounds is not None:
+            self.rounds.step_ended(self.step)
         self.step += 1
         self._enrolled = then == "continue"
 
@@ -233,6 +270,9 @@ class Participant:
     # --- the I/O thread's side --------------------------------------------------------------------------------------------------
 
     def _on_control(self, message: Any) -> None:
+        if isinstance(message, RoundOpened | RoundClosed):
+            self._on_round(message)
+            return
         with self._lock:
             if isinstance(message, StepOpened):
                 self._opened, self._dropped = message.step, None
@@ -252,6 +292,13 @@ class Participant:
                 self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):
                 self._lost = self._lost or SessionLost(message.text, message.code)
+            self._lock.notify_all()
+
+    def _on_round(self, message: RoundOpened | RoundClosed) -> None:
+        if self.rounds is None:
+            raise RemoteProtocolError("the server averages ends in a run where they are each client's own")
+        self.rounds.hear(message, self.channel.send)
+        with self._lock:
             self._lock.notify_all()
 
     def _check(self) -> None:

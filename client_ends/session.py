@@ -14,6 +14,7 @@ import torch
 from client_ends.participant import Micro, Participant
 from splitfl.channel.client import ClientChannel, OpenTerms
 from splitfl.errors import (
+    ConfigError,
     LocalProtocolError,
     RemoteProtocolError,
     SessionLost,
@@ -25,9 +26,11 @@ from splitfl.libraries import library_versions
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
+    AveragePart,
     Backward,
     Forward,
     Hidden,
+    RefusalCode,
     Welcome,
 )
 from splitfl.tensors import DTYPES, byte_view, dtype_name, receive_buffer
@@ -180,7 +183,11 @@ class TrunkSession(Participant):
 
     # --- the I/O thread's side --------------------------------------------------------------------------------------------------
 
-    def _allocate(self, message: Any) -> tuple[torch.Tensor, memoryview]:
+    def _allocate(self, message: Any) -> tuple[torch.Tensor | None, memoryview]:
+        if isinstance(message, AveragePart):
+            if self.rounds is None:
+                raise RemoteProtocolError("an average of ends that are this client's own")
+            return self.rounds.allocate(message)
         if not 0 <= message.micro < self._next_micro:
             raise RemoteProtocolError(f"an answer to micro-batch {message.micro}, which was never sent")
         micro = self._micros.get(message.micro)
@@ -190,6 +197,12 @@ class TrunkSession(Participant):
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype])
 
     def _on_data(self, message: Any, payload: torch.Tensor) -> None:
+        if isinstance(message, AveragePart):
+            assert self.rounds is not None
+            with self._lock:
+                self.rounds.arrived(message)
+                self._lock.notify_all()
+            return
         if isinstance(message, Hidden):
             with self._lock:
                 self._unanswered.discard(message.micro)
@@ -205,6 +218,8 @@ class TrunkSession(Participant):
         future.set_result(payload)
 
     def _on_lost(self, error: SplitflError) -> None:
+        if isinstance(error, SessionLost) and error.code == RefusalCode.ENDS:
+            error = ConfigError(str(error))  # the user's to mend
         with self._lock:
             self._lost = self._lost or error
             for micro in self._micros.values():

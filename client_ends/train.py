@@ -288,6 +288,7 @@ class _Run:
                     self._drop_step(step, missed)
                 if step + 1 == total:
                     self.session.leave()
+                self.session.settle_round()  # what is evaluated and kept is the average
                 if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < total:
                     self.session.pause()
                     self._evaluate(f"step {step + 1}")

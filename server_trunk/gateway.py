@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from server_trunk.adapter_book import AdapterBook
+from server_trunk.ends_book import EndsBook
 from server_trunk.meter import Meter
 from server_trunk.trunkloop import Event
 from splitfl import __version__
+from splitfl.adapters.layout import part_bytes_for
 from splitfl.config import RunConfig
 from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.libraries import differences, library_versions
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
-from splitfl.protocol.messages import PROTOCOL_VERSION, Forward, Hello, Open, RefusalCode, Welcome
+from splitfl.protocol.messages import PROTOCOL_VERSION, Ends, EndsPart, Enrol, Forward, Hello, Open, RefusalCode, Welcome
 from splitfl.runlog import RunLog
 from splitfl.tensors import DTYPES, receive_buffer
 
@@ -41,21 +43,28 @@ class Gateway:
         log: RunLog,
         *,
         book: AdapterBook | None = None,
+        ends: EndsBook | None = None,
         meter: Meter | None = None,
         pin: bool = False,
         longest: int | None = None,
         stands: Callable[[], int] = lambda: 0,
     ) -> None:
-        """``stands``: the run's open step, or the next to open. ``book``: what each client's own adapter is like. ``longest``:
-        the position before which every token must lie, where the model's rotary table grows with what it sees.
+        """``stands``: the run's open step, or the next to open. ``book``: what each client's own adapter is like. ``ends``: what
+        the clients train of theirs, where it is averaged. ``longest``: the position before which every token must lie, where
+        the model's rotary table grows with what it sees.
         """
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
         self._meter, self._book = meter or Meter(), book or AdapterBook(config)
         self._stands = stands
+        self._ends = ends or EndsBook(averaged=False, part_bytes=part_bytes_for(config.window))
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
-        self._terms = config.terms() | {"identity": identity.to_plain(), "hidden_size": hidden_size}
+        self._terms = config.terms() | {
+            "identity": identity.to_plain(),
+            "hidden_size": hidden_size,
+            "part_bytes": self._ends.part_bytes,
+        }
 
     # --- admission --------------------------------------------------------------------------------------------------------------
 
@@ -103,6 +112,7 @@ class Gateway:
 
     def on_closed(self, session: str, reason: str) -> None:
         self._book.left(session)
+        self._ends.left(session)
         self._log.write("left", session=session[:8], why=reason)
         self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
@@ -111,7 +121,12 @@ class Gateway:
     # --- messages ---------------------------------------------------------------------------------------------------------------
 
     def allocate(self, session: str, message: Any) -> tuple[torch.Tensor, memoryview]:
-        """Host memory for a payload ``(rows, hidden)``, after everything the message claims was held against the run."""
+        """Host memory for a payload ``(rows, hidden)``, after everything the message claims was held against the run; for a
+        part of a client's ends ``(1, size)`` bytes.
+        """
+        if isinstance(message, EndsPart):
+            self._ends.begin(session, message)
+            return receive_buffer(1, message.size, torch.uint8)
         if message.hidden != self._hidden:
             raise RemoteProtocolError(f"hidden size {message.hidden}, where the model has {self._hidden}")
         if message.dtype != self._config.dtype:
@@ -131,6 +146,11 @@ class Gateway:
         self._put(Event(session, message, payload))
 
     def on_control(self, session: str, message: Any) -> None:
+        if isinstance(message, Ends):
+            self._ends.declare(session, message)
+            return
+        if isinstance(message, Enrol):
+            self._ends.check_enrol(session)
         self._put(Event(session, message))
 
     def _put(self, event: Event) -> None:

@@ -18,6 +18,7 @@ import torch
 from server_trunk.client_adapters import ClientTraining
 from server_trunk.engine import Engine
 from server_trunk.ledger import Ledger
+from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.run_ledger import RunLedger
 from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import (
@@ -44,8 +45,18 @@ Checkpoint = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, bytes]]
 class RunKeeper:
     """Writes and reads the checkpoints of one run. Called while the trunk stands still: from its thread, before or after it."""
 
-    def __init__(self, config: RunConfig, model: Any, identity: ModelIdentity, engine: Engine, log: RunLog) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Any,
+        identity: ModelIdentity,
+        engine: Engine,
+        log: RunLog,
+        rounds: RoundKeeper | None = None,
+    ) -> None:
+        """``rounds``: where the run averages the clients' ends; a checkpoint has the newest average."""
         self._config, self._model, self._identity, self._engine, self._log = config, model, identity, engine, log
+        self._rounds = rounds
         self.saved = -1  # the step of the newest checkpoint
         self.ledger = RunLedger()
 
@@ -86,6 +97,8 @@ class RunKeeper:
         config, training = self._config, self._engine.training
         tensors, extra = self._engine.state()
         extra |= {"ledger": self.ledger.state()}
+        if self._rounds is not None:
+            extra |= self._rounds.state()
         meta = self._describe(step, config.lora)
         if isinstance(training, ClientTraining):
             meta["clients"] = self._save_clients(training)
@@ -195,6 +208,8 @@ class RunKeeper:
         self.ledger = RunLedger.from_state(state["ledger"]) if "ledger" in state else RunLedger()
         training.load(tensors, state)
         torch.set_rng_state(state["generator"])
+        if self._rounds is not None:
+            self._rounds.load(state)
         for client, (weights, meta, files) in clients.items():
             assert isinstance(training, ClientTraining), "checked before"
             training.load_client(

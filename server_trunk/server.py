@@ -18,16 +18,21 @@ import torch
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_steps import steps_of
 from server_trunk.async_training import AsyncTraining
+from server_trunk.averaging import Averager
 from server_trunk.client_adapters import ClientTraining
+from server_trunk.ends_book import EndsBook
 from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
 from server_trunk.live import Live
 from server_trunk.meter import Meter
+from server_trunk.roundkeeper import RoundKeeper
+from server_trunk.rounds import Rounds
 from server_trunk.scheduler import Scheduler
 from server_trunk.training import SharedTraining, Training
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.adapters import attach_lora, set_trainable
+from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
@@ -109,7 +114,9 @@ class TrunkServer:
         )
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
-        self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log)
+        self._ends = EndsBook(averaged=config.round_steps > 0, part_bytes=part_bytes_for(config.window))
+        self._rounds = self._make_rounds() if config.round_steps else None
+        self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log, self._rounds)
         self._first = 0
         if resume:
             self._first = self._keeper.resume()
@@ -122,6 +129,11 @@ class TrunkServer:
 
     def _write_config(self) -> None:
         (self.config.out_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+
+    def _make_rounds(self) -> RoundKeeper:
+        averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake())
+        rounds = Rounds(steps=self.config.round_steps, deadline=self.config.step_deadline)
+        return RoundKeeper(rounds, averager, self._ends, self, self._log)
 
     def start(self) -> None:
         """Open the endpoints and start both threads; :attr:`join` is what clients need.
@@ -147,6 +159,7 @@ class TrunkServer:
             payload_of=byte_view,
             meter=self.meter,
             run=self._keeper,
+            rounds=self._rounds,
             on_idle=self._when_idle,
         )
         hidden = self._model.config.get_text_config().hidden_size
@@ -157,6 +170,7 @@ class TrunkServer:
             self._loop.inbox,
             self._log,
             book=self._book,
+            ends=self._ends,
             meter=self.meter,
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
@@ -256,10 +270,13 @@ class TrunkServer:
         self._engine.close()
         try:
             # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
+            # Where it stops amid a round, the step that ended it was said to nobody: a checkpoint of it would lack the average.
             closed = self._engine.closed
-            if closed is not None and closed > self._keeper.saved:
+            if closed is not None and closed > self._keeper.saved and not self._loop.is_amid_round:
                 self._keeper.save(closed)
         finally:
+            if self._rounds is not None:
+                self._rounds.close()
             self._channel.stop(text, back=back)
             self._channel = None
             self._live.stop()

@@ -14,6 +14,7 @@ from server_trunk.engine import Engine
 from server_trunk.ledger import Ledger, Part
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
+from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
@@ -41,7 +42,9 @@ class Run(Protocol):
 
 
 class StepKeeper:
-    """``names``: clients by open session, kept by the loop. ``run`` is what is kept of the run."""
+    """``names``: clients by open session, kept by the loop. ``run`` is what is kept of the run. ``rounds``: where the run
+    averages the clients' ends.
+    """
 
     def __init__(
         self,
@@ -53,9 +56,12 @@ class StepKeeper:
         meter: Meter,
         names: Mapping[str, str],
         run: Run,
+        rounds: RoundKeeper | None = None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log, self._meter, self._names, self._run = outlet, log, meter, names, run
+        self._rounds = rounds
+        self._unsaid: tuple[Ledger, StepReport] | None = None  # a step whose round is not over
         self._enrolments: dict[str, int] = {}
         self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
         self._report = StepReport(0.0, None)  # of the newest step
@@ -72,6 +78,8 @@ class StepKeeper:
             self._outlet.tell(session, _COMPLETE)
             return
         self._steps.enrol(session, self._names[session], message.held)
+        if self._rounds is not None and session not in self._enrolments:
+            self._rounds.joins(session, goes_on=bool(message.held))
         self._enrolments[session] = self._enrolments.get(session, 0) + 1
 
     def done(self, session: str, message: StepDone) -> None:
@@ -91,6 +99,23 @@ class StepKeeper:
         self._enrolments.pop(session, None)
         self._stale.pop(session, None)
         self._steps.lose(session, time.monotonic())
+        if self._rounds is not None:
+            self._rounds.forget(session)
+
+    @property
+    def is_amid_step(self) -> bool:
+        """Whether a step is open, or made and not said."""
+        return self._steps.is_open or self._unsaid is not None
+
+    @property
+    def is_amid_round(self) -> bool:
+        """Whether a step is made and the round that it ends is not over."""
+        return self._unsaid is not None
+
+    def wake(self, now: float) -> float | None:
+        """Seconds until :meth:`turn` is worth calling again though nothing has happened; None: no need."""
+        times = [self._steps.wake(now), None if self._rounds is None else self._rounds.wake(now)]
+        return min((time for time in times if time is not None), default=None)
 
     def take_stale(self, session: str, micro: int) -> None:
         """A micro-batch of a step that did not wait for it. Credit does not bound these: it is given back before they are
@@ -138,9 +163,12 @@ class StepKeeper:
         ledger = self._steps.close()
         if ledger is not None:
             self._close(ledger)
-            for session in self._steps.dismiss():
-                self._abandon_stale(session)
-                self._outlet.tell(session, _COMPLETE)
+        if self._rounds is not None:
+            self._rounds.turn()
+            if self._rounds.is_open:
+                return
+        if self._unsaid is not None:
+            self._say(*self._unsaid)
         if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
             self._answer_stale()
             return
@@ -149,6 +177,8 @@ class StepKeeper:
         for session, step in self._steps.openings(now):
             if not was_open:
                 self._began = now
+            if self._rounds is not None:
+                self._rounds.bring_up(session)
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
             self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
         self._answer_stale()
@@ -213,9 +243,21 @@ class StepKeeper:
             parts=self._named(ledger),
         )
         self._began, self._busy, self._tokens = now, 0.0, 0
+        self._unsaid = ledger, report
+        if self._rounds is not None:
+            self._rounds.step_closed(ledger)
+
+    def _say(self, ledger: Ledger, report: StepReport) -> None:
+        """A step is over, and so is the round that it ended, if it did."""
         # First kept, then said: a run that starts again never stands before a checkpoint that its clients have heard of.
         kept = self._run.made(ledger)
+        self._unsaid = None
         if ledger.ends_parts:
             for part in ledger.parts.values():
                 norm = report.of(part.client).grad_norm
                 self._tell_closed(part, ledger.step, ledger.targets, len(ledger.parts), norm, kept=kept)
+        if self._rounds is not None:
+            self._rounds.tell()
+        for session in self._steps.dismiss():
+            self._abandon_stale(session)
+            self._outlet.tell(session, _COMPLETE)

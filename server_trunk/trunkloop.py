@@ -20,6 +20,7 @@ from server_trunk.engine import Engine
 from server_trunk.ledger import Ledger
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
+from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
 from server_trunk.stepkeeper import Run, StepKeeper
 from server_trunk.steps import Steps
@@ -27,6 +28,7 @@ from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,
+    EndsPart,
     Enrol,
     Fault,
     Forward,
@@ -91,6 +93,7 @@ class TrunkLoop:
         payload_of: Callable[[Any], Any],
         meter: Meter | None = None,
         run: Run | None = None,
+        rounds: RoundKeeper | None = None,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
@@ -101,10 +104,13 @@ class TrunkLoop:
         self._on_idle = on_idle
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or _NotKept())
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or _NotKept(), rounds)
+        self._rounds = rounds
+        if rounds is not None:
+            rounds.names = self._names
         self._stopping = False
         self.failure: BaseException | None = None
-        self._mailer = Mailer(self._wake)
+        self._mailer = Mailer(self.wake)
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
     def start(self) -> None:
@@ -113,7 +119,7 @@ class TrunkLoop:
     def stop(self) -> None:
         """Finish the batch under way, then end."""
         self._stopping = True
-        self._wake()
+        self.wake()
         if self._thread.ident is not None:
             self._thread.join()
         self._mailer.close()
@@ -122,17 +128,22 @@ class TrunkLoop:
         """Open no further step, and wait for the end of the open one; True where none is open any more."""
         self._keeper.ending = True
         deadline = time.monotonic() + timeout
-        while self._steps.is_open and self._thread.is_alive() and time.monotonic() < deadline:
-            self._wake()
+        while self._keeper.is_amid_step and self._thread.is_alive() and time.monotonic() < deadline:
+            self.wake()
             self._thread.join(0.02)
-        return not self._steps.is_open
+        return not self._keeper.is_amid_step
+
+    @property
+    def is_amid_round(self) -> bool:
+        """Whether the newest step is part of nothing kept or said: the round that it ends is not over."""
+        return self._keeper.is_amid_round
 
     @property
     def step(self) -> int:
         """The open step, or the next to open. From any thread."""
         return self._steps.number
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         """Let the thread look around. From any thread."""
         # The inbox can be full only while the thread is busy, or has failed; neither waits for this word.
         with contextlib.suppress(queue.Full):
@@ -172,7 +183,7 @@ class TrunkLoop:
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
         block, now = not self._has_work(), time.monotonic()
-        patience = self._steps.wake(now) if block else None
+        patience = self._keeper.wake(now) if block else None
         if block and self._scheduler.due is not None:
             rest = max(0.0, self._scheduler.due - now)
             patience = rest if patience is None else min(patience, rest)
@@ -221,6 +232,9 @@ class TrunkLoop:
                 raise RemoteProtocolError(f"{message.targets} targets in a micro-batch of {message.rows} tokens")
             self._take_backward(event, message)
             self._outlet.credit(session, message.payload_bytes)
+        elif isinstance(message, EndsPart):
+            assert self._rounds is not None, "the gateway takes only parts that were asked for"
+            self._rounds.take_part(session, message, event.payload)
         elif isinstance(message, Enrol):
             self._keeper.enrol(session, message)
         elif isinstance(message, StepDone):

@@ -80,6 +80,7 @@ class RunConfig:
     max_staleness: int = 8
     on_loss: str = "drop"
     step_deadline: float = 300.0
+    round_steps: int = 0
     trainables: str = "lora"
     adapters: str = "shared"
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -136,6 +137,7 @@ class RunConfig:
             "on_loss": self.on_loss,
             "checkpoint_every": self.checkpoint_every,
             "checkpoint_keep": self.checkpoint_keep,
+            "round_steps": self.round_steps,
             "trainables": self.trainables,
             "adapters": self.adapters,
             "lora": lora,
@@ -229,6 +231,7 @@ def _check_async(config: RunConfig) -> None:
             "the weights may have moved on before a backward: leave graphs at keep, without a limit",
         ),
         "batch_wait": (config.batch_wait > 0, "no batch waits for anybody: leave batch_wait at 0"),
+        "round_steps": (config.round_steps > 0, "no round of all clients ever ends: leave round_steps at 0"),
         "adapters": (config.adapters != "shared", "all clients train one trunk: leave adapters at shared"),
     }
     for key, (contradicts, mend) in contradictions.items():

@@ -88,6 +88,12 @@ SETTINGS: tuple[Setting, ...] = (
         "seconds for which others wait for a client in a step before going on without it (0: no limit)",
         _seconds,
     ),
+    Setting(
+        "round_steps",
+        int,
+        "steps after which the clients' ends are averaged, which ends a round (0: each client keeps its own ends)",
+        _at_least(0),
+    ),
     Setting("trainables", str, "what of the trunk is trained: lora, full or none", _one_of("lora", "full", "none")),
     Setting(
         "adapters",

@@ -35,6 +35,13 @@ TICKET_BYTES = 32
 KEM_PUBLIC_BYTES = 1184  # ML-KEM-768 encapsulation key, FIPS 203 table 3
 KEM_CIPHERTEXT_BYTES = 1088
 
+# Tensors that one Ends names: their names fit a control frame.
+MAX_NAMED = 128
+MAX_DIMENSION = 2**40
+
+# Bytes of one element. A further dtype (float8) is a further row.
+DTYPES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
 
 class RefusalCode:
     """The words of :class:`Refused` and :class:`Fault`. A peer may send others: they are text to show, not to act
@@ -46,6 +53,7 @@ class RefusalCode:
     MODEL_MISMATCH = "model-mismatch"
     CUT_MISMATCH = "cut-mismatch"
     ADAPTER = "adapter"
+    ENDS = "ends"
     NOT_AUTHORIZED = "not-authorized"
     FULL = "full"
     CIPHER = "cipher"
@@ -175,6 +183,24 @@ class Bye(Message):
 
     TYPE: ClassVar[int] = 8
     FIELDS: ClassVar = {"records": integer(0)}
+
+
+@dataclass(frozen=True)
+class Ends(Message):
+    """What this client trains of its ends, in a run that averages them: (name, (dtype, shape)) of each tensor, by ascending name.
+    ``more``: another Ends goes on where this one stops.
+    """
+
+    tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]
+    more: bool = False
+
+    TYPE: ClassVar[int] = 9
+    FIELDS: ClassVar = {
+        "tensors": sequence(
+            pair(short_text(256, empty=False), pair(one_of(DTYPES), sequence(integer(1, MAX_DIMENSION), 0, 8))), 1, MAX_NAMED
+        ),
+        "more": boolean,
+    }
 
 
 @dataclass(frozen=True)
@@ -318,6 +344,30 @@ class Fault(Message):
         "fatal": boolean,
         "micro": optional(integer(0, MAX_MICRO)),
     }
+
+
+@dataclass(frozen=True)
+class RoundOpened(Message):
+    """Round ``round`` averages the ends: this client is to send its own."""
+
+    round: int
+
+    TYPE: ClassVar[int] = 42
+    FIELDS: ClassVar = {"round": integer(0, MAX_STEP)}
+
+
+@dataclass(frozen=True)
+class RoundClosed(Message):
+    """Round ``round`` is over. ``members``: clients whose ends were averaged, weighted by their share of ``targets``; the average
+    comes as AveragePart messages. With no member nothing comes, and the ends stay as they are.
+    """
+
+    round: int
+    members: int
+    targets: int
+
+    TYPE: ClassVar[int] = 43
+    FIELDS: ClassVar = {"round": integer(0, MAX_STEP), "members": integer(0, MAX_COUNT), "targets": integer(0)}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from splitfl.errors import LocalProtocolError
-from splitfl.protocol.control import MAX_COUNT, MAX_MICRO, MAX_STEP
+from splitfl.protocol.control import DTYPES, MAX_COUNT, MAX_MICRO, MAX_STEP
 from splitfl.protocol.fields import boolean, integer, number, one_of, pair, sequence
 from splitfl.protocol.message import Message
-
-# Bytes of one element. A further dtype (float8) is a further row.
-DTYPES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 # Bytes on the wire as a function of (rows, hidden, dtype) belong to the codec; "raw" is the identity.
 CODECS = frozenset({"raw"})
@@ -150,6 +147,34 @@ class Backward(Tensor):
 
 
 @dataclass(frozen=True)
+class _Part(DataMessage):
+    """A piece of one tensor of the ends: ``size`` bytes from ``offset`` on. ``tensor``: its place in the client's Ends."""
+
+    round: int
+    tensor: int
+    offset: int
+    size: int
+
+    FIELDS: ClassVar = {
+        "round": integer(0, MAX_STEP),
+        "tensor": integer(0, MAX_COUNT),
+        "offset": integer(0),
+        "size": integer(1, MAX_COUNT),
+    }
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class EndsPart(_Part):
+    """A piece of this client's ends, for the average of a round; payload ``(size,)`` bytes."""
+
+    TYPE: ClassVar[int] = 67
+
+
+@dataclass(frozen=True)
 class Attached(DataMessage):
     """Answers :class:`Attach`: the server's side holds the same keys. No payload."""
 
@@ -171,3 +196,10 @@ class Grad(Tensor):
 
     TYPE: ClassVar[int] = 98
     FIELDS: ClassVar = _TENSOR
+
+
+@dataclass(frozen=True)
+class AveragePart(_Part):
+    """A piece of the average of a round, server to client; payload ``(size,)`` bytes."""
+
+    TYPE: ClassVar[int] = 99

@@ -13,9 +13,11 @@ import msgpack
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.control import (
+    DTYPES,
     Bye,
     Closing,
     Credit,
+    Ends,
     Enrol,
     Fault,
     Heartbeat,
@@ -26,18 +28,21 @@ from splitfl.protocol.control import (
     Pause,
     RefusalCode,
     Refused,
+    RoundClosed,
+    RoundOpened,
     StepClosed,
     StepDone,
     StepOpened,
     Welcome,
 )
 from splitfl.protocol.data import (
-    DTYPES,
     EVALUATION,
     Attach,
     Attached,
+    AveragePart,
     Backward,
     DataMessage,
+    EndsPart,
     Forward,
     Grad,
     Hidden,
@@ -54,12 +59,15 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Attach",
     "Attached",
+    "AveragePart",
     "Backward",
     "Bye",
     "Closing",
     "ControlMessage",
     "Credit",
     "DataMessage",
+    "Ends",
+    "EndsPart",
     "Enrol",
     "Fault",
     "Forward",
@@ -75,6 +83,8 @@ __all__ = [
     "Pause",
     "RefusalCode",
     "Refused",
+    "RoundClosed",
+    "RoundOpened",
     "StepClosed",
     "StepDone",
     "StepOpened",
@@ -91,10 +101,12 @@ def _table(*classes: type[Message]) -> dict[int, type[Message]]:
     return {cls.TYPE: cls for cls in classes}
 
 
-CONTROL_FROM_CLIENT = _table(Hello, Open, Enrol, StepDone, Pause, Leave, Heartbeat, Bye)
-CONTROL_FROM_SERVER = _table(Welcome, Opened, Refused, StepOpened, StepClosed, Credit, Heartbeat, Fault, Closing)
-DATA_FROM_CLIENT = _table(Attach, Forward, Backward)
-DATA_FROM_SERVER = _table(Attached, Hidden, Grad)
+CONTROL_FROM_CLIENT = _table(Hello, Open, Enrol, StepDone, Pause, Leave, Heartbeat, Bye, Ends)
+CONTROL_FROM_SERVER = _table(
+    Welcome, Opened, Refused, StepOpened, StepClosed, Credit, Heartbeat, Fault, Closing, RoundOpened, RoundClosed
+)
+DATA_FROM_CLIENT = _table(Attach, Forward, Backward, EndsPart)
+DATA_FROM_SERVER = _table(Attached, Hidden, Grad, AveragePart)
 
 
 class OtherVersionError(RemoteProtocolError):

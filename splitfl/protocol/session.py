@@ -53,7 +53,14 @@ class State(Enum):
 
 
 _ALIVE = {"Heartbeat": None, "Fault": None, "Fault+fatal": State.CLOSED, "Bye": State.PARTING, "Closing": State.CLOSED}
-_OPEN = {**_ALIVE, "Credit": None, "StepClosed": None, "StepClosed+dropped": None}
+_OPEN = {
+    **_ALIVE,
+    "Credit": None,
+    "StepClosed": None,
+    "StepClosed+dropped": None,
+    "RoundOpened": None,
+    "RoundClosed": None,
+}
 
 # state -> event -> next state (None: the same). An event is a message's class, with what matters of its content after a
 # plus.
@@ -62,7 +69,7 @@ TRANSITIONS: dict[State, dict[str, State | None]] = {
     State.GREETED: {"Welcome": State.WELCOMED, "Refused": State.CLOSED, **_ALIVE},
     State.WELCOMED: {"Open": State.OPENING, **_ALIVE},
     State.OPENING: {"Opened": State.OUT, "Refused": State.CLOSED, **_ALIVE},
-    State.OUT: {**_OPEN, "Enrol": State.ENROLLED, "Pause": None, "Leave": None},
+    State.OUT: {**_OPEN, "Ends": None, "Enrol": State.ENROLLED, "Pause": None, "Leave": None},
     State.ENROLLED: {**_OPEN, "StepOpened": State.IN_STEP, "Pause": State.OUT, "Leave": State.OUT},
     State.IN_STEP: {
         **_OPEN,

@@ -26,6 +26,7 @@ PLAIN = st.dictionaries(WORD, NESTED, max_size=4)
 ROWS, HIDDEN = st.integers(1, 2**17), st.integers(1, 2**15)
 DTYPE = st.sampled_from(sorted(m.DTYPES))
 RAW = st.just("raw")
+SHAPE = st.lists(st.integers(1, 2**20), max_size=8).map(tuple)
 SEGMENTS = st.lists(st.tuples(st.integers(1, 2**12), st.integers(0, 2**20)), min_size=1, max_size=40).map(tuple)
 
 
@@ -52,6 +53,7 @@ FROM_CLIENT = st.one_of(
     st.builds(m.Leave),
     st.builds(m.Heartbeat, FINITE),
     st.builds(m.Bye, STEP),
+    st.builds(m.Ends, st.lists(st.tuples(WORD, st.tuples(DTYPE, SHAPE)), min_size=1, max_size=5).map(tuple), st.booleans()),
 )
 FROM_SERVER = st.one_of(
     st.builds(m.Welcome, st.just(m.PROTOCOL_VERSION), WORD, PLAIN, LIBRARIES, FINITE),
@@ -76,17 +78,21 @@ FROM_SERVER = st.one_of(
     st.builds(m.Heartbeat, FINITE),
     st.builds(m.Fault, WORD, TEXT, st.booleans(), st.none() | MICRO),
     st.builds(m.Closing, TEXT, st.booleans()),
+    st.builds(m.RoundOpened, STEP),
+    st.builds(m.RoundClosed, STEP, COUNT, STEP),
 )
 DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),
     st.builds(m.Forward, STEP, MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.booleans(), st.booleans(), st.booleans(), COUNT),
     st.builds(m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()),
     st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9), st.booleans()),
+    st.builds(m.EndsPart, STEP, COUNT, STEP, st.integers(1, 2**31 - 1)),
 )
 DATA_FROM_SERVER = st.one_of(
     st.builds(m.Attached),
     st.builds(m.Hidden, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW),
     st.builds(m.Grad, st.just(-1), MICRO, ROWS, HIDDEN, DTYPE, RAW),
+    st.builds(m.AveragePart, STEP, COUNT, STEP, st.integers(1, 2**31 - 1)),
 )
 ANY = FROM_CLIENT | FROM_SERVER | DATA_FROM_CLIENT | DATA_FROM_SERVER
 JUNK = st.recursive(
@@ -94,7 +100,7 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(LEAF.filter(lambda k: k == k), inner, max_size=3),
     max_leaves=5,
 )
-KINDS = sorted({*m.CONTROL_FROM_CLIENT, *m.CONTROL_FROM_SERVER, 64, 65, 66, 96, 97, 98})
+KINDS = sorted({*m.CONTROL_FROM_CLIENT, *m.CONTROL_FROM_SERVER, 64, 65, 66, 67, 96, 97, 98, 99})
 
 
 @settings(deadline=None)

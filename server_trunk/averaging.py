@@ -1,0 +1,228 @@
+"""The clients' ends on the server: each upload kept apart until it is whole, then the weighted mean of those that are.
+
+Uploads lie in unnamed files of the run's directory, and so does the average, which is mapped where it is read. So memory holds
+parts on their way to disk, as many as the clients' credit covers, and one slice of the sum; and who vanishes amid its upload
+leaves nothing behind. Everything runs in a thread of its own, in order; the trunk's is told what has happened.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from splitfl.adapters.layout import Layout, TensorSpec
+from splitfl.protocol.control import DTYPES as ITEM_BYTES
+from splitfl.protocol.messages import EndsPart
+from splitfl.tensors import DTYPES, byte_view
+
+__all__ = ["Average", "Averager", "Done", "Reduce", "Whole"]
+
+#: Elements of the sum held at a time.
+_SLICE = 1 << 20
+
+#: Sums a tensor over all replicas, in place.
+Reduce = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Average:
+    """The average of round ``number``, in the dtypes and order of ``layout``, behind one another in ``memory``."""
+
+    number: int
+    layout: Layout
+    memory: memoryview
+
+    def part(self, tensor: int, offset: int, size: int) -> memoryview:
+        """Some bytes of one tensor."""
+        begin = self.layout.offsets[tensor] + offset
+        return self.memory[begin : begin + size]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, mapped and not to be written to."""
+        found = {}
+        for spec, begin in zip(self.layout.tensors, self.layout.offsets, strict=True):
+            flat = torch.frombuffer(self.memory, dtype=DTYPES[spec.dtype], count=spec.elements, offset=begin)
+            found[spec.name] = flat.view(spec.shape)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All of a session's ends for a round have come. ``why``: what makes them useless; empty where nothing does."""
+
+    session: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A round's average is there (None: nobody's ends were in it)."""
+
+    average: Average | None
+
+
+@dataclass
+class _Upload:
+    file: BinaryIO
+    left: int
+    why: str = ""
+
+
+class Averager:
+    """One run's uploads and averages. ``write``, ``discard`` and ``average`` return at once; from any thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        credit: Callable[[str, int], None],
+        tell: Callable[[], None],
+        reduce: Reduce = lambda tensor: None,
+    ) -> None:
+        """``credit(session, bytes)``: a part has left memory. ``tell()``: something is to be taken by :meth:`take`. ``reduce``:
+        sums over the run's replicas, where there are several.
+        """
+        self._directory, self._credit, self._tell, self._reduce = directory, credit, tell, reduce
+        self._uploads: dict[str, _Upload] = {}
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._news: queue.SimpleQueue[Whole | Done] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    # --- any thread -------------------------------------------------------------------------------------------------------------
+
+    def write(self, session: str, layout: Layout, part: EndsPart, payload: torch.Tensor) -> None:
+        """Keep one part, ``(size,)`` bytes, of a session's ends."""
+        self._do(lambda: self._write(session, layout, part, payload))
+
+    def discard(self, session: str) -> None:
+        """Forget what a session has sent."""
+        self._do(lambda: self._forget(session))
+
+    def average(self, number: int, layout: Layout, weights: Mapping[str, int]) -> None:
+        """Average the whole uploads of the sessions in ``weights``, in that order, and forget all uploads."""
+        self._do(lambda: self._average(number, layout, dict(weights)))
+
+    def take(self) -> list[Whole | Done]:
+        """What has happened since this was asked last. Raises what the thread failed with, if it did."""
+        if self._failure is not None:
+            raise self._failure
+        news = []
+        while not self._news.empty():
+            news.append(self._news.get())
+        return news
+
+    def close(self) -> None:
+        """End, when the work at hand is done; what waits is dropped."""
+        if self._thread is not None:
+            self._failure = self._failure or RuntimeError("the server has stopped")
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def restore(self, number: int, tensors: Mapping[str, torch.Tensor]) -> Average:
+        """The average of round ``number``, as a checkpoint has it."""
+        layout = Layout.of(tensors)
+        return self._map(number, layout, [byte_view(tensors[spec.name].contiguous()) for spec in layout.tensors])
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="rounds", daemon=True)
+            self._thread.start()
+        self._work.put(work)
+
+    # --- its own thread ---------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if self._failure is not None:
+                continue
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
+                self._tell()
+
+    def _say(self, news: Whole | Done) -> None:
+        self._news.put(news)
+        self._tell()
+
+    def _write(self, session: str, layout: Layout, part: EndsPart, payload: torch.Tensor) -> None:
+        upload = self._uploads.get(session)
+        if upload is None:
+            upload = self._uploads[session] = _Upload(self._file(), layout.bytes)
+        spec = layout.tensors[part.tensor]
+        try:
+            upload.file.seek(layout.offsets[part.tensor] + part.offset)
+            upload.file.write(byte_view(payload))
+        except OSError as error:  # a full disk, say, which is no reason to end the run
+            upload.why = upload.why or f"not kept: {error.strerror}"
+        if not torch.isfinite(payload.view(DTYPES[spec.dtype])).all():
+            upload.why = upload.why or "not finite"
+        upload.left -= part.size
+        self._credit(session, part.size)
+        if not upload.left:
+            self._say(Whole(session, upload.why))
+
+    def _forget(self, session: str) -> None:
+        upload = self._uploads.pop(session, None)
+        if upload is not None:
+            upload.file.close()
+
+    def _average(self, number: int, layout: Layout, weights: dict[str, int]) -> None:
+        members = [(self._uploads[session].file, weight) for session, weight in weights.items()]
+        total = torch.tensor([float(sum(weights.values()))], dtype=torch.float64)
+        self._reduce(total)
+        average = self._mean(number, layout, members, float(total)) if float(total) > 0 else None
+        for session in list(self._uploads):
+            self._forget(session)
+        self._say(Done(average))
+
+    def _mean(self, number: int, layout: Layout, members: Sequence[tuple[BinaryIO, int]], total: float) -> Average:
+        """``sum_i n_i theta_i / sum_i n_i``, slice by slice, in float32 (float64 for float64)."""
+        out = self._file()
+        for spec, begin in zip(layout.tensors, layout.offsets, strict=True):
+            for first in range(0, spec.elements, _SLICE):
+                count = min(_SLICE, spec.elements - first)
+                mean = torch.zeros(count, dtype=torch.float64 if spec.dtype == "float64" else torch.float32)
+                for file, weight in members:
+                    theta = self._read(file, spec, begin, first, count)
+                    mean.add_(theta.to(mean.dtype), alpha=weight / total)
+                self._reduce(mean)
+                out.write(byte_view(mean.to(DTYPES[spec.dtype])))
+        return self._mapped(number, layout, out)
+
+    @staticmethod
+    def _read(file: BinaryIO, spec: TensorSpec, begin: int, first: int, count: int) -> torch.Tensor:
+        item = ITEM_BYTES[spec.dtype]
+        theta = torch.empty(count, dtype=DTYPES[spec.dtype])
+        file.seek(begin + first * item)
+        view: Any = byte_view(theta)
+        read = file.readinto(view)  # type: ignore[attr-defined]
+        assert read == len(view), "a whole upload is shorter than its layout"
+        return theta
+
+    def _map(self, number: int, layout: Layout, contents: Sequence[memoryview]) -> Average:
+        out = self._file()
+        for content in contents:
+            out.write(content)
+        return self._mapped(number, layout, out)
+
+    @staticmethod
+    def _mapped(number: int, layout: Layout, file: BinaryIO) -> Average:
+        file.flush()
+        # Private and writable: torch warns of memory that it could not write to.
+        memory = mmap.mmap(file.fileno(), layout.bytes, access=mmap.ACCESS_COPY)
+        file.close()
+        return Average(number, layout, memoryview(memory))
+
+    def _file(self) -> BinaryIO:
+        return tempfile.TemporaryFile(dir=self._directory)

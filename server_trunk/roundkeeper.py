@@ -1,0 +1,197 @@
+"""Rounds as clients see them: asked for their ends when a round's last step has closed, and given the average.
+
+:mod:`server_trunk.rounds` knows what may happen, :mod:`server_trunk.averaging` does the sums; this tells those it concerns.
+Called from the trunk's thread. While a round is open no step opens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from server_trunk.averaging import Average, Averager, Done
+from server_trunk.ends_book import EndsBook
+from server_trunk.ledger import Ledger
+from server_trunk.outlet import Outlet
+from server_trunk.rounds import Rounds
+from splitfl.adapters.layout import Layout
+from splitfl.protocol.messages import AveragePart, EndsPart, RoundClosed, RoundOpened
+from splitfl.runlog import RunLog
+
+__all__ = ["RoundKeeper"]
+
+
+class RoundKeeper:
+    """``names``: clients by open session, kept by the loop."""
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        averager: Averager,
+        book: EndsBook,
+        outlet: Outlet,
+        log: RunLog,
+    ) -> None:
+        self._rounds, self._averager, self._book = rounds, averager, book
+        self._outlet, self._log = outlet, log
+        self.names: Mapping[str, str] = {}
+        self.average: Average | None = None  # the newest
+        self._given: dict[str, int] = {}  # by session: the round whose average it was given
+        self._closed = RoundClosed(0, 0, 0)  # of the newest average
+        self._present: dict[str, str] = {}  # clients by session that await the end of the open round
+        self._asked: dict[str, int] = {}  # the weights of those asked for their ends
+        self._whole: set[str] = set()
+        self._over: tuple[RoundClosed, Average | None] | None = None  # a round that nobody was told of yet
+        self._closing = False  # whether the average is being made
+        self._left_out: dict[str, str] = {}  # why, by client's name
+        self._step = -1
+        self._began = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return self._rounds.is_open
+
+    def joins(self, session: str, *, goes_on: bool) -> None:
+        """A session takes part for the first time; see :meth:`server_trunk.rounds.Rounds.joins`."""
+        self._rounds.joins(session, goes_on=goes_on)
+
+    def step_closed(self, ledger: Ledger) -> None:
+        """A step has closed; where it was the last of a round, that is open now."""
+        self._rounds.count(ledger, self.names)
+        if not self._rounds.ends_with(ledger.step):
+            return
+        parts = ledger.parts.values()
+        ended = [part for part in parts if part.done is not None and not part.withdrawn]
+        self._present = {part.session: part.client for part in ended if part.session in self.names}
+        self._asked = self._rounds.open(ledger.step, self._present)
+        self._step, self._began, self._closing = ledger.step, time.monotonic(), False
+        self._whole, self._left_out = set(), {}
+        for session in self._asked:
+            self._book.ask(session, self._rounds.number)
+            self._outlet.tell(session, RoundOpened(self._rounds.number))
+
+    def take_part(self, session: str, message: EndsPart, payload: Any) -> None:
+        """A piece of a session's ends; of no use where the round has gone on without it."""
+        layout = self._book.layout
+        if layout is not None and self._rounds.awaits(session, message.round):
+            self._averager.write(session, layout, message, payload)
+        else:
+            self._outlet.credit(session, message.payload_bytes)
+
+    def forget(self, session: str) -> None:
+        """The session is gone."""
+        self._given.pop(session, None)
+        if session in self._asked and session not in self._whole:
+            self._leave_out(session, "lost")
+        self._rounds.lose(session)
+
+    def wake(self, now: float) -> float | None:
+        return self._rounds.wake(now)
+
+    def turn(self) -> None:
+        """Go on with the open round as far as it goes."""
+        for news in self._averager.take():
+            if isinstance(news, Done):
+                self._close(news.average)
+            elif self._rounds.awaits(news.session, self._rounds.number):
+                self._whole.add(news.session)
+                self._rounds.whole(news.session, time.monotonic())
+                if news.why:
+                    self._rounds.exclude(news.session)
+                    self._leave_out(news.session, news.why)
+        if not self.is_open or self._closing:
+            return
+        for session in self._rounds.overdue(time.monotonic()):
+            self._rounds.lose(session)
+            self._leave_out(session, "late")
+        if self._rounds.is_gathered:
+            self._gather()
+
+    def _leave_out(self, session: str, why: str) -> None:
+        self._left_out[self._named(session)] = why
+        self._averager.discard(session)
+
+    def _gather(self) -> None:
+        """Everybody's ends are here who will be in the average."""
+        self._closing = True
+        # In the order of names, so that who was faster changes no digit.
+        weights = dict(sorted(self._rounds.weights.items(), key=lambda item: (self._present[item[0]], item[0])))
+        layout = self._book.layout
+        self._averager.average(self._rounds.number, layout or Layout(()), weights)
+
+    def _close(self, average: Average | None) -> None:
+        weights = self._rounds.weights
+        self._rounds.close()
+        if average is not None:
+            self.average = average
+            self._book.keep(average.layout)
+        closed = RoundClosed(self._rounds.number, len(weights) if average is not None else 0, sum(weights.values()))
+        if average is not None:
+            self._closed = closed
+        self._over = closed, average
+        size = average.layout.bytes if average is not None else 0
+        self._log.write(
+            "round",
+            round=self._rounds.number,
+            step=self._step,
+            members={self._named(session): weight for session, weight in weights.items()},
+            left_out=self._left_out or None,
+            bytes_received=size * len(self._whole),
+            bytes_sent=size * sum(session in self.names for session in self._present),
+            seconds=round(time.monotonic() - self._began, 4),
+        )
+
+    def tell(self) -> None:
+        """Tell those that await the end of a round of it, and give them the average."""
+        if self._over is None:
+            return
+        (closed, average), self._over = self._over, None
+        for session in self._present:
+            if session in self.names:
+                self._outlet.tell(session, closed)
+                if average is not None:
+                    self._give(session, average)
+
+    # --- who has which average --------------------------------------------------------------------------------------------------
+
+    def bring_up(self, session: str) -> None:
+        """A session is about to take part in a step: it must have the newest average. A new session is always given it: whether
+        its client's ends hold it already, or what they learned since, only the client knows.
+        """
+        if self.average is not None and self._given.get(session, -1) < self.average.number:
+            self._outlet.tell(session, self._closed)
+            self._give(session, self.average)
+
+    def _give(self, session: str, average: Average) -> None:
+        self._given[session] = average.number
+        for tensor, offset, size in average.layout.parts(self._book.part_bytes):
+            self._outlet.send(session, AveragePart(average.number, tensor, offset, size), average.part(tensor, offset, size))
+
+    def _named(self, session: str) -> str:
+        """The client's name; with the session, where a client has several."""
+        client = self._present[session]
+        return client if list(self._present.values()).count(client) == 1 else f"{client}/{session[:4]}"
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the newest average, where there is one, and what has counted since."""
+        state: dict[str, Any] = {"rounds": {"targets": self._rounds.targets}}
+        if self.average is not None:
+            state["rounds"] |= {"round": self._closed.round, "members": self._closed.members, "total": self._closed.targets}
+            state["ends"] = self.average.tensors()
+        return state
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        kept, self.average = state.get("rounds", {}), None
+        self._given.clear()
+        self._rounds.targets = kept.get("targets", {})
+        if "ends" in state:
+            self._closed = RoundClosed(kept["round"], kept["members"], kept["total"])
+            self.average = self._averager.restore(kept["round"], state["ends"])
+            self._book.keep(self.average.layout)
+
+    def close(self) -> None:
+        self._averager.close()
