@@ -150,6 +150,7 @@ class Averager:
             except BaseException as error:
                 self._failure = error
                 self._tell()
+            del work  # it holds a part, while the next may be long in coming
 
     def _say(self, news: Whole | Done) -> None:
         self._news.put(news)

@@ -2,114 +2,37 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.central import Central, count_targets
-from client_ends.train import prepare_ends
-from server_trunk.server import load_run_trunk
+from benchmarks.central import count_targets
+from client_ends.train import prepare_ends, train
 from splitfl.adapters import named_trainables
 from splitfl.channel.timing import Timing
+from splitfl.checkpoint import checkpoint_directory, load_checkpoint
 from splitfl.config import LoraSettings
-from splitfl.optimizer import build_optimizer
-from splitfl.parts.loading import load_ends
-from tests.integration.test_equality import ENDS, LOSS, TRUNK, WEIGHTS, fraction_of, snapshot
+from splitfl.errors import ConfigError
+from tests.integration.test_commands import Run, finish
+from tests.integration.test_equality import LOSS, TRUNK
+from tests.integration.test_lost import cut, is_lost, is_open, wait_for
+from tests.integration.test_resume import again
+from tests.integration.test_train import settings
+from tests.rounds_world import Reference, Trainer, assert_equals, batch
 from tests.world import World, running, side_by_side, tiny_llama
 
-Batch = dict[str, torch.Tensor]
 QUICK = Timing(heartbeat=0.05)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-def batch(client: int, step: int) -> Batch:
-    """Of unequal size for every client and step."""
-    rows, length = 1 + (client + step) % 3, 6 + 3 * client
-    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(100 * client + step))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-class Trainer:
-    """A plain PyTorch loop, one step at a time."""
-
-    def __init__(self, world: World, client: int, ends: str = "lora", **options: Any) -> None:
-        self.split = world.join_as(client, **options)
-        self.model = prepare_ends(self.split, ends, LoraSettings(), seed=0).train()
-        self.optimizer = build_optimizer(list(named_trainables(self.model).values()), ENDS)
-
-    def step(self, one: Batch) -> float:
-        loss = self.model(**one).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(named_trainables(self.model).values()), ENDS.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return snapshot(self.model)
-
-
-class Reference:
-    """One trunk and N sets of ends in one process. ``part_of``: by step, which clients take part."""
-
-    def __init__(self, world: World, ends: str = "lora") -> None:
-        config = world.server.config
-        self.rounds = config.round_steps
-        self.trunk = load_run_trunk(config, torch.device("cpu"))
-        parts = [prepare_ends(load_ends(world.model, config.cut), ends, LoraSettings(), seed=0) for _ in world.keys]
-        self.start = snapshot(self.trunk)
-        self.ends_start = snapshot(parts[0])
-        self.central = Central(self.trunk, parts, config.optimizer, ENDS)
-        self.ends, self.sides = self.central.ends, self.central._ends_sides
-        self.counted = [0] * len(parts)
-        self.newest: dict[str, torch.Tensor] | None = None
-
-    def step(self, number: int, clients: list[int]) -> list[float]:
-        self.central.ends = [self.ends[client] for client in clients]
-        self.central._ends_sides = [self.sides[client] for client in clients]
-        batches = [batch(client, number) for client in clients]
-        losses = self.central.step(batches)
-        for client, one in zip(clients, batches, strict=True):
-            self.counted[client] += count_targets(one)
-        return losses
-
-    def average(self, members: list[int], given: list[int]) -> None:
-        """The round: ``members`` are averaged, ``given`` get the result."""
-        total = sum(self.counted[client] for client in members)
-        sets = {client: dict(named_trainables(self.ends[client])) for client in {*members, *given}}
-        self.newest = {
-            name: sum(sets[client][name].detach().double() * (self.counted[client] / total) for client in members).float()
-            for name in sets[members[0]]
-        }
-        self.counted = [0] * len(self.counted)
-        for client in given:
-            self.give(client)
-
-    def give(self, client: int) -> None:
-        assert self.newest is not None
-        with torch.no_grad():
-            for name, parameter in named_trainables(self.ends[client]).items():
-                parameter.copy_(self.newest[name])
-
-    def fresh(self, client: int, origin: Any) -> None:
-        """The client is a new process: its optimizer begins anew."""
-        parameters = self.sides[client].parameters
-        self.sides[client].optimizer = build_optimizer(parameters, ENDS)
-
-
-def assert_equals(reference: Reference, world: World, weights: dict[int, dict[str, torch.Tensor]]) -> None:
-    assert fraction_of(snapshot(world.server._model), snapshot(reference.trunk), reference.start) <= WEIGHTS
-    for client, mine in weights.items():
-        theirs = snapshot(reference.ends[client])
-        assert fraction_of(mine, theirs, reference.ends_start) <= WEIGHTS
-        assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 1e-5
 
 
 def run_all(world: World, ends: str, steps: int) -> tuple[list[list[float]], dict[int, dict[str, torch.Tensor]]]:
@@ -146,3 +69,254 @@ def test_ends_and_trunk_equal_the_reference_that_averages(
     assert [event["step"] for event in events] == list(range(rounds - 1, steps, rounds))
     counted = [sum(count_targets(batch(client, number)) for number in range(rounds)) for client in range(3)]
     assert events[0]["members"] == {f"client{client}": count for client, count in enumerate(counted)}
+
+
+class Halted:
+    """Sends the first ``count`` parts of a trainer's next upload, and the others when told."""
+
+    def __init__(self, trainer: Trainer, count: int) -> None:
+        self._rounds, self._count = trainer.split.trunk.session.rounds, count
+        self._upload, self._rest = self._rounds._upload, []
+        self._rounds._upload = self._halt
+
+    def _halt(self, number: int, send: Callable[[Any, memoryview], None]) -> None:
+        parts: list[tuple[Any, memoryview]] = []
+        self._upload(number, lambda part, view: parts.append((part, view)))
+        for part, view in parts[: self._count]:
+            send(part, view)
+        self._rest, self._send = parts[self._count :], send
+
+    def release(self) -> None:
+        for part, view in self._rest:
+            self._send(part, view)
+        self._rounds._upload = self._upload
+
+
+def all_step(trainers: dict[int, Trainer], number: int) -> list[float]:
+    clients = list(trainers)
+    return side_by_side(len(clients), lambda index: trainers[clients[index]].step(batch(clients[index], number)))
+
+
+def rejoin(world: World, trainer: Trainer, enrolled: int) -> threading.Thread:
+    """Enrol for the next step while one is open; ends with the opening of that step."""
+    thread = threading.Thread(target=trainer.split.trunk.session.begin_forward)
+    thread.start()
+    wait_for(lambda: len(world.server._loop._steps._enrolled) == enrolled)
+    return thread
+
+
+def uploads(world: World) -> dict[str, Any]:
+    return world.server._rounds._averager._uploads
+
+
+def test_a_client_lost_amid_its_upload_leaves_nothing_and_returns_to_the_average(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 3, round_steps=2, timing=QUICK, **TRUNK)
+    reference = Reference(world)
+    with running(world):
+        trainers = {client: Trainer(world, client) for client in range(3)}
+        doomed = trainers[2]
+        Halted(doomed, 5)
+        for number in range(2):
+            assert all_step(trainers, number) == pytest.approx(reference.step(number, [0, 1, 2]), rel=LOSS)
+        wait_for(lambda: len(uploads(world)) == 3)
+        wait_for(lambda: sum(not upload.left for upload in uploads(world).values()) == 2)
+        cut(doomed.split)
+        wait_for(lambda: is_lost(world, doomed.split))
+        del trainers[2]
+        reference.average([0, 1], [0, 1])
+        for trainer in trainers.values():
+            trainer.split.trunk.session.settle_round()
+        assert not uploads(world)
+        wait_for(lambda: is_open(world, 2))
+        back = Trainer(world, 2)
+        waiting = rejoin(world, back, 3)
+        assert all_step(trainers, 2) == pytest.approx(reference.step(2, [0, 1]), rel=LOSS)
+        waiting.join()
+        trainers[2] = back
+        reference.begin_anew(2)
+        assert all_step(trainers, 3) == pytest.approx(reference.step(3, [0, 1, 2]), rel=LOSS)
+        reference.average([0, 1, 2], [0, 1, 2])
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
+    first, second = world.events("round")
+    assert first["left_out"] == {"client2": "lost"}
+    assert list(first["members"]) == ["client0", "client1"]
+    # What client 2 counted before it was lost weighs nothing.
+    assert second["members"]["client2"] == count_targets(batch(2, 3))
+
+
+def test_a_client_away_for_a_round_takes_the_average_when_it_returns(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 2, round_steps=1, **TRUNK)
+    reference = Reference(world)
+    with running(world):
+        trainers = {client: Trainer(world, client) for client in range(2)}
+        assert all_step(trainers, 0) == pytest.approx(reference.step(0, [0, 1]), rel=LOSS)
+        reference.average([0, 1], [0, 1])
+        away = trainers.pop(1)
+        away.split.trunk.session.pause()
+        for number in (1, 2):
+            # Whether it is still a participant of step 1 that withdrew from it, nothing of it is there.
+            assert all_step(trainers, number) == pytest.approx(reference.step(number, [0]), rel=LOSS)
+            reference.average([0], [0])
+        wait_for(lambda: is_open(world, 3))
+        waiting = rejoin(world, away, 2)
+        assert all_step(trainers, 3) == pytest.approx(reference.step(3, [0]), rel=LOSS)
+        reference.average([0], [0, 1])
+        waiting.join()
+        trainers[1] = away
+        assert all_step(trainers, 4) == pytest.approx(reference.step(4, [0, 1]), rel=LOSS)
+        reference.average([0, 1], [0, 1])
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
+
+
+def test_a_late_upload_is_gone_on_without_and_its_rest_is_dropped(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 2, round_steps=1, **TRUNK)
+    reference = Reference(world)
+    with running(world):
+        trainers = {client: Trainer(world, client) for client in range(2)}
+        slow = Halted(trainers[1], 3)
+        world.server._rounds._rounds._deadline = 0.05
+        assert all_step(trainers, 0) == pytest.approx(reference.step(0, [0, 1]), rel=LOSS)
+        trainers[1].split.wait_step()
+        world.server._rounds._rounds._deadline = 0.0
+        reference.average([0], [0, 1])
+        slow.release()
+        for number in (1, 2):
+            assert all_step(trainers, number) == pytest.approx(reference.step(number, [0, 1]), rel=LOSS)
+            reference.average([0, 1], [0, 1])
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
+        wait_for(lambda: all(link.account.left == link.account.window for link in links(world)))
+    assert [event["left_out"] for event in world.events("round")] == [{"client1": "late"}, None, None]
+
+
+def links(world: World) -> list[Any]:
+    return list(world.server._open_channel._sessions._sessions.values())
+
+
+def test_ends_that_are_trained_otherwise_are_refused_in_one_sentence(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 3, needed=1, round_steps=1, **TRUNK)
+    with running(world):
+        first = Trainer(world, 0)
+        first.step(batch(0, 0))
+        with pytest.raises(ConfigError, match=r"LoRA of rank 8 .* yours are full weights .* use the same --ends") as caught:
+            Trainer(world, 1, "full").step(batch(1, 0))
+        assert "\n" not in str(caught.value)
+        frozen = prepare_ends(world.join_as(2), "frozen", LoraSettings(), seed=0).train()
+        with pytest.raises(ConfigError, match="use --ends lora or full"):
+            frozen(**batch(2, 0))
+        first.step(batch(0, 1))
+        first.split.wait_step()
+    assert [list(event["members"]) for event in world.events("round")] == [["client0"]] * 2
+
+
+def test_ends_that_are_not_finite_are_left_out_and_healed(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 2, round_steps=1, **TRUNK)
+    with running(world):
+        trainers = {client: Trainer(world, client) for client in range(2)}
+        all_step(trainers, 0)
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        sick = trainers[1]
+        parameter = next(iter(named_trainables(sick.model).values()))
+
+        def spoil(*_: Any) -> None:
+            parameter.data.fill_(float("nan"))
+
+        sick.optimizer.register_step_pre_hook(spoil)
+        all_step(trainers, 1)
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        mine, theirs = (trainer.weights for trainer in trainers.values())
+        assert all(torch.equal(mine[name], theirs[name]) and mine[name].isfinite().all() for name in mine)
+    assert world.events("round")[1]["left_out"] == {"client1": "not finite"}
+
+
+def test_a_resumed_run_has_its_average(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 2, round_steps=2, checkpoint_every=1, **TRUNK)
+    reference = Reference(world)
+    for begin, end in ((0, 3), (3, 6)):
+        if begin:
+            again(world)
+        with running(world):
+            trainers = {client: Trainer(world, client) for client in range(2)}
+            for number in range(begin, end):
+                assert all_step(trainers, number) == pytest.approx(reference.step(number, [0, 1]), rel=LOSS)
+                if number % 2:
+                    reference.average([0, 1], [0, 1])
+            for trainer in trainers.values():
+                trainer.split.wait_step()
+            assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
+        if not begin:
+            reference.begin_anew(0)
+            reference.begin_anew(1)
+    assert [event["round"] for event in world.events("round")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_large_ends_stream_in_parts_that_never_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+    LlamaForCausalLM(LlamaConfig(vocab_size=24000, **sizes)).save_pretrained(tmp_path / "model")
+    window, held, most, parts = 1 << 20, 0, 0, 0
+
+    def give_back(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    from server_trunk import gateway
+
+    buffer = gateway.receive_buffer
+
+    def counting(rows: int, hidden: int, dtype: torch.dtype, **options: Any) -> Any:
+        nonlocal held, most, parts
+        tensor, view = buffer(rows, hidden, dtype, **options)
+        if dtype is torch.uint8:
+            held, parts = held + hidden, parts + 1
+            most = max(most, held)
+            weakref.finalize(tensor, give_back, hidden)
+        return tensor, view
+
+    monkeypatch.setattr(gateway, "receive_buffer", counting)
+    monkeypatch.setattr("server_trunk.averaging._SLICE", 10_000)
+    world = World(tmp_path, str(tmp_path / "model"), 2, memory=memory, window=window, round_steps=1, **TRUNK)
+    _, weights = run_all(world, "full", 1)
+    reference = Reference(world, "full")
+    reference.step(0, [0, 1])
+    reference.average([0, 1], [0, 1])
+    assert_equals(reference, world, weights)
+    total = sum(tensor.numel() * 4 for tensor in weights[0].values())
+    assert total > 5 * window
+    assert parts > 2 * total // (256 << 10)
+    # The credit of both, and a part in the hands of whoever has just given credit for it.
+    assert most <= 2 * window + (256 << 10)
+
+
+def test_train_keeps_the_average(tmp_path: Path, stories: str, data: Path) -> None:
+    with running(World(tmp_path, stories, 2, memory=False, round_steps=2)) as world:
+        results = side_by_side(2, lambda client: train(settings(world, data, client, steps=4, seed=client)))
+    first, second = (load_checkpoint(result.checkpoint)[0] for result in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [event["step"] for event in world.events("round")] == [1, 3]
+
+
+@pytest.mark.slow
+def test_the_commands_average_too(tmp_path: Path, stories: str, data: Path) -> None:
+    text = data / "text" / "tinyshakespeare" / "input.txt"
+    run = Run(tmp_path, stories, 2, "--round-steps", 2, "--steps", 4, "--until-done")
+    try:
+        clients = [run.client(index, text, "--steps", 4, "--evaluate", 0, "--batch-size", 2 + index) for index in range(2)]
+        for client in clients:
+            code, _, err = finish(client)
+            assert code == 0, err
+        assert finish(run.server)[0] == 0
+    finally:
+        run.close()
+    first, second = (load_checkpoint(checkpoint_directory(tmp_path / f"ends{index}", 3))[0] for index in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [event["step"] for event in run.events("server", "round")] == [1, 3]
+    assert all(len(event["members"]) == 2 and event["bytes_received"] > 0 for event in run.events("server", "round"))

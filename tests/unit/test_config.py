@@ -57,6 +57,8 @@ def test_flags_win_over_the_file(tmp_path):
         ({"model": "m", "batch_wait": 1e12}, "[0, 1e+09)"),
         ({"model": "m", "graphs": "keep", "graph_tokens": 9}, "graph_tokens at 0"),
         ({"model": "m", "mode": "async", "batch_wait": 1.0}, "batch_wait at 0"),
+        ({"model": "m", "mode": "async", "round_steps": 2}, "round_steps at 0"),
+        ({"model": "m", "round_steps": -1}, "at least 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(values, part):

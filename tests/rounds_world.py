@@ -1,0 +1,104 @@
+"""Clients of a run that averages its ends, and the reference they are held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.central import Central, count_targets
+from client_ends.train import prepare_ends
+from server_trunk.server import load_run_trunk
+from splitfl.adapters import named_trainables
+from splitfl.config import LoraSettings
+from splitfl.optimizer import build_optimizer
+from splitfl.parts.loading import load_ends
+from tests.integration.test_equality import ENDS, WEIGHTS, fraction_of, snapshot
+from tests.world import World
+
+Batch = dict[str, torch.Tensor]
+
+
+def batch(client: int, step: int) -> Batch:
+    """Of unequal size for every client and step."""
+    rows, length = 1 + (client + step) % 3, 6 + 3 * client
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(100 * client + step))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+class Trainer:
+    """A plain PyTorch loop, one step at a time."""
+
+    def __init__(self, world: World, client: int, ends: str = "lora", **options: Any) -> None:
+        self.split = world.join_as(client, **options)
+        self.model = prepare_ends(self.split, ends, LoraSettings(), seed=0).train()
+        self.optimizer = build_optimizer(list(named_trainables(self.model).values()), ENDS)
+
+    def step(self, one: Batch) -> float:
+        loss = self.model(**one).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(named_trainables(self.model).values()), ENDS.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return snapshot(self.model)
+
+
+class Reference:
+    """One trunk and N sets of ends in one process. ``part_of``: by step, which clients take part."""
+
+    def __init__(self, world: World, ends: str = "lora") -> None:
+        config = world.server.config
+        self.rounds = config.round_steps
+        self.trunk = load_run_trunk(config, torch.device("cpu"))
+        parts = [prepare_ends(load_ends(world.model, config.cut), ends, LoraSettings(), seed=0) for _ in world.keys]
+        self.start = snapshot(self.trunk)
+        self.ends_start = snapshot(parts[0])
+        self.central = Central(self.trunk, parts, config.optimizer, ENDS)
+        self.ends, self.sides = self.central.ends, self.central._ends_sides
+        self.counted = [0] * len(parts)
+        self.newest: dict[str, torch.Tensor] | None = None
+
+    def step(self, number: int, clients: list[int]) -> list[float]:
+        self.central.ends = [self.ends[client] for client in clients]
+        self.central._ends_sides = [self.sides[client] for client in clients]
+        batches = [batch(client, number) for client in clients]
+        losses = self.central.step(batches)
+        for client, one in zip(clients, batches, strict=True):
+            self.counted[client] += count_targets(one)
+        return losses
+
+    def average(self, members: list[int], given: list[int]) -> None:
+        """The round: ``members`` are averaged, ``given`` get the result."""
+        total = sum(self.counted[client] for client in members)
+        sets = {client: dict(named_trainables(self.ends[client])) for client in {*members, *given}}
+        self.newest = {
+            name: sum(sets[client][name].detach().double() * (self.counted[client] / total) for client in members).float()
+            for name in sets[members[0]]
+        }
+        self.counted = [0] * len(self.counted)
+        for client in given:
+            self.give(client)
+
+    def give(self, client: int) -> None:
+        assert self.newest is not None
+        with torch.no_grad():
+            for name, parameter in named_trainables(self.ends[client]).items():
+                parameter.copy_(self.newest[name])
+
+    def begin_anew(self, client: int) -> None:
+        """The client is a new process: its ends begin from the average, its optimizer from nothing."""
+        self.give(client)
+        self.counted[client] = 0
+        self.sides[client].optimizer = build_optimizer(self.sides[client].parameters, ENDS)
+
+
+def assert_equals(reference: Reference, world: World, weights: dict[int, dict[str, torch.Tensor]]) -> None:
+    assert fraction_of(snapshot(world.server._model), snapshot(reference.trunk), reference.start) <= WEIGHTS
+    for client, mine in weights.items():
+        theirs = snapshot(reference.ends[client])
+        assert fraction_of(mine, theirs, reference.ends_start) <= WEIGHTS
+        assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 1e-5

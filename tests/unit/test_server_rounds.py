@@ -1,0 +1,284 @@
+"""Who is in a round, what it weighs, and what a client may say and send of its ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server_trunk.averaging import Averager, Done, Whole
+from server_trunk.ends_book import EndsBook
+from server_trunk.ledger import Ledger, Part
+from server_trunk.rounds import Rounds
+from splitfl.adapters.layout import Layout, PartCursor, part_bytes_for
+from splitfl.errors import Refused, RemoteProtocolError
+from splitfl.protocol.messages import Ends, EndsPart
+from splitfl.tensors import byte_view
+from tests.integration.test_lost import wait_for
+
+
+def ledger(step: int, **targets: int) -> Ledger:
+    """Of sessions ``a1``, ``a2`` of client ``a`` and so on."""
+    return Ledger(step, {name: Part(name, name[0], targets=count) for name, count in targets.items()})
+
+
+def layout_of(**shapes: tuple[int, ...]) -> Layout:
+    return Layout.of({name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_a_member_weighs_what_counted_since_the_last_round():
+    rounds = Rounds(steps=2)
+    here = {"a1": "a", "b1": "b", "c1": "c"}
+    rounds.count(ledger(0, a1=3, b1=5), here)
+    assert not rounds.ends_with(0)
+    assert rounds.ends_with(1)
+    rounds.count(ledger(1, a1=4, c1=0), here)
+    assert rounds.open(1, here) == {"a1": 7, "b1": 5}
+    assert rounds.number == 0
+    assert rounds.awaits("a1", 0)
+    assert not rounds.awaits("a1", 1)
+    assert not rounds.awaits("c1", 0)
+    rounds.whole("a1", 0.0)
+    assert not rounds.is_gathered
+    rounds.lose("b1")
+    assert rounds.is_gathered
+    assert rounds.weights == {"a1": 7}
+    rounds.lose("a1")  # whole before it was lost
+    assert rounds.weights == {"a1": 7}
+    rounds.close()
+    rounds.count(ledger(3, a1=1), here)
+    assert rounds.open(3, here) == {"a1": 1}
+
+
+def test_who_others_have_waited_for_too_long_is_late():
+    rounds = Rounds(steps=1, deadline=5.0)
+    here = {"a1": "a", "b1": "b"}
+    rounds.count(ledger(0, a1=1, b1=1), here)
+    rounds.open(0, here)
+    assert rounds.wake(100.0) is None  # nobody waits for anybody
+    assert rounds.overdue(100.0) == []
+    rounds.whole("b1", 100.0)
+    assert rounds.wake(102.0) == 3.0
+    assert rounds.overdue(104.9) == []
+    assert rounds.overdue(105.0) == ["a1"]
+
+
+@pytest.mark.parametrize(("goes_on", "weight"), [(True, 7), (False, 4)])
+def test_what_a_lost_session_counted_is_its_clients_if_that_goes_on_from_it(goes_on, weight):
+    rounds = Rounds(steps=2)
+    rounds.count(ledger(0, a1=3, b1=5), {"a1": "a", "b1": "b"})
+    rounds.lose("a1")
+    assert rounds.targets == {"a": 3, "b": 5}
+    rounds.joins("a2", goes_on=goes_on)
+    here = {"a2": "a", "b1": "b"}
+    rounds.count(ledger(1, a2=4), here)
+    assert rounds.open(1, here) == {"a2": weight, "b1": 5}
+    assert rounds.targets == {}
+
+
+def test_targets_are_taken_up_again_with_the_run():
+    rounds = Rounds(steps=2)
+    rounds.joins("a9", goes_on=True)
+    rounds.targets = {"a": 3, "b": 5}
+    here = {"a9": "a", "b9": "b"}
+    rounds.count(ledger(3, a9=1, b9=1), here)
+    assert rounds.open(3, here) == {"a9": 4, "b9": 1}
+
+
+def test_a_session_lost_before_its_step_closed_counts_for_its_client():
+    rounds = Rounds(steps=1)
+    rounds.count(ledger(0, a1=3, b1=2), {"b1": "b"})
+    assert rounds.open(0, {"b1": "b"}) == {"b1": 2}
+
+
+def test_parts_cover_every_tensor_in_order():
+    layout = layout_of(b=(3, 5), a=(2,), c=())
+    assert [spec.name for spec in layout.tensors] == ["a", "b", "c"]
+    assert list(layout.parts(32)) == [(0, 0, 8), (1, 0, 32), (1, 32, 28), (2, 0, 4)]
+    assert layout.bytes == 72
+    assert layout.offsets == [0, 8, 68]
+    assert Layout.from_messages(layout.messages()) == layout
+    cursor = PartCursor(layout, 32)
+    for tensor, offset, size in layout.parts(32):
+        assert not cursor.at_end
+        cursor.take(EndsPart(0, tensor, offset, size))
+    assert cursor.at_end
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        cursor.take(EndsPart(0, 0, 0, 8))
+
+
+def test_many_tensors_are_said_in_several_messages():
+    layout = layout_of(**{f"t{index:04d}": (1,) for index in range(300)})
+    messages = layout.messages()
+    assert [message.more for message in messages] == [True, True, False]
+    assert Layout.from_messages(messages) == layout
+    assert part_bytes_for(1 << 20) == 256 << 10
+    assert part_bytes_for(1 << 30) == 4 << 20
+
+
+def book(**shapes: tuple[int, ...]) -> EndsBook:
+    made = EndsBook(averaged=True, part_bytes=8)
+    for message in layout_of(**shapes).messages():
+        made.declare("one", message)
+    return made
+
+
+def test_the_first_client_says_what_all_train_until_nobody_is_left():
+    made = book(a=(4,))
+    with pytest.raises(Refused, match=r"a is float32 \[5\] in yours, float32 \[4\] in the others; use the same --ends"):
+        made.declare("two", layout_of(a=(5,)).messages()[0])
+    with pytest.raises(Refused, match="b is in yours alone"):
+        made.declare("three", layout_of(a=(4,), b=(1,)).messages()[0])
+    with pytest.raises(RemoteProtocolError, match="Enrol before Ends"):
+        made.check_enrol("two")
+    made.check_enrol("one")
+    made.left("one")
+    made.declare("two", layout_of(a=(5,)).messages()[0])
+    made.keep(layout_of(a=(5,)))
+    made.left("two")
+    with pytest.raises(Refused):
+        made.declare("one", layout_of(a=(4,)).messages()[0])
+
+
+def test_what_nobody_asked_for_ends_the_session():
+    made = book(a=(4,))
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        made.begin("one", EndsPart(0, 0, 0, 8))
+    made.ask("one", 3)
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        made.begin("one", EndsPart(2, 0, 0, 8))
+    made.begin("one", EndsPart(3, 0, 0, 8))
+    with pytest.raises(RemoteProtocolError, match="out of order"):
+        made.begin("one", EndsPart(3, 0, 0, 8))
+    made.begin("one", EndsPart(3, 0, 8, 8))
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        made.begin("one", EndsPart(3, 0, 16, 8))
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        made.declare("one", layout_of(a=(4,)).messages()[0])
+    personal = EndsBook(averaged=False, part_bytes=8)
+    with pytest.raises(RemoteProtocolError):
+        personal.declare("one", layout_of(a=(4,)).messages()[0])
+    personal.check_enrol("one")
+    with pytest.raises(RemoteProtocolError, match="ascending"):
+        EndsBook(averaged=True, part_bytes=8).declare("one", Ends((("b", ("float32", (1,))), ("a", ("float32", (1,))))))
+
+
+class Sums:
+    """An averager whose credit and news are kept."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        self.credit: dict[str, int] = {}
+        self.averager = Averager(directory, credit=self._give, tell=lambda: None, **options)
+
+    def _give(self, session: str, size: int) -> None:
+        self.credit[session] = self.credit.get(session, 0) + size
+
+    def send(self, session: str, tensors: dict[str, torch.Tensor], parts: int | None = None) -> Layout:
+        layout = Layout.of(tensors)
+        for tensor, offset, size in list(layout.parts(64))[:parts]:
+            content = bytes(byte_view(tensors[layout.tensors[tensor].name].contiguous()))[offset : offset + size]
+            payload = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(1, size)
+            self.averager.write(session, layout, EndsPart(0, tensor, offset, size), payload)
+        return layout
+
+    def news(self, count: int) -> list[Whole | Done]:
+        found: list[Whole | Done] = []
+
+        def enough() -> bool:
+            found.extend(self.averager.take())
+            return len(found) >= count
+
+        wait_for(enough)
+        return found
+
+
+def ends(seed: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "a": torch.randn(7, 11, generator=draw),
+        "b": torch.randn(33, generator=draw).bfloat16(),
+        "c": torch.randn(3, generator=draw, dtype=torch.float64),
+    }
+
+
+def test_the_mean_is_weighted_and_in_each_tensors_own_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("server_trunk.averaging._SLICE", 10)
+    sums = Sums(tmp_path)
+    layout = sums.send("x", ends(0))
+    sums.send("y", ends(1))
+    sums.send("gone", ends(2), parts=3)
+    sums.averager.discard("gone")
+    assert sums.news(2) == [Whole("x"), Whole("y")]
+    sums.averager.average(4, layout, {"x": 3, "y": 1})
+    (done,) = sums.news(1)
+    assert isinstance(done, Done)
+    assert done.average is not None
+    assert done.average.number == 4
+    for name, mean in done.average.tensors().items():
+        one, other = ends(0)[name], ends(1)[name]
+        plain = (one.double() * 0.75 + other.double() * 0.25).to(one.dtype)
+        assert torch.allclose(mean, plain, rtol=0, atol={torch.bfloat16: 1e-2, torch.float32: 1e-6}.get(one.dtype, 1e-15))
+    assert sums.credit["x"] == sums.credit["y"] == layout.bytes
+    assert not sums.averager._uploads
+    assert not list(tmp_path.iterdir())  # files have no names, and go with the process
+    again = sums.averager.restore(4, done.average.tensors())
+    assert bytes(again.memory) == bytes(done.average.memory)
+    sums.averager.close()
+
+
+def test_replicas_sum_over_all(tmp_path):
+    """Two averagers whose sums are added, as an all-reduce would."""
+    totals: list[torch.Tensor] = []
+
+    def record(tensor: torch.Tensor) -> None:
+        totals.append(tensor.clone())
+
+    first = Sums(tmp_path, reduce=record)
+    layout = first.send("x", ends(0))
+    first.averager.average(0, layout, {"x": 3})
+    first.news(2)
+    place = iter(range(len(totals)))
+
+    def add(tensor: torch.Tensor) -> None:
+        index = next(place)
+        # The other's mean was formed with its own total alone.
+        tensor += totals[index] if index == 0 else totals[index] * (3 / 4)
+
+    second = Sums(tmp_path, reduce=add)
+    second.send("y", ends(1))
+    second.averager.average(0, layout, {"y": 1})
+    _, done = second.news(2)
+    assert isinstance(done, Done)
+    assert done.average is not None
+    plain = 0.75 * ends(0)["a"] + 0.25 * ends(1)["a"]
+    assert torch.allclose(done.average.tensors()["a"], plain, atol=1e-6)
+    for sums in (first, second):
+        sums.averager.close()
+
+
+def test_a_disk_that_is_full_leaves_that_client_out(tmp_path, monkeypatch):
+    sums = Sums(tmp_path)
+
+    class Full:
+        def seek(self, offset: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(sums.averager, "_file", Full)
+    sums.send("x", ends(0))
+    (whole,) = sums.news(1)
+    assert whole == Whole("x", "not kept: No space left on device")
+    sums.averager.close()
+
+
+def test_nobodys_ends_are_no_average(tmp_path):
+    sums = Sums(tmp_path)
+    sums.averager.average(0, Layout(()), {})
+    assert sums.news(1) == [Done(None)]
+    sums.averager.close()
+    with pytest.raises(RuntimeError):
+        sums.averager.take()
