@@ -70,6 +70,7 @@ class StepKeeper:
         self._tokens = 0
         self.trained = False  # whether a step has closed
         self.ending = False  # no further step opens
+        self.stands = steps.number  # the open step, or the next to open
 
     # --- what clients say -------------------------------------------------------------------------------------------------------
 
@@ -189,6 +190,7 @@ class StepKeeper:
         if common is not None:
             self._run.go_back(common)
             self._steps.go_back(common + 1)
+            self.stands = common + 1
 
     def _answer_stale(self) -> None:
         """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
@@ -252,6 +254,7 @@ class StepKeeper:
         # First kept, then said: a run that starts again never stands before a checkpoint that its clients have heard of.
         kept = self._run.made(ledger)
         self._unsaid = None
+        self.stands = self._steps.number
         if ledger.ends_parts:
             for part in ledger.parts.values():
                 norm = report.of(part.client).grad_norm
