@@ -153,6 +153,8 @@ class _SplitModel:
                 raise ModelError(
                     f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}"
                 )
+            if session.terms["round_steps"]:
+                kwargs["seed"] = session.terms["seed"]  # a fresh head is averaged too: it begins the same for all
             own = Cut.parse(session.terms["cut"])
             try:
                 where_to = str(resolve_device(device))

@@ -115,8 +115,7 @@ class StepKeeper:
 
     def wake(self, now: float) -> float | None:
         """Seconds until :meth:`turn` is worth calling again though nothing has happened; None: no need."""
-        times = [self._steps.wake(now), None if self._rounds is None else self._rounds.wake(now)]
-        return min((time for time in times if time is not None), default=None)
+        return self._rounds.wake(now) if self._rounds is not None and self._rounds.is_open else self._steps.wake(now)
 
     def take_stale(self, session: str, micro: int) -> None:
         """A micro-batch of a step that did not wait for it. Credit does not bound these: it is given back before they are
@@ -159,17 +158,15 @@ class StepKeeper:
 
     def turn(self) -> None:
         """Close the step that is whole, open the next, and tell whom it concerns."""
+        if not self._finish():
+            return
         for part in self._steps.ended():
             self._tell_closed(part, part.step, part.targets, 1)
         ledger = self._steps.close()
         if ledger is not None:
             self._close(ledger)
-        if self._rounds is not None:
-            self._rounds.turn()
-            if self._rounds.is_open:
+            if not self._finish():
                 return
-        if self._unsaid is not None:
-            self._say(*self._unsaid)
         if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
             self._answer_stale()
             return
@@ -248,6 +245,16 @@ class StepKeeper:
         self._unsaid = ledger, report
         if self._rounds is not None:
             self._rounds.step_closed(ledger)
+
+    def _finish(self) -> bool:
+        """Say what is unsaid, once the round that it ends is over; False while that goes on."""
+        if self._rounds is not None:
+            self._rounds.turn()
+            if self._rounds.is_open:
+                return False
+        if self._unsaid is not None:
+            self._say(*self._unsaid)
+        return True
 
     def _say(self, ledger: Ledger, report: StepReport) -> None:
         """A step is over, and so is the round that it ended, if it did."""
