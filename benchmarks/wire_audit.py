@@ -81,6 +81,9 @@ class _Sink:
     def admit(self, peer: Any, message: Any) -> int:
         return 0
 
+    def elsewhere(self, peer: Any) -> None:
+        return None
+
     def on_opened(self, session: Any) -> None:
         return None
 

@@ -4,4 +4,5 @@ import sys
 
 from splitfl.cli import main
 
-sys.exit(main(["serve", *sys.argv[1:]]))
+words = sys.argv[1:]
+sys.exit(main(["serve", *(words[1:] if words[:1] == ["serve"] else words)]))

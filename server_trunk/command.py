@@ -7,10 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Container
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitfl.config import RunConfig, build_config, read_toml, to_toml
+from splitfl.errors import ConfigError
 from splitfl.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from server_trunk.replicas.group import Group
 
 __all__ = ["add_arguments", "config_from", "run"]
 
@@ -55,17 +59,60 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
+    if config.mode == "hierarchical":
+        return _run_replicas(config, args)
+    _serve(config, args)
+    return 0
+
+
+def _run_replicas(config: RunConfig, args: argparse.Namespace) -> int:
+    """Be one of the replicas that torchrun has started, or start them."""
+    from server_trunk.replicas.place import Place
+
+    place = Place.from_environment()
+    if place is not None:
+        from server_trunk.replicas.process import run_replica
+
+        run_replica(config, place, lambda own, group: _serve(own, args, group))
+    if not config.replicas:
+        raise ConfigError("how many replicas? --replicas N starts N of them on this machine, torchrun on several machines")
+    from server_trunk.replicas.launch import launch
+    from server_trunk.server import check_before
+
+    check_before(config, resume=args.resume or args.resume_if_any)
+    return launch(config, _arguments(args))
+
+
+def _arguments(args: argparse.Namespace) -> list[str]:
+    """The command line again, for another process."""
+    words = [args.model] if args.model else []
+    words += [f"--config={args.config}"] if args.config else []
+    words += [flag for flag, given in (("--resume", args.resume), ("--resume-if-any", args.resume_if_any)) if given]
+    for setting in SETTINGS:
+        value = getattr(args, setting.key)
+        if value is not None:
+            words.append(setting.option if setting.kind is bool else f"{setting.option}={value}")
+    return words
+
+
+def _serve(config: RunConfig, args: argparse.Namespace, group: Group | None = None) -> None:
     from server_trunk.server import TrunkServer
     from splitfl.checkpoint import checkpoint_steps
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
-    print(f"loading the trunk of {config.model}", file=sys.stderr)
-    resume = args.resume or (args.resume_if_any and bool(checkpoint_steps(config.out_dir)))
-    server = TrunkServer(config, resume=resume, echo=sys.stderr)
+    first = group is None or group.is_first
+    if first:
+        print(f"loading the trunk of {config.model}", file=sys.stderr)
+    started_again = group is not None and group.place.restarts > 0
+    resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
+    if group is not None:
+        resume = group.gather(resume)[0]
+    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group)
     server.start()
-    print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
-    print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
+    if first:
+        print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
+        print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
     stopping = threading.Event()
     asked: list[int] = []
 
@@ -82,4 +129,3 @@ def run(args: argparse.Namespace) -> int:
         # Ctrl-C is a person who ends the run; SIGTERM comes from what starts it again.
         back = signal.SIGTERM in asked
         server.stop(back=back, patience=PATIENCE if back else 0.0)
-    return 0

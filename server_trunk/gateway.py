@@ -24,7 +24,18 @@ from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.libraries import differences, library_versions
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
-from splitfl.protocol.messages import PROTOCOL_VERSION, Ends, EndsPart, Enrol, Forward, Hello, Open, RefusalCode, Welcome
+from splitfl.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ends,
+    EndsPart,
+    Enrol,
+    Forward,
+    Hello,
+    Open,
+    Redirect,
+    RefusalCode,
+    Welcome,
+)
 from splitfl.runlog import RunLog
 from splitfl.tensors import DTYPES, receive_buffer
 
@@ -48,6 +59,7 @@ class Gateway:
         pin: bool = False,
         longest: int | None = None,
         stands: Callable[[], int] = lambda: 0,
+        elsewhere: Callable[[str], Redirect | None] = lambda client: None,
     ) -> None:
         """``stands``: the run's open step, or the next to open. ``book``: what each client's own adapter is like. ``ends``: what
         the clients train of theirs, where it is averaged. ``longest``: the position before which every token must lie, where
@@ -56,7 +68,7 @@ class Gateway:
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
         self._meter, self._book = meter or Meter(), book or AdapterBook(config)
-        self._stands = stands
+        self._stands, self._elsewhere = stands, elsewhere
         self._ends = ends or EndsBook(averaged=False, part_bytes=part_bytes_for(config.window))
         self._cut = Cut.parse(config.cut)
         self._libraries = library_versions()
@@ -100,6 +112,9 @@ class Gateway:
             raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
         self._book.agree(peer.name, message.adapter)
         return self._stands()
+
+    def elsewhere(self, peer: Any) -> Redirect | None:
+        return self._elsewhere(peer.name)
 
     def on_opened(self, session: Any) -> None:
         self._book.settle(session.session, session.peer.name, session.open.adapter)

@@ -65,11 +65,15 @@ class RunKeeper:
     def made(self, ledger: Ledger) -> bool:
         """A step was made; returns whether its checkpoint is written."""
         self.ledger.enter(ledger)
-        every, last, step = self._config.checkpoint_every, self._config.optimizer.steps, ledger.step
-        if not ((every and (step + 1) % every == 0) or (last and step + 1 == last)):
+        if not self.is_due(ledger.step):
             return False
-        self.save(step)
+        self.save(ledger.step)
         return True
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of ``step`` is to be written: one is due since the newest, or it is the run's last step."""
+        every, last = self._config.checkpoint_every, self._config.optimizer.steps
+        return bool(every and (step + 1) // every > (self.saved + 1) // every) or step + 1 == last
 
     def kept(self) -> Sequence[int]:
         """The steps of all checkpoints, ascending."""

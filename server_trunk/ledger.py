@@ -116,15 +116,28 @@ class Part:
 
 @dataclass(slots=True)
 class Ledger:
-    """What one optimizer step was made of. ``parts``: by the session that began them."""
+    """What one optimizer step was made of. ``parts``: by the session that began them. ``targets`` and ``participants`` include
+    those ``elsewhere``, on other replicas. ``met``: where replicas have met, what counted on all since the last time, by client.
+    """
 
     step: int
     parts: dict[str, Part] = field(default_factory=dict)
     ends_parts: bool = True  # the optimizer step is the end of each part too
+    targets_elsewhere: int = 0
+    participants_elsewhere: int = 0
+    met: dict[str, int] | None = None
 
     @property
     def targets(self) -> int:
+        return self.targets_here + self.targets_elsewhere
+
+    @property
+    def targets_here(self) -> int:
         return sum(part.targets for part in self.parts.values())
+
+    @property
+    def participants(self) -> int:
+        return len(self.parts) + self.participants_elsewhere
 
     @property
     def targets_by_client(self) -> dict[str, int]:

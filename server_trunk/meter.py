@@ -257,6 +257,12 @@ class Meter:
             client["queue"] = _quantiles(client["queue"])
         return taken
 
+    def loads(self) -> dict[str, float]:
+        """Tokens that each present client trains on in a step, on average; 0 before its first."""
+        with self._lock:
+            present = {name: client for name, client in self._clients.items() if client.sessions}
+            return {name: client.backward_tokens / client.steps if client.steps else 0.0 for name, client in present.items()}
+
     def histogram(self, direction: str) -> tuple[list[int], float]:
         """How many queue times lie in each interval of :data:`QUEUE_BOUNDS`, those above the last at the end; and their sum."""
         with self._lock:

@@ -35,11 +35,16 @@ class RunLedger:
         steps = self._columns["steps"]
         assert not steps or ledger.step == steps[-1] + 1, f"step {ledger.step} after step {steps[-1]}"
         steps.append(ledger.step)
-        given = ledger.targets_by_client
+        given = ledger.targets_by_client if ledger.met is None else ledger.met
         self._columns["parts"].append(len(given))
         for client, targets in given.items():
             self._columns["clients"].append(self._names.setdefault(client, len(self._names)))
             self._columns["targets"].append(targets)
+
+    def next_step(self, fallback: int) -> int:
+        """The step to be entered next; ``fallback`` before the first."""
+        steps = self._columns["steps"]
+        return steps[-1] + 1 if steps else fallback
 
     def entries(self) -> list[tuple[int, dict[str, int]]]:
         """Each step's number, and the targets that counted in it by client."""

@@ -26,6 +26,8 @@ from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
 from server_trunk.live import Live
 from server_trunk.meter import Meter
+from server_trunk.replicas.group import Group, in_turn
+from server_trunk.replicas.replica import Replica
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.rounds import Rounds
 from server_trunk.scheduler import Scheduler
@@ -36,7 +38,7 @@ from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
-from splitfl.errors import ConfigError, SplitflError
+from splitfl.errors import ConfigError, KeyFileError, SplitflError
 from splitfl.parts.cut import Cut
 from splitfl.parts.dropout import install_keyed_dropout
 from splitfl.parts.identity import model_identity
@@ -57,45 +59,50 @@ class TrunkServer:
     """One run's server. ``start`` returns when clients can join; ``wait`` when the run has ended."""
 
     def __init__(
-        self, config: RunConfig, *, resume: bool = False, echo: Any = None, transport: Any = None, **channel_options: Any
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        echo: Any = None,
+        transport: Any = None,
+        group: Group | None = None,
+        **channel_options: Any,
     ) -> None:
         """Load everything, open nothing.
 
         ``resume``: go on from the newest checkpoint of the run's directory. ``echo``: a text stream for readable log lines.
+        ``group``: the other replicas of this server, each of which makes one of these; rank 0's keeps the run.
         ``transport``: in place of sockets. ``channel_options``: further arguments of :class:`ServerChannel`, for tests and
         benchmarks.
 
         Raises:
             ModelError, ConfigError, KeyFileError, CheckpointError: each one sentence with the mend.
         """
+        self._group = group
+        if group is not None:
+            group.agree(config.terms() | {"sync": config.sync})
+            config = group.place.settle(config)
         self.config = config
         out = config.out_dir
-        if checkpoint_steps(out) and not resume:
-            raise ConfigError(
-                f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
-                "name the new one with --run or --out"
-            )
-        try:
-            self._device = resolve_device(config.device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        listed = authorized_file(config)
+        listed, self._device = check_before(config, resume=resume or not self._is_first)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if not resume:
+            if self._is_first and not resume:
                 self._write_config()
         except OSError as error:
             raise ConfigError(f"cannot write to {out} ({error.strerror}): choose another directory with --out") from None
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.identity = server_identity(config)
+        self.identity = in_turn(group, lambda: server_identity(config, self._is_first))
         self.authorized = AuthorizedClients(listed)
-        self._log = RunLog(out / "log.jsonl", echo=echo)
+        self._log = RunLog(out / ("log.jsonl" if group is None else group.place.log_name), echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._model = load_run_trunk(config, self._device)
         asynchronous = config.mode == "async"
         self._book = AdapterBook(config)
-        self._training = _training_of(config, self._model, self._book)
+        self._replica = Replica(config, group) if group is not None else None
+        replica = self._replica
+        self._training = replica.training_of(self._model) if replica else _training_of(config, self._model, self._book)
         install_keyed_dropout(self._model)
         # Why the trunk only runs padded; it is tried out, and so has to come before anything else runs it.
         self._packing_obstacle = "layout = padded" if config.layout == "padded" else why_not_packed(self._model)
@@ -119,13 +126,21 @@ class TrunkServer:
         self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log, self._rounds)
         self._first = 0
         if resume:
-            self._first = self._keeper.resume()
-            self._write_config()  # what cannot go on leaves the run's own as it is
+            self._first = in_turn(group, self._keeper.resume)
+            if group is not None:
+                group.agree({"newest checkpoint": self._first - 1})
+            if self._is_first:
+                self._write_config()  # what cannot go on leaves the run's own as it is
         self._done = threading.Event()
         self._channel: ServerChannel | None = None
         self._transport = transport
         self._channel_options = channel_options
         self.join: JoinString | None = None
+
+    @property
+    def _is_first(self) -> bool:
+        """Whether this process keeps the run: the only one, or rank 0 of the replicas."""
+        return self._group is None or self._group.is_first
 
     def _write_config(self) -> None:
         (self.config.out_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
@@ -151,16 +166,16 @@ class TrunkServer:
         )
         self._loop = TrunkLoop(
             self._engine,
-            steps_of(config, first=self._first),
+            self._replica.steps_of(self._engine, first=self._first) if self._replica else steps_of(config, first=self._first),
             scheduler,
             self,
             self._log,
             client_tokens=config.client_tokens,
             payload_of=byte_view,
             meter=self.meter,
-            run=self._keeper,
+            run=self._replica.run_of(self._keeper) if self._replica else self._keeper,
             rounds=self._rounds,
-            on_idle=self._when_idle,
+            on_presence=self._on_presence,
         )
         hidden = self._model.config.get_text_config().hidden_size
         gateway = Gateway(
@@ -175,6 +190,7 @@ class TrunkServer:
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
             stands=lambda: self._loop.step,
+            elsewhere=self._replica.redirect if self._replica else lambda client: None,
         )
         host, port = config.address
         self._transport = self._transport or ZmqServerTransport(
@@ -201,9 +217,11 @@ class TrunkServer:
             kept=scheduler.kept_tokens,
             traffic=channel.traffic,
         )
-        self._loop.start()
         # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
         reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
+        if self._replica is not None:
+            self._replica.meet(reached, self._transport.control_port, wake=self._loop.wake, loads=self.meter.loads)
+        self._loop.start()
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
         self._log.write("serving", quiet=True, join=str(self.join))
 
@@ -237,20 +255,25 @@ class TrunkServer:
 
     # --- the run's life ---------------------------------------------------------------------------------------------------------
 
-    def _when_idle(self) -> None:
-        if self.config.until_done:
+    def _on_presence(self, sessions: int, trained: bool) -> None:
+        if self._replica is not None:
+            self._replica.present(sessions, trained)
+        elif self.config.until_done and trained and not sessions:
             self._done.set()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end of the run (``until_done``) or the failure of the trunk; True once it has ended.
 
         Raises:
-            SplitflError: the trunk's thread failed.
+            SplitflError: the trunk's thread failed, or another replica is gone.
         """
+        done = self._done if self._replica is None else self._replica.stopped
         waited = 0.0
         while timeout is None or waited < timeout:
-            if self._done.wait(0.1):
+            if done.wait(0.1):
                 return True
+            if self._replica is not None and self._replica.failure is not None:
+                raise self._replica.failure
             waited += 0.1
             if self._loop.failure is not None:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
@@ -264,24 +287,47 @@ class TrunkServer:
         """
         if self._channel is None:
             return
-        if patience:
+        replica, whole = self._replica, True
+        if replica is not None:
+            whole = self._loop.failure is None and replica.await_stop(patience)
+        elif patience:
             self._loop.finish_step(patience)
-        self._loop.stop()
-        self._engine.close()
+        if whole:  # else the trunk's thread may wait for a replica that is gone
+            self._loop.stop()
+            self._engine.close()
         try:
             # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
             # Where it stops amid a round, the step that ended it was said to nobody: a checkpoint of it would lack the average.
             closed = self._engine.closed
-            if closed is not None and closed > self._keeper.saved and not self._loop.is_amid_round:
+            if whole and closed is not None and closed > self._keeper.saved and not self._loop.is_amid_round and self._is_first:
                 self._keeper.save(closed)
         finally:
+            if replica is not None and whole:
+                replica.halt()
             if self._rounds is not None:
                 self._rounds.close()
-            self._channel.stop(text, back=back)
+            self._channel.stop(text, back=back or not whole)
             self._channel = None
             self._live.stop()
             self._log.write("stopped", why=text)
             self._log.close()
+
+
+def check_before(config: RunConfig, *, resume: bool) -> tuple[Path, torch.device]:
+    """Look for mistakes before anything is loaded; returns the file of admitted clients, and the device.
+
+    Raises ConfigError.
+    """
+    out = config.out_dir
+    if checkpoint_steps(out) and not resume:
+        raise ConfigError(
+            f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
+            "name the new one with --run or --out"
+        )
+    try:
+        return authorized_file(config), resolve_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_run_trunk(config: RunConfig, device: torch.device) -> Any:
@@ -309,11 +355,16 @@ def _training_of(config: RunConfig, model: Any, book: AdapterBook) -> Training:
     return (AsyncTraining if config.mode == "async" else SharedTraining)(model, config.optimizer)
 
 
-def server_identity(config: RunConfig) -> Identity:
-    """The server's key pair: of the file the config names, or the run's own, made on first use."""
+def server_identity(config: RunConfig, may_make: bool = True) -> Identity:
+    """The server's key pair: of the file the config names, or the run's own, made on first use.
+
+    Raises KeyFileError where there is none and it is another's to make.
+    """
     path = Path(config.identity or config.out_dir / "server.key")
     if path.exists():
         return read_identity(path)
+    if not may_make:
+        raise KeyFileError(f"{path} is not on this machine: all replicas have one key, so copy the file of replica 0 here")
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_identity(path)
 

@@ -27,6 +27,7 @@ class Steps:
         """
         self.number = first  # the open step, or the next to open
         self.is_open = False
+        self.is_awaited = False  # whether somebody who is not here waits for the open step
         self._needed = clients
         self._last = last
         self._waits, self._deadline = on_loss == "wait", deadline
@@ -99,7 +100,7 @@ class Steps:
             return []
         parts = [part for part in self._ledger.parts.values() if not part.dropped]
         present = [part for part in parts if part.lost_at is None]
-        if any(part.finished or (idle and part.pending) for part in present):
+        if self.is_awaited or any(part.finished or (idle and part.pending) for part in present):
             for part in present:
                 part.wait(now, not part.finished and not part.pending)
         return [part.session for part in parts if part.is_overdue(now, self._deadline)]
@@ -157,7 +158,7 @@ class Steps:
         """
         if self.is_open:
             return self._returns()
-        if self.complete or len(self._enrolled) < max(1, self._needed):
+        if self.complete or not self._may_open():
             return []
         self._needed = 1  # only the first step waits for company
         self.is_open = True
@@ -170,6 +171,9 @@ class Steps:
         self._awaited.clear()
         self._ledger = Ledger(self.number, dict(self._holders))
         return [(session, self.number) for session in self._enrolled]
+
+    def _may_open(self) -> bool:
+        return len(self._enrolled) >= max(1, self._needed)
 
     def _returns(self) -> list[tuple[str, int]]:
         told = []
@@ -286,13 +290,23 @@ class Steps:
 
         A step that everybody left before anything counted is not closed but opened anew, under the same number.
         """
-        parts = self._ledger.parts.values()
-        if not self.is_open or any(part.unrun or not part.finished for part in parts):
+        if not self._is_settled:
             return None
-        ledger = self._ledger
+        ledger, void = self._ledger, self._is_void
         self.is_open, self._holders = False, {}
-        if ledger.targets == 0 and all(part.why != LATE and (part.dropped or part.done is None) for part in parts):
+        if void:
             self._ledger = Ledger(self.number)
             return None
         self.number += 1
         return ledger
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether a step is open of which nothing is awaited any more."""
+        return self.is_open and not any(part.unrun or not part.finished for part in self._ledger.parts.values())
+
+    @property
+    def _is_void(self) -> bool:
+        """Whether everybody left the step before anything counted."""
+        parts = self._ledger.parts.values()
+        return self._ledger.targets_here == 0 and all(part.why != LATE and (part.dropped or part.done is None) for part in parts)

@@ -76,11 +76,13 @@ class SharedTraining:
         return self._parameters
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        return self._step(step, sum(targets.values()))
+
+    def _step(self, step: int, counted: int) -> StepReport:
         self._moved = False
         rate = learning_rate_at(step, self._settings)
         if self.optimizer is None:
             return StepReport(rate, None)
-        counted = sum(targets.values())
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if counted == 0 or not gradients:
             self.optimizer.zero_grad(set_to_none=True)

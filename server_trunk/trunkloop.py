@@ -77,8 +77,8 @@ _Reply = tuple[str, Any, Any]
 
 
 class TrunkLoop:
-    """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints; ``on_idle()`` is
-    called whenever clients have trained and all have left.
+    """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints, and
+    ``on_presence(sessions, trained)`` of each change: how many sessions are open, and whether a step has closed.
     """
 
     def __init__(
@@ -94,14 +94,15 @@ class TrunkLoop:
         meter: Meter | None = None,
         run: Run | None = None,
         rounds: RoundKeeper | None = None,
-        on_idle: Callable[[], None] = lambda: None,
+        on_presence: Callable[[int, bool], None] = lambda sessions, trained: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log = outlet, log
         self._client_tokens = client_tokens
         self._payload_of = payload_of
         self._meter = meter or Meter()
-        self._on_idle = on_idle
+        self._on_presence = on_presence
+        self._presence = (0, False)
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
         self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or _NotKept(), rounds)
@@ -141,7 +142,7 @@ class TrunkLoop:
     @property
     def step(self) -> int:
         """The open step, or the next to open. From any thread."""
-        return self._keeper.stands
+        return self._steps.number
 
     def wake(self) -> None:
         """Let the thread look around. From any thread."""
@@ -177,8 +178,10 @@ class TrunkLoop:
         self._keeper.turn()
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
-        if self._keeper.trained and not self._names:
-            self._on_idle()
+        presence = len(self._names), self._keeper.trained
+        if presence != self._presence:
+            self._presence = presence
+            self._on_presence(*presence)
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
@@ -215,7 +218,7 @@ class TrunkLoop:
         if message is None:
             if event.opened:
                 if self._names.get(event.replaces) == event.name:
-                    self._end(event.replaces, "replaced", "another session of this client has taken its place")
+                    self._end(event.replaces, "lost", "another session of this client has taken its place")
                 self._names[session] = event.name
                 self._engine.training.joined(event.name)
             else:

@@ -78,6 +78,9 @@ class RunConfig:
     mode: str = "sync"
     async_contributions: int = 1
     max_staleness: int = 8
+    replicas: int = 0
+    sync: str = "step"
+    restarts: int = 3
     on_loss: str = "drop"
     step_deadline: float = 300.0
     round_steps: int = 0
@@ -116,6 +119,11 @@ class RunConfig:
         """Host and port of the control endpoint; an IPv6 host without its brackets."""
         host, _, port = self.bind.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def local_steps(self) -> int:
+        """Optimizer steps of a replica between two meetings of all."""
+        return 1 if self.sync == "step" else int(self.sync)
 
     @property
     def out_dir(self) -> Path:
@@ -200,6 +208,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"graph_tokens has no say where graphs = {config.graphs}: leave graphs at auto, or graph_tokens at 0")
     if config.mode == "async":
         _check_async(config)
+    _check_replicas(config)
     if config.adapters == "per-client":
         _check_client_adapters(config)
     return config
@@ -237,6 +246,20 @@ def _check_async(config: RunConfig) -> None:
     for key, (contradicts, mend) in contradictions.items():
         if contradicts:
             raise ConfigError(f"{key} = {getattr(config, key)!r} in an asynchronous run, where {mend}, or use --mode sync")
+
+
+def _check_replicas(config: RunConfig) -> None:
+    if config.mode != "hierarchical":
+        defaults = RunConfig(model="")
+        for key in ("replicas", "sync", "restarts"):
+            if getattr(config, key) != getattr(defaults, key):
+                raise ConfigError(f"{key} has no say where there are no replicas: use --mode hierarchical, or leave {key} out")
+    elif config.round_steps:
+        raise ConfigError("round_steps does not go with --mode hierarchical yet: use --mode sync, or leave the ends personal")
+    elif config.adapters != "shared":
+        raise ConfigError(
+            "adapters = 'per-client' does not go with --mode hierarchical yet: use --mode sync, or a shared adapter"
+        )
 
 
 def _typed(setting: Setting, value: Any) -> Any:

@@ -42,6 +42,11 @@ def _port_or_address(value: str) -> str | None:
     return None if not value or is_port or _host_and_port(value) is None else "is neither a port nor HOST:PORT"
 
 
+def _step_or_count(value: str) -> str | None:
+    is_count = value.isascii() and value.isdigit() and int(value) > 0
+    return None if value == "step" or is_count else "must be step, or a number of steps"
+
+
 def _anything(_: Any) -> None:
     return None
 
@@ -68,7 +73,20 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("out", str, "directory the run is kept in (default runs/RUN)"),
     Setting("seed", int, "seed of the LoRA initialisation, on both sides", _at_least(0)),
     Setting("clients", int, "step 0 opens when this many clients have enrolled", _at_least(1)),
-    Setting("mode", str, "sync: a step waits for all its clients; async: nobody waits for anybody", _one_of("sync", "async")),
+    Setting(
+        "mode",
+        str,
+        "sync: a step waits for all its clients; async: nobody waits for anybody; hierarchical: as sync, over several replicas",
+        _one_of("sync", "async", "hierarchical"),
+    ),
+    Setting("replicas", int, "hierarchical: copies of the trunk, each in a process on this machine", _at_least(0)),
+    Setting(
+        "sync",
+        str,
+        "hierarchical: step sums the replicas' gradients at each step; K averages their weights after K steps of each's own",
+        _step_or_count,
+    ),
+    Setting("restarts", int, "hierarchical: how often the replicas start again after one has died", _at_least(0), "max-restarts"),
     Setting("async_contributions", int, "async: finished parts of clients that make an optimizer step", _at_least(1)),
     Setting(
         "max_staleness",

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from client_ends.model import SplitModelForCausalLM
 from server_trunk.server import TrunkServer
 from splitfl.channel.timing import Timing
-from splitfl.config import build_config
+from splitfl.config import RunConfig, build_config
 from splitfl.protocol.keys import read_identity, write_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
 
@@ -68,6 +68,10 @@ class World:
         self.network = MemoryNetwork() if memory else None
         transport = MemoryServerTransport(self.network, read_identity(work / "server.key")) if self.network else None
         self.server = TrunkServer(build_config(values | settings), transport=transport, timing=timing)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.server.config
 
     @property
     def join(self) -> str:

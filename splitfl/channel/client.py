@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfl.channel.datapath import DataPath, data_address
@@ -35,6 +35,7 @@ from splitfl.protocol.messages import (
     Leave,
     Opened,
     OtherVersionError,
+    Redirect,
     Welcome,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
@@ -63,11 +64,28 @@ class OpenTerms:
     replaces: str = ""
 
 
+class _Elsewhere(ConnectError):
+    """The server has answered Open with another address."""
+
+    def __init__(self, redirect: Redirect) -> None:
+        super().__init__("the server sends this client to another address")
+        self.host, self.port = redirect.host, redirect.port
+
+
+def _same_terms(welcome: Welcome, config: dict[str, Any], terms: OpenTerms) -> OpenTerms:
+    """What was checked against one endpoint's configuration holds at the next, if that is the same."""
+    if welcome.config != config:
+        raise ConnectError("the server's endpoints have different configurations: ask the operator to start all alike")
+    return terms
+
+
 class ClientChannel:
     """An open session. Made by :meth:`open`; ``send``, ``tell`` and ``close`` may be called from any thread."""
 
     welcome: Welcome
     opened: Opened
+    _terms: OpenTerms
+    _thread: threading.Thread
 
     @classmethod
     def open(
@@ -95,24 +113,45 @@ class ClientChannel:
         ``on_lost`` run on the I/O thread: they must not block. ``on_lost`` is called once, after it nothing is; never
         after ``close``.
 
+        A server that has several endpoints may name another of them, once; its key must be the same.
+
         ``timeout``: seconds that any one answer of the server may take. ``aead_factory`` is for benchmarks and tests.
         Raises Refused (the server said no), ConnectError (it could not be reached or is another), RemoteProtocolError.
         """
-        transport, timing = transport or ZmqClientTransport(), timing or Timing()
-        callbacks = allocate, on_data, on_control, on_lost
-        channel = cls(join, identity, name, libraries, callbacks, transport, timeout, timing, aead_factory)
-        channel._thread.start()
+        callbacks, timing = (allocate, on_data, on_control, on_lost), timing or Timing()
+
+        def made(join: JoinString, transport: ClientTransport) -> ClientChannel:
+            return cls(join, identity, name, libraries, callbacks, transport, timeout, timing, aead_factory)
+
+        asked = made(join, transport or ZmqClientTransport())
+        try:
+            return asked._open(answer)
+        except _Elsewhere as there:
+            if transport is not None:
+                raise ConnectError("the server named another address, which this connection cannot reach") from None
+            join = replace(join, host=there.host or join.host, port=there.port)
+        config, terms = asked.welcome.config, asked._terms
+        try:
+            return made(join, ZmqClientTransport())._open(lambda welcome: _same_terms(welcome, config, terms))
+        except _Elsewhere:
+            raise ConnectError(
+                f"{join.host}:{join.port} sends clients on once more: ask the operator to look at its log"
+            ) from None
+
+    def _open(self, answer: Callable[[Welcome], OpenTerms]) -> ClientChannel:
+        """As :meth:`open`, at one address. Raises _Elsewhere where another is to be asked."""
+        self._thread.start()
         try:
             # The connection may take one timeout, the answer to Hello another.
-            channel.welcome = channel._wait(channel._welcomed, 2 * timeout)
-            terms = answer(channel.welcome)
-            channel._ask_to_open(terms)
-            channel.opened = channel._wait(channel._attached, 3 * timeout)
+            self.welcome = self._wait(self._welcomed, 2 * self._timeout)
+            self._terms = answer(self.welcome)
+            self._ask_to_open(self._terms)
+            self.opened = self._wait(self._attached, 3 * self._timeout)
         except BaseException:
-            channel._quitting = True
-            channel.close(leave=False)
+            self._quitting = True
+            self.close(leave=False)
             raise
-        return channel
+        return self
 
     def __init__(
         self,
@@ -350,6 +389,8 @@ class ClientChannel:
             self._attach(message)
         elif isinstance(message, RefusedMessage):
             raise Refused(message.code, message.text)
+        elif isinstance(message, Redirect):
+            raise _Elsewhere(message)
         elif isinstance(message, Credit):
             if self._path is None:
                 raise RemoteProtocolError("the server gave credit before the session was open")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from splitfl.protocol.keys import Limit, PublicKey
-from splitfl.protocol.messages import ControlMessage, DataMessage, Hello, Open, Welcome
+from splitfl.protocol.messages import ControlMessage, DataMessage, Hello, Open, Redirect, Welcome
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class ServerHandler(Protocol):
 
     def admit(self, peer: Peer, open: Open) -> int:
         """Judges Open; returns the run's open step, or the next to open. Raises Refused."""
+
+    def elsewhere(self, peer: Peer) -> Redirect | None:
+        """Which other endpoint of the server takes this client, which was admitted; None: this one does."""
 
     def on_opened(self, session: SessionInfo) -> None:
         """Both connections stand, keys are proven. Each on_opened is followed by one on_closed."""

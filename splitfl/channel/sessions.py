@@ -231,6 +231,11 @@ class Sessions:
                 f"the server has none of the client's ciphers; it has {', '.join(self._offer.ciphers)}",
             )
         step = self._handler.admit(link.peer, message)
+        elsewhere = self._handler.elsewhere(link.peer)
+        if elsewhere is not None:
+            self.tell(link, elsewhere)
+            self._forget(link)
+            return
         link.open = message
         session = secrets.token_hex(8)
         with self.lock:

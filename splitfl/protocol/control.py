@@ -272,6 +272,19 @@ class Refused(Message):
 
 
 @dataclass(frozen=True)
+class Redirect(Message):
+    """Answers Open: another endpoint of the same server, with the same key, takes this client. ``host`` empty: the host that was
+    dialled.
+    """
+
+    host: str
+    port: int
+
+    TYPE: ClassVar[int] = 44
+    FIELDS: ClassVar = {"host": short_text(256), "port": integer(1, 65535)}
+
+
+@dataclass(frozen=True)
 class StepOpened(Message):
     """Step ``step`` is open and this session takes part.
 

@@ -26,6 +26,7 @@ from splitfl.protocol.control import (
     Open,
     Opened,
     Pause,
+    Redirect,
     RefusalCode,
     Refused,
     RoundClosed,
@@ -81,6 +82,7 @@ __all__ = [
     "Opened",
     "OtherVersionError",
     "Pause",
+    "Redirect",
     "RefusalCode",
     "Refused",
     "RoundClosed",
@@ -103,7 +105,7 @@ def _table(*classes: type[Message]) -> dict[int, type[Message]]:
 
 CONTROL_FROM_CLIENT = _table(Hello, Open, Enrol, StepDone, Pause, Leave, Heartbeat, Bye, Ends)
 CONTROL_FROM_SERVER = _table(
-    Welcome, Opened, Refused, StepOpened, StepClosed, Credit, Heartbeat, Fault, Closing, RoundOpened, RoundClosed
+    Welcome, Opened, Refused, Redirect, StepOpened, StepClosed, Credit, Heartbeat, Fault, Closing, RoundOpened, RoundClosed
 )
 DATA_FROM_CLIENT = _table(Attach, Forward, Backward, EndsPart)
 DATA_FROM_SERVER = _table(Attached, Hidden, Grad, AveragePart)

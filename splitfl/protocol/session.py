@@ -68,7 +68,7 @@ TRANSITIONS: dict[State, dict[str, State | None]] = {
     State.NEW: {"Hello": State.GREETED},
     State.GREETED: {"Welcome": State.WELCOMED, "Refused": State.CLOSED, **_ALIVE},
     State.WELCOMED: {"Open": State.OPENING, **_ALIVE},
-    State.OPENING: {"Opened": State.OUT, "Refused": State.CLOSED, **_ALIVE},
+    State.OPENING: {"Opened": State.OUT, "Refused": State.CLOSED, "Redirect": State.CLOSED, **_ALIVE},
     State.OUT: {**_OPEN, "Ends": None, "Enrol": State.ENROLLED, "Pause": None, "Leave": None},
     State.ENROLLED: {**_OPEN, "StepOpened": State.IN_STEP, "Pause": State.OUT, "Leave": State.OUT},
     State.IN_STEP: {

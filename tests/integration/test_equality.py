@@ -20,6 +20,7 @@ from splitfl.config import LoraSettings, OptimizerSettings
 from splitfl.optimizer import build_optimizer
 from splitfl.parts.loading import load_ends
 from splitfl.tensors import DTYPES
+from tests.replicas import Replicas
 from tests.world import World, running, side_by_side
 
 STEPS = 50
@@ -111,9 +112,9 @@ def train_split(world: World, batches: list[list[dict[str, torch.Tensor]]], ends
     return Outcome(losses, snapshot(world.server._model), [weights for _, weights in results])
 
 
-def train_central(world: World, batches: list[list[dict[str, torch.Tensor]]], ends: str) -> tuple[Outcome, Outcome]:
+def train_central(world: World | Replicas, batches: list[list[dict[str, torch.Tensor]]], ends: str) -> tuple[Outcome, Outcome]:
     """The reference: (where it started, where it ended)."""
-    config = world.server.config
+    config = world.config
     trunk = load_run_trunk(config, torch.device("cpu"))
     dtype = DTYPES[config.dtype]
     parts = [prepare_ends(load_ends(world.model, config.cut, dtype=dtype), ends, LoraSettings(), seed=0) for _ in world.keys]

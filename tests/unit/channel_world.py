@@ -22,6 +22,7 @@ from splitfl.protocol.messages import (
     Hello,
     Hidden,
     Open,
+    Redirect,
     Welcome,
 )
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
@@ -54,6 +55,7 @@ class Handler:
         self.echo = True
         self.give_credit = True
         self.full = False
+        self.redirect: Redirect | None = None
 
     def welcome(self, peer: Peer, hello: Hello) -> Welcome:
         if hello.run != "run":
@@ -68,6 +70,9 @@ class Handler:
         if open.cut != (1, 1):
             raise Refused("cut-mismatch", "the cut differs")
         return 7
+
+    def elsewhere(self, peer: Peer) -> Redirect | None:
+        return self.redirect
 
     def on_opened(self, session: SessionInfo) -> None:
         self.opened.append(session)
@@ -144,11 +149,12 @@ def backward(size: int, micro: int, step: int) -> Backward:
 
 
 class World:
-    """One server over the named transport; ``join`` opens clients."""
+    """One server over the named transport; ``join`` opens clients. ``like``: another one whose keys this one has."""
 
-    def __init__(self, kind: str, **server: Any) -> None:
+    def __init__(self, kind: str, *, like: World | None = None, **server: Any) -> None:
         self.kind = kind
-        self.server_identity, self.identity = Identity.generate(), Identity.generate()
+        self.server_identity = like.server_identity if like else Identity.generate()
+        self.identity = like.identity if like else Identity.generate()
         self.handler = Handler()
         self.authorized = AuthorizedClients.of({self.identity.public: AuthorizedClient("alice", {"max_tokens": 7})})
         self.network = MemoryNetwork()

@@ -72,6 +72,7 @@ FROM_SERVER = st.one_of(
         STEP,
     ),
     st.builds(m.Refused, WORD, TEXT),
+    st.builds(m.Redirect, WORD, st.integers(1, 65535)),
     st.builds(m.StepOpened, STEP, COUNT),
     st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE, STEP, st.booleans(), COUNT, st.booleans()),
     st.builds(m.Credit, st.integers(1, 2**40)),

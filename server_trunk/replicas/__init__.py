@@ -1,0 +1,1 @@
+"""Replicas: one trunk in several processes, joined by torch.distributed."""

@@ -1,0 +1,95 @@
+"""The replicas of one server, joined by torch.distributed: who is there, and sums and averages over all of them.
+
+Three process groups, as each carries one thread's traffic in an order of its own: *gradients* (NCCL where each has a GPU of
+its own, else gloo) is the trunk's thread's; *host* (gloo) is for tensors in host memory that are summed beside it; the *control*
+group (gloo) carries small words. A replica that dies breaks its connections, which ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from server_trunk.replicas.place import Place
+from splitfl.errors import ConfigError, SplitflError
+
+__all__ = ["Group", "in_turn"]
+
+#: A step may take as long as its clients take; a replica that is gone is known by its connection, not by its silence.
+_PATIENCE = timedelta(days=365)
+
+_T = TypeVar("_T")
+
+
+class Group:
+    """All replicas. ``rank`` and ``size`` count replicas. Made by :meth:`join`, in every process at the same point."""
+
+    @classmethod
+    def join(cls, place: Place, device: torch.device) -> Group:
+        """Meet the other processes that torchrun has started.
+
+        Raises:
+            ConfigError: the group cannot be formed.
+        """
+        if place.local_size == place.size:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it need leave this machine
+        try:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"the replicas cannot meet ({error}): start them by torchrun, or by --replicas") from None
+        return cls(place, device)
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self.place = place
+        self.rank, self.size = place.rank, place.size
+        self.control = dist.group.WORLD
+        where = self.gather((place.machine, str(device)))
+        # NCCL refuses two ranks on one device.
+        apart = device.type == "cuda" and len(set(where)) == self.size and dist.is_nccl_available()
+        self.backend = "nccl" if apart else "gloo"
+        self.gradients = dist.new_group(backend=self.backend, timeout=_PATIENCE)
+        self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: _T) -> list[_T]:
+        """The plain value of every replica, by rank. All must call it; only before the control group carries words."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def agree(self, terms: dict[str, Any]) -> None:
+        """Raises ConfigError where a replica was started with other terms than rank 0."""
+        first = self.gather(terms)[0]
+        odd = sorted(key for key in terms.keys() | first.keys() if terms.get(key) != first.get(key))
+        if odd:
+            theirs, mine = ({key: each.get(key) for key in odd} for each in (first, terms))
+            raise ConfigError(f"replica {self.rank} was started with {mine}, replica 0 with {theirs}: start all alike")
+
+    def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum tensors in host memory over all replicas, in place: each ends up equal everywhere, to the bit.
+
+        All must call it with tensors of the same shapes and types, in the same order, from one thread. Raises SplitflError where
+        a replica is gone.
+        """
+        try:
+            for work in [dist.all_reduce(tensor, group=self._host, async_op=True) for tensor in tensors]:
+                work.wait()
+        except RuntimeError as error:
+            raise SplitflError(f"another replica is gone: {str(error).splitlines()[0]}") from error
+
+
+def in_turn(group: Group | None, work: Callable[[], _T]) -> _T:
+    """Do ``work``: on rank 0 first, then on all others, so that what rank 0 makes the others find."""
+    if group is None:
+        return work()
+    result = [work()] if group.is_first else []
+    dist.barrier()
+    return result[0] if group.is_first else work()

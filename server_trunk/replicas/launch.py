@@ -1,0 +1,63 @@
+"""``--replicas N``: this process becomes torchrun's agent for N replicas on this machine.
+
+The agent starts them, starts all again when one dies, and passes SIGINT and SIGTERM on. Imports torch only once it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from splitfl.config import RunConfig
+from splitfl.errors import SplitflError
+
+__all__ = ["AGENT", "MISTAKEN", "launch"]
+
+#: The variable that names the agent's process to a replica, and the signal that tells it not to start the replicas again.
+AGENT, MISTAKEN = "SPLITFL_AGENT", signal.SIGUSR1
+#: Seconds that replicas have to write a checkpoint and say goodbye before they are killed.
+_GRACE = 60
+
+
+class _MistakeError(Exception):
+    """A replica has found a mistake of the user's, and said it."""
+
+
+def launch(config: RunConfig, arguments: Sequence[str]) -> int:
+    """Run ``config.replicas`` replicas, each as ``python -m server_trunk *arguments``; returns the exit code."""
+    # Each event of the agent is a line or ten; what a replica failed of, it has said itself.
+    logging.disable()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
+    # Replicas share the cores; left alone, torchrun would set one thread, and say so.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or max(1, cores // config.replicas)))
+    os.environ[AGENT] = str(os.getpid())
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def mistaken(*_: Any) -> None:
+        raise _MistakeError
+
+    signal.signal(MISTAKEN, mistaken)
+    options = ["--standalone", "--nproc-per-node", str(config.replicas), "--max-restarts", str(config.restarts)]
+    try:
+        torchrun.run(torchrun.parse_args([*options, "-m", "server_trunk", *arguments]))
+    except _MistakeError:
+        return 2
+    except SignalException:
+        return 0
+    except ChildFailedError as error:
+        raise _failure(failure.exitcode for failure in error.failures.values()) from None
+    return 0
+
+
+def _failure(codes: Iterable[int]) -> SplitflError:
+    signals = sorted({signal.Signals(-code).name for code in codes if code < 0})
+    because = f", {' and '.join(signals)}" if signals else ""
+    return SplitflError(f"the replicas have failed too often{because}: the lines above and the run's logs say why")

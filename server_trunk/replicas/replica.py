@@ -1,0 +1,200 @@
+"""One replica among others: its steps, its training, its word with rank 0; on rank 0, also the word with all.
+
+A replica starts with :meth:`Replica.meet`, ends with :meth:`Replica.halt`. Between them words come in on threads of the control
+group, and go through one lock at rank 0, so that all replicas hear its decisions in one order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from server_trunk.engine import Engine
+from server_trunk.keeping import RunKeeper
+from server_trunk.replicas.assignment import Assignment
+from server_trunk.replicas.control import Control
+from server_trunk.replicas.coordinator import Coordinator
+from server_trunk.replicas.group import Group
+from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.run import ReplicaRun
+from server_trunk.replicas.steps import ReplicaSteps
+from server_trunk.replicas.training import AveragedTraining, ReducedTraining
+from server_trunk.replicas.words import Close, Drain, Grant, Presence, State, Stop, StopAsked, WaitedFor, Word
+from splitfl.config import RunConfig
+from splitfl.errors import SplitflError
+from splitfl.protocol.messages import Redirect
+
+__all__ = ["Replica"]
+
+#: Seconds between two reports of who brings how much.
+_REPORT_EVERY = 1.0
+#: Seconds that the other replicas are waited for when all end.
+_GOODBYE = 20.0
+#: Seconds that a client who comes while the replicas still open their endpoints waits.
+_OPENING = 60.0
+
+
+class Replica:
+    """``stopped`` is set once no step closes any more, on any replica; ``failure`` once another replica is gone."""
+
+    def __init__(self, config: RunConfig, group: Group) -> None:
+        self.group, self._config = group, config
+        self.meetings = Meetings.of(config)
+        self.stopped = threading.Event()
+        self.failure: SplitflError | None = None
+        self._control = Control(group, self._take, self._lost)
+        self._lock = threading.Lock()
+        self._assignment = Assignment(group.size)
+        self._sessions, self._trained = 0, False
+        self._present: list[Presence] = [Presence()] * group.size
+        self._reported = 0.0
+        self._addresses: list[tuple[int, str, int]] = []
+        self._met = threading.Event()
+        self._halting = False
+        self._wake: Callable[[], None] = lambda: None
+        self._loads: Callable[[], dict[str, float]] = dict
+
+    # --- what a server is made of -----------------------------------------------------------------------------------------------
+
+    def training_of(self, model: Any) -> ReducedTraining | AveragedTraining:
+        settings = self._config.optimizer
+        if self._config.sync == "step":
+            return ReducedTraining(model, settings, self.group)
+        return AveragedTraining(model, settings, self.group, self.meetings)
+
+    def steps_of(self, engine: Engine, *, first: int) -> ReplicaSteps:
+        """The steps of this replica, over ``engine``, whose training is that of :meth:`training_of`."""
+        training = engine.training
+
+        def say(state: State) -> None:
+            self._tell_first(state)
+            if time.monotonic() - self._reported >= _REPORT_EVERY:
+                self._report()
+
+        def on_stop() -> None:
+            if isinstance(training, AveragedTraining):
+                # Amid a round each replica's weights are its own: what they have learned since is kept too.
+                training.average()
+                engine.closed = max(self._highest(engine.closed), -1)
+            self.stopped.set()
+
+        config = self._config
+        self._coordinator = Coordinator(self.group.size, clients=config.clients, meetings=self.meetings, first=first)
+        self._steps = ReplicaSteps(
+            say,
+            meetings=self.meetings,
+            first=first,
+            on_loss=config.on_loss,
+            deadline=config.step_deadline,
+            on_whole=training.begin if isinstance(training, ReducedTraining) else lambda targets: None,
+            on_stop=on_stop,
+        )
+        return self._steps
+
+    def run_of(self, keeper: RunKeeper) -> ReplicaRun:
+        """What the trunk's loop keeps the run with."""
+        return ReplicaRun(keeper, self.group, self.meetings)
+
+    def _highest(self, closed: int | None) -> int:
+        import torch
+
+        steps = torch.zeros(self.group.size, dtype=torch.int64)
+        steps[self.group.rank] = -1 if closed is None else closed
+        self.group.all_reduce_tensors([steps])
+        return int(steps.max())
+
+    def meet(self, host: str, port: int, *, wake: Callable[[], None], loads: Callable[[], dict[str, float]]) -> None:
+        """Say where this replica's control endpoint is, and wait until all have; from then on words come.
+
+        ``wake``: wakes the trunk's thread, for each word. ``loads``: what each present client brings to a step, in tokens.
+        """
+        self._wake, self._loads = wake, loads
+        self._addresses = self.group.gather((self.group.place.machine, host, port))
+        self._met.set()
+        self._control.start()
+
+    # --- clients ----------------------------------------------------------------------------------------------------------------
+
+    def redirect(self, client: str) -> Redirect | None:
+        """Where a client that has come here is to go; None: it stays. From the I/O thread."""
+        if not self.group.is_first or not self._met.wait(_OPENING):
+            return None
+        with self._lock:
+            rank = self._assignment.place(client)
+        if rank == self.group.rank:
+            return None
+        machine, host, port = self._addresses[rank]
+        return Redirect("" if machine == self.group.place.machine else host, port)
+
+    def present(self, sessions: int, trained: bool) -> None:
+        """So many sessions are open here now; from the trunk's thread."""
+        self._sessions, self._trained = sessions, trained
+        self._report()
+
+    def _report(self) -> None:
+        self._reported = time.monotonic()
+        self._tell_first(Presence(self._loads(), self._sessions, self._trained))
+
+    # --- words ------------------------------------------------------------------------------------------------------------------
+
+    def _tell_first(self, word: Word) -> None:
+        if self.group.is_first:
+            self._take(0, word)
+        else:
+            self._control.tell(0, word)
+
+    def _tell(self, rank: int, word: Word) -> None:
+        if rank == self.group.rank:
+            self._take(0, word)
+        else:
+            self._control.tell(rank, word)
+
+    def _take(self, rank: int, word: Word) -> None:
+        if isinstance(word, Grant | WaitedFor | Close | Drain | Stop):
+            self._steps.hear(word)
+            self._wake()
+            return
+        with self._lock:
+            for told, answer in self._answers(rank, word):
+                self._tell(told, answer)
+
+    def _answers(self, rank: int, word: Word) -> list[tuple[int, Word]]:
+        """At rank 0: what follows from a word."""
+        if isinstance(word, State):
+            return self._coordinator.hear(rank, word)
+        if isinstance(word, Presence):
+            self._assignment.hear(rank, word.tokens)
+            self._present[rank] = word
+            done = any(each.trained for each in self._present) and not any(each.sessions for each in self._present)
+            return self._coordinator.stop() if done and self._config.until_done else []
+        if not isinstance(word, StopAsked):
+            return []
+        if word.patience:
+            threading.Timer(word.patience, self._take, (0, StopAsked())).start()
+            return self._coordinator.drain()
+        return self._coordinator.stop()
+
+    def _lost(self, rank: int, error: Exception) -> None:
+        if not self._halting and self.failure is None:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.failure = SplitflError(f"replica {rank} is gone ({said[:200]}), so this one ends too")
+
+    # --- the end ----------------------------------------------------------------------------------------------------------------
+
+    def await_stop(self, patience: float) -> bool:
+        """Let the open step come to its end, for at most so many seconds, and wait until all replicas stand still.
+
+        Returns False where one is gone.
+        """
+        self._tell_first(StopAsked(patience))
+        while not self.stopped.wait(0.05):
+            if self.failure is not None:
+                return False
+        return True
+
+    def halt(self) -> None:
+        """Part from the others, once :attr:`stopped`."""
+        self._halting = True
+        self._control.close(_GOODBYE)

@@ -1,0 +1,48 @@
+"""What is kept of a run of several replicas: rank 0 writes, and all say so together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from server_trunk.keeping import RunKeeper
+from server_trunk.ledger import Ledger
+from server_trunk.replicas.group import Group
+from server_trunk.replicas.meetings import Meetings
+
+__all__ = ["ReplicaRun"]
+
+
+class ReplicaRun:
+    """As :class:`~server_trunk.stepkeeper.Run` asks for. Weights are equal on all replicas only where they have met: checkpoints
+    wait for that, and the ledger enters there what has counted since the last time.
+    """
+
+    def __init__(self, keeper: RunKeeper, group: Group, meetings: Meetings) -> None:
+        self._keeper, self._group, self._meetings = keeper, group, meetings
+
+    def made(self, ledger: Ledger) -> bool:
+        if not self._meetings.meets_at(ledger.step):
+            return False
+        for step in range(self._keeper.ledger.next_step(ledger.step), ledger.step):
+            self._keeper.ledger.enter(Ledger(step))  # what counted in it, at whichever replica, is entered where they met
+        self._keeper.ledger.enter(ledger)
+        if not self._keeper.is_due(ledger.step):
+            return False
+        self.save(ledger.step)
+        return True
+
+    def save(self, step: int) -> None:
+        """Rank 0 writes the checkpoint; the others wait for it, as it must be there before anybody is told."""
+        if self._group.is_first:
+            self._keeper.save(step)
+        self._group.all_reduce_tensors([torch.zeros(1)])
+        self._keeper.saved = step
+
+    def kept(self) -> Sequence[int]:
+        """None: replicas do not go back together, so a run that is resumed goes on from its newest checkpoint."""
+        return ()
+
+    def go_back(self, step: int) -> None:
+        raise AssertionError("nothing to go back to")

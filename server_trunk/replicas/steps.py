@@ -1,0 +1,125 @@
+"""One replica's steps: its own participants', opened and closed with those of all others. Pure bookkeeping, like its base.
+
+Rank 0's :class:`~server_trunk.replicas.coordinator.Coordinator` grants this replica the round, and says when it closes; in
+between, this replica's steps are as they would be alone. Words come in from any thread, in order; everything else is the trunk's
+thread's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+from server_trunk.ledger import Ledger
+from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.words import Close, Drain, Grant, Phase, State, Stop, WaitedFor
+from server_trunk.steps import Steps
+
+__all__ = ["ReplicaSteps"]
+
+
+class ReplicaSteps(Steps):
+    """The steps of one replica. ``number`` follows the furthest replica while this one has no participants."""
+
+    def __init__(
+        self,
+        say: Callable[[State], None],
+        *,
+        meetings: Meetings,
+        first: int = 0,
+        on_loss: str = "drop",
+        deadline: float = 0.0,
+        on_whole: Callable[[int], None] = lambda targets: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``say``: sends a report to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
+        closes the round. ``on_stop``: no step closes any more.
+        """
+        super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
+        self._say, self._meetings = say, meetings
+        self._on_whole, self._on_stop = on_whole, on_stop
+        self._words: deque[Grant | WaitedFor | Close | Drain | Stop] = deque()
+        self._heard = 0
+        self._phase = Phase.OUT
+        self._counted: Counter[str] = Counter()  # targets by client since the replicas met, of steps that have closed
+        self._draining = self._stopped = False
+        self._said = State(0, Phase.OUT, first)
+
+    def hear(self, word: Grant | WaitedFor | Close | Drain | Stop) -> None:
+        """A word from rank 0; from any thread. The trunk's thread has to be woken for it."""
+        self._words.append(word)
+
+    def wake(self, now: float) -> float | None:
+        return 0.0 if self._words else super().wake(now)
+
+    def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
+        opened = [] if self._stopped else super().openings(now)
+        if self._phase is Phase.IN and not self.is_open:
+            self._phase = Phase.OUT  # everybody has left
+        self._report()
+        return opened
+
+    def _may_open(self) -> bool:
+        return self._phase is Phase.IN and not self._draining and bool(self._enrolled or self._awaited)
+
+    def close(self) -> Ledger | None:
+        """The ledger of a step that has closed here: on rank 0's word, empty where this replica has no part in it; or, amid a
+        round, this replica's own.
+        """
+        while self._words:
+            word = self._words.popleft()
+            if isinstance(word, Close):
+                return self._close_with_all(word)
+            if isinstance(word, Grant):
+                self._heard += 1
+                self._phase, self.number = Phase.IN, max(self.number, word.step)
+                self._said = self._state()  # as rank 0 knows
+            elif isinstance(word, WaitedFor):
+                self.is_awaited = True
+            elif isinstance(word, Drain):
+                self._draining = True
+            else:
+                self._stopped = True
+                self._on_stop()
+        if self._stopped or self._phase is Phase.WHOLE or not self._is_settled:
+            return None
+        if self._is_void or not self._meetings.meets_at(self.number):
+            ledger = super().close()
+            self._counted.update(ledger.targets_by_client if ledger is not None else {})
+            return ledger
+        self._phase = Phase.WHOLE
+        self._on_whole(self._ledger.targets_here)
+        return None
+
+    def _close_with_all(self, word: Close) -> Ledger:
+        is_whole = self._phase is Phase.WHOLE
+        assert is_whole or not self.is_open, "rank 0 closes what is not whole"
+        ledger = self._ledger if is_whole else Ledger(word.step)
+        ledger.met = word.counted
+        self._counted.clear()
+        if self._meetings.every == 1:
+            ledger.targets_elsewhere = sum(word.counted.values()) - ledger.targets_here
+            ledger.participants_elsewhere = word.participants - len(ledger.parts)
+        self._heard += 1
+        self.is_open = self.is_awaited = False
+        self._holders = {}
+        self.number = word.step + 1
+        self._phase = Phase.IN if word.opens else Phase.OUT
+        if word.opens:
+            self._said = self._state()  # as rank 0 knows
+        return ledger
+
+    def _state(self) -> State:
+        if self._phase is Phase.IN:
+            return State(self._heard, Phase.IN, self.number)
+        here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number)
+        counted = self._counted + Counter(here.targets_by_client)
+        return State(
+            self._heard, self._phase, self.number, len(self._enrolled), len(self._awaited), dict(counted), len(here.parts)
+        )
+
+    def _report(self) -> None:
+        state = self._state()
+        if state != self._said:
+            self._said = state
+            self._say(state)

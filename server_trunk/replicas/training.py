@@ -1,0 +1,69 @@
+"""The optimizer steps of replicas that train one set of weights.
+
+``sync: step``: gradients are summed over all replicas and divided by the target tokens counted on all, so each replica makes the
+same step as one server would, to the bit. ``sync: K``: each makes K steps of its own, then the weights are averaged (local SGD,
+Stich, arXiv 1805.09767; FL-GLM's server-hierarchical, arXiv 2406.14898, section 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.nn import Module
+
+from server_trunk.replicas.buckets import Averages, Sums
+from server_trunk.replicas.group import Group
+from server_trunk.replicas.meetings import Meetings
+from server_trunk.training import SharedTraining, StepReport
+from splitfl.config import OptimizerSettings
+
+__all__ = ["AveragedTraining", "ReducedTraining"]
+
+
+class ReducedTraining(SharedTraining):
+    """``sync: step``. Every replica calls the same sums in the same order, once a step, whatever it has contributed."""
+
+    def __init__(self, model: Module, settings: OptimizerSettings, group: Group) -> None:
+        super().__init__(model, settings)
+        self._sums = Sums(self._parameters, group.gradients) if self._parameters else None
+
+    def begin(self, targets: int) -> None:
+        """Nothing more of this replica counts towards the step, of ``targets`` target tokens: its gradients leave now, while
+        others are still at work.
+        """
+        if self._sums is not None:
+            self._sums.begin(targets)
+
+    def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        counted = sum(targets.values())
+        if self._sums is not None:
+            if not self._sums.has_begun:
+                self._sums.begin(counted)
+            counted = self._sums.finish()
+        return self._step(step, counted)
+
+
+class AveragedTraining(SharedTraining):
+    """``sync: K``. The average weighs each replica by the target tokens it has counted since the last one; one without any takes
+    the average. The optimizer's state stays each replica's own.
+    """
+
+    def __init__(self, model: Module, settings: OptimizerSettings, group: Group, meetings: Meetings) -> None:
+        super().__init__(model, settings)
+        self._meetings = meetings
+        self._averages = Averages(self._parameters, group.gradients) if self._parameters else None
+        self._counted = 0  # target tokens since the last average
+
+    def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        report = super().close(step, targets)
+        self._counted += sum(targets.values())
+        if self._meetings.meets_at(step):
+            self.average()
+        return report
+
+    def average(self) -> None:
+        """All replicas must call it at the same point. Raises SplitflError where one is gone."""
+        if self._averages is not None:
+            self._moved = True
+            self._averages.take(self._counted)
+        self._counted = 0

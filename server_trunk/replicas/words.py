@@ -1,0 +1,141 @@
+"""What replicas say to one another: small words between each replica and rank 0. Pure; no torch.
+
+They travel between processes of one server, which trust each other: :func:`decode` checks form, not intent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field, fields
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+
+from splitfl.errors import RemoteProtocolError
+
+__all__ = [
+    "Bye",
+    "Close",
+    "Drain",
+    "Grant",
+    "Phase",
+    "Presence",
+    "State",
+    "Stop",
+    "StopAsked",
+    "WaitedFor",
+    "Word",
+    "decode",
+    "encode",
+]
+
+
+class Phase(IntEnum):
+    """Where a replica stands in the open round."""
+
+    OUT = 0  # it takes no part
+    IN = 1  # it was granted the round, and is not done with it
+    WHOLE = 2  # all that is awaited of it is done
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """To rank 0: where this replica stands, having heard ``heard`` grants and closings.
+
+    ``step``: its open step, or the next. ``enrolled``: sessions that wait for a step to open; ``held``: lost ones whose return it
+    would wait for. ``counted``: target tokens by client since replicas met, of what is whole; ``participants``: in the step
+    at which they meet.
+    """
+
+    heard: int
+    phase: Phase
+    step: int
+    enrolled: int = 0
+    held: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
+    participants: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phase", Phase(self.phase))  # comes as a number
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``sessions``: open ones; ``trained``:
+    whether a step has closed.
+    """
+
+    tokens: dict[str, float] = field(default_factory=dict)
+    sessions: int = 0
+    trained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """To rank 0: this replica was asked to end, so all will; once the open round is over, if that takes at most ``patience``
+    seconds.
+    """
+
+    patience: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """From rank 0: take part, from ``step`` on."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitedFor:
+    """From rank 0: the part of some other replica is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """From rank 0: ``step`` closes, here too. ``opens``: this replica is granted the next one. ``counted``, ``participants``: of
+    all replicas.
+    """
+
+    step: int
+    opens: bool
+    counted: dict[str, int] = field(default_factory=dict)
+    participants: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """From rank 0: begin no further step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """From rank 0: no step closes any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """Nothing more comes from this side."""
+
+
+Word = State | Presence | StopAsked | Grant | WaitedFor | Close | Drain | Stop | Bye
+
+_KINDS: tuple[type[Any], ...] = (State, Presence, StopAsked, Grant, WaitedFor, Close, Drain, Stop, Bye)
+
+
+def encode(word: Word) -> bytes:
+    packed: bytes = msgpack.packb([_KINDS.index(type(word)), *astuple(word)])
+    return packed
+
+
+def decode(data: bytes) -> Word:
+    """Raises RemoteProtocolError for what is no word."""
+    try:
+        kind, *values = msgpack.unpackb(data)
+        cls = _KINDS[kind]
+        if len(values) != len(fields(cls)):
+            raise ValueError(f"{len(values)} values for {cls.__name__}")
+        word: Word = cls(*values)
+    except Exception as error:
+        raise RemoteProtocolError(f"a word between replicas that is none ({error}): do all run the same splitfl?") from None
+    return word

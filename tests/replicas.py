@@ -1,0 +1,99 @@
+"""A server of several replicas, as its operator starts it: torchrun's agent and one process a replica."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client_ends.model import SplitModelForCausalLM
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, load_checkpoint
+from splitfl.config import RunConfig, build_config
+from splitfl.protocol.keys import write_identity
+from splitfl.settings import SETTINGS_BY_KEY
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class Replicas:
+    """``splitfl serve --mode hierarchical``, whose clients are threads of this process."""
+
+    def __init__(self, work: Path, model: str, replicas: int, clients: int, *flags: str, **settings: Any) -> None:
+        self.work, self.model, self.out = work, model, work / "server"
+        self.keys = [work / f"client{index}.key" for index in range(clients)]
+        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self.keys)]
+        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
+        self.settings = {
+            "mode": "hierarchical",
+            "replicas": replicas,
+            "clients": clients,
+            "out": str(self.out),
+            "authorized_clients": str(work / "authorized_clients"),
+            "device": "cpu",
+            "checkpoint_every": 0,
+            "threads": 1,
+            **settings,
+        }
+        self._flags = flags
+        self.process: subprocess.Popen[str] | None = None
+        self.join = ""
+
+    @property
+    def config(self) -> RunConfig:
+        return build_config({"model": self.model} | self.settings)
+
+    def start(self) -> None:
+        words = [f"{SETTINGS_BY_KEY[key].option}={value}" for key, value in self.settings.items()]
+        command = [sys.executable, "-m", "splitfl.cli", "serve", self.model, *words, *self._flags]
+        self._errors = (self.work / "stderr").open("w")
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ENVIRONMENT)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip().startswith("splitfl://"):
+                self.join = line.strip()
+                return
+        raise AssertionError(f"no join string: {(self.work / 'stderr').read_text()}")
+
+    def stop(self, *, seconds: float = 60) -> int:
+        """Ask it to end, or wait for the end it has come to by itself; returns the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.process.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self._errors.close()
+
+    def join_as(self, client: int, **options: Any) -> Any:
+        return SplitModelForCausalLM.from_pretrained(self.model, self.join, self.keys[client], device="cpu", **options)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Of the newest checkpoint."""
+        tensors, _, _ = load_checkpoint(checkpoint_directory(self.out, checkpoint_steps(self.out)[-1]))
+        return tensors
+
+    def events(self, kind: str, replica: int = 0) -> list[dict[str, Any]]:
+        """What a replica logged of a kind."""
+        name = f"log-{replica}.jsonl" if replica else "log.jsonl"
+        return [event for event in map(json.loads, (self.out / name).read_text().splitlines()) if event["event"] == kind]
+
+
+@contextlib.contextmanager
+def serving(replicas: Replicas) -> Iterator[Replicas]:
+    replicas.start()
+    try:
+        yield replicas
+    finally:
+        code = replicas.stop()
+    assert code == 0, (replicas.work / "stderr").read_text()

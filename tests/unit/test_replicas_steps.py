@@ -1,0 +1,314 @@
+"""Steps over replicas: rank 0's decisions and each replica's own steps, with every word delayed as it likes."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server_trunk.replicas.coordinator import Coordinator
+from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.steps import ReplicaSteps
+from server_trunk.replicas.words import (
+    Bye,
+    Close,
+    Drain,
+    Grant,
+    Phase,
+    Presence,
+    State,
+    Stop,
+    StopAsked,
+    WaitedFor,
+    decode,
+    encode,
+)
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import StepDone
+
+TARGETS = 10
+
+
+class Client:
+    """A session that trains ``parts`` steps at one replica, each of one micro-batch, and may pause in between."""
+
+    def __init__(self, world: World, name: str, rank: int, parts: int) -> None:
+        self.world, self.name, self.rank, self.left = world, name, rank, parts
+        self.step: int | None = None  # the one it is in
+        self.stage = "away"
+
+    @property
+    def steps(self) -> ReplicaSteps:
+        return self.world.steps[self.rank]
+
+    def act(self, draw: random.Random) -> None:
+        """Do one of the things a client can do now; each through the trunk's thread of its replica."""
+        steps = self.steps
+        if self.stage == "away" and self.left:
+            steps.enrol(self.name, self.name)
+            self.stage = "enrolled"
+        elif self.stage == "enrolled" and draw.random() < 0.1:
+            steps.pause(self.name)
+            self.stage = "away"
+        elif self.stage == "in":
+            assert self.step is not None
+            if draw.random() < 0.1:
+                steps.pause(self.name)
+                self.stage = "away"
+                return
+            steps.take_forward(self.name, self.step)
+            steps.forward_ran(self.name, self.step, 0)
+            steps.backward_arrived(self.name, self.step, 0)
+            steps.backward_ran(self.name, self.step, 0, TARGETS)
+            self.left -= 1
+            then = "leave" if not self.left else "pause" if draw.random() < 0.2 else "continue"
+            steps.done(self.name, StepDone(self.step, 1, 1, then))
+            self.world.trained.append((self.name, self.step))
+            self.stage = "enrolled" if then == "continue" else "away"
+        self.world.turn(self.rank)
+
+
+class World:
+    """A coordinator and replicas; words wait in one queue for each direction of each replica until they are delivered."""
+
+    def __init__(self, size: int, *, clients: int = 1, every: int = 1, last: int = 0) -> None:
+        self.meetings = Meetings(every, last)
+        self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings)
+        self.up: list[deque[State]] = [deque() for _ in range(size)]
+        self.down: list[deque] = [deque() for _ in range(size)]
+        self.whole: list[int] = [0] * size
+        self.steps = [
+            ReplicaSteps(self.up[rank].append, meetings=self.meetings, on_whole=lambda targets, rank=rank: self._is_whole(rank))
+            for rank in range(size)
+        ]
+        self.closed: list[list] = [[] for _ in range(size)]  # ledgers
+        self.clients: list[Client] = []
+        self.trained: list[tuple[str, int]] = []
+
+    def _is_whole(self, rank: int) -> None:
+        self.whole[rank] += 1
+
+    def turn(self, rank: int) -> None:
+        """One turn of a replica's trunk thread."""
+        ledger = self.steps[rank].close()
+        if ledger is not None:
+            self.closed[rank].append(ledger)
+        for session, step in self.steps[rank].openings():
+            client = next(client for client in self.clients if client.name == session)
+            assert client.stage == "enrolled"
+            client.step, client.stage = step, "in"
+
+    def deliver(self, rank: int, *, up: bool) -> None:
+        """The oldest word of one direction arrives."""
+        if up:
+            for told, word in self.coordinator.hear(rank, self.up[rank].popleft()):
+                self.down[told].append(word)
+        else:
+            self.steps[rank].hear(self.down[rank].popleft())
+            self.turn(rank)
+
+    def underway(self) -> list[tuple[int, bool]]:
+        return [(rank, True) for rank, words in enumerate(self.up) if words] + [
+            (rank, False) for rank, words in enumerate(self.down) if words
+        ]
+
+    def settle(self) -> None:
+        """All words arrive."""
+        while underway := self.underway():
+            rank, up = underway[0]
+            self.deliver(rank, up=up)
+
+    def add(self, name: str, rank: int, parts: int = 1) -> Client:
+        self.clients.append(Client(self, name, rank, parts))
+        return self.clients[-1]
+
+
+class Steady(random.Random):
+    """Never lets a client pause."""
+
+    def random(self) -> float:
+        return 1.0
+
+
+STEADY = Steady()
+
+
+def test_the_first_step_waits_for_all_clients_wherever_they_are():
+    world = World(2, clients=3)
+    first, second, third = world.add("a", 0), world.add("b", 1), world.add("c", 1)
+    first.act(STEADY)
+    second.act(STEADY)
+    world.settle()
+    assert [client.stage for client in world.clients] == ["enrolled", "enrolled", "away"]
+    third.act(STEADY)
+    world.settle()
+    assert [client.stage for client in world.clients] == ["in", "in", "in"]
+
+
+def test_a_replica_without_clients_closes_each_step_with_nothing():
+    world = World(3, clients=1)
+    client = world.add("a", 1, parts=2)
+    for _ in range(3):
+        client.act(STEADY)
+        world.settle()
+    for rank in range(3):
+        assert [ledger.step for ledger in world.closed[rank]] == [0, 1]
+        assert [ledger.targets for ledger in world.closed[rank]] == [TARGETS, TARGETS]
+        assert [ledger.participants for ledger in world.closed[rank]] == [1, 1]
+    assert [len(ledger.parts) for ledger in world.closed[0]] == [0, 0]
+
+
+def test_who_comes_while_a_part_is_whole_waits_for_the_next_step():
+    world = World(3, clients=2)
+    quick, slow = world.add("quick", 0, 2), world.add("slow", 1, 2)
+    quick.act(STEADY)
+    slow.act(STEADY)
+    world.settle()
+    quick.act(STEADY)
+    world.settle()
+    late = world.add("late", 2)
+    late.act(STEADY)
+    world.settle()
+    assert late.stage == "enrolled"
+    slow.act(STEADY)
+    world.settle()
+    assert (late.stage, late.step) == ("in", 1)
+
+
+def test_a_participant_is_late_also_where_only_another_replica_waits():
+    world = World(2, clients=2)
+    world.steps[1] = ReplicaSteps(world.up[1].append, meetings=world.meetings, deadline=5.0)
+    done, late = world.add("done", 0), world.add("late", 1)
+    done.act(STEADY)
+    late.act(STEADY)
+    world.settle()
+    assert world.steps[1].overdue(0.0) == []
+    done.act(STEADY)
+    world.settle()
+    assert world.steps[1].overdue(10.0) == []
+    assert world.steps[1].wake(10.0) == 5.0
+    assert world.steps[1].overdue(15.0) == ["late"]
+    world.steps[1].drop("late")
+    world.turn(1)
+    world.settle()
+    assert [ledger.step for ledger in world.closed[0]] == [0]
+    assert world.closed[1][0].parts["late"].dropped
+
+
+def test_a_step_that_all_left_before_anything_counted_opens_anew_under_its_number():
+    world = World(2, clients=2)
+    world.add("a", 0), world.add("b", 1)
+    for client in world.clients:
+        client.act(STEADY)
+    world.settle()
+    for client in world.clients:
+        client.steps.pause(client.name)
+        client.stage = "away"
+        world.turn(client.rank)
+    world.settle()
+    assert world.closed == [[], []]
+    world.clients[0].act(STEADY)
+    world.settle()
+    assert world.clients[0].step == 0
+    world.clients[0].act(STEADY)
+    world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0], [0]]
+
+
+def test_between_meetings_a_replica_makes_steps_of_its_own_and_who_comes_late_joins_at_the_furthest():
+    world = World(3, clients=1, every=4)
+    first = world.add("first", 0, 4)
+    for _ in range(4):
+        first.act(STEADY)
+        world.settle()
+    assert [ledger.step for ledger in world.closed[0]] == [0, 1, 2]
+    late = world.add("late", 1, 1)
+    late.act(STEADY)
+    world.settle()
+    assert late.step == 3
+    first.act(STEADY)
+    world.settle()
+    assert [ledger.step for ledger in world.closed[0]] == [0, 1, 2]
+    late.act(STEADY)
+    world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0, 1, 2, 3], [3], [3]]
+
+
+def test_who_leaves_amid_a_round_holds_nobody_up():
+    world = World(2, clients=2, every=4)
+    leaves, stays = world.add("leaves", 0, 1), world.add("stays", 1, 4)
+    for client in (leaves, stays):
+        client.act(STEADY)
+    world.settle()
+    leaves.act(STEADY)
+    for _ in range(4):
+        stays.act(STEADY)
+        world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0, 3], [0, 1, 2, 3]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.integers(1, 4),
+    seed=st.integers(0, 2**32),
+    every=st.sampled_from([1, 1, 3]),
+    people=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=6),
+    last=st.sampled_from([0, 0, 4]),
+)
+def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed, every, people, last):
+    draw = random.Random(seed)
+    world = World(size, clients=draw.randint(1, len(people)), every=every, last=last)
+    for number, (rank, parts) in enumerate(people):
+        world.add(f"client{number}", rank % size, parts)
+    quiet = 0
+    while quiet < 600:
+        busy = [client for client in world.clients if client.stage != "away" or client.left]
+        choices = [(world.deliver, each) for each in world.underway()] + [(client.act, draw) for client in busy]
+        if not choices:
+            break
+        before = len(world.trained)
+        act, argument = draw.choice(choices)
+        if act == world.deliver:
+            world.deliver(argument[0], up=argument[1])
+        else:
+            act(draw)
+        quiet = quiet + 1 if len(world.trained) == before else 0
+    world.settle()
+    complete = last and world.coordinator.step >= last
+    for closed in world.closed:
+        met = [ledger.step for ledger in closed if world.meetings.meets_at(ledger.step)]
+        assert met == [ledger.step for ledger in world.closed[0] if world.meetings.meets_at(ledger.step)]
+        assert [ledger.step for ledger in closed] == sorted({ledger.step for ledger in closed})
+    if every == 1:
+        for ledgers in zip(*world.closed, strict=True):
+            assert len({(ledger.targets, ledger.participants) for ledger in ledgers}) == 1
+            assert ledgers[0].targets == sum(ledger.targets_here for ledger in ledgers)
+            assert any(ledger.parts for ledger in ledgers), "a step closed that nobody took part in"
+        counted = sum(ledgers[0].targets for ledgers in zip(*world.closed, strict=True))
+        assert counted == TARGETS * len(world.trained)
+    assert complete or all(not client.left for client in world.clients), "somebody waits for ever"
+
+
+def test_words_survive_the_way():
+    words = [
+        State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4),
+        Presence({"a": 1.5, "b": 0.0}, 2, True),
+        StopAsked(),
+        Grant(4),
+        WaitedFor(),
+        Close(5, True, {"a": 9}, 3),
+        Drain(),
+        Stop(),
+        Bye(),
+    ]
+    assert [decode(encode(word)) for word in words] == words
+    assert decode(encode(words[0])).phase is Phase.WHOLE
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\x91\x63", b"\x91\x00", b"\x98\x00\x00\x09\x00\x00\x00\x00\x00"])
+def test_what_is_no_word_is_refused(data):
+    with pytest.raises(RemoteProtocolError):
+        decode(data)
