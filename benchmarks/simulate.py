@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     keys += ("accumulate", "epochs", "evaluate_every", "micro_batches", "learning_rate", "weight_decay", "clip")
     keys += ("adapter_rank", "adapter_alpha", "adapter_learning_rate", "adapter_weight_decay")
     mine: dict[str, Any] = {key: getattr(args, key) for key in keys}
-    mine |= {"steps": config.optimizer.steps, "timeout": _PATIENCE}
+    mine |= {"steps": config.optimizer.steps, "timeout": _PATIENCE, "reconnect": 0.0}
     check(mine)
     if config.out_dir.exists() and any(config.out_dir.iterdir()):
         raise ConfigError(f"{config.out_dir} is not empty: name the run with --run, or choose another directory with --out")

@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     joining.add_argument("--revision", metavar="REV", help="hub revision")
     joining.add_argument("--cut", metavar="A:B", help="insist on a cut (default: the run's)")
     joining.add_argument(
+        "--reconnect",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds for which a lost link, or a server that starts again, is waited for (600; 0: not at all)",
+    )
+    joining.add_argument("--resume", action="store_true", help="go on with the ends kept in --out, where the run stands")
+    joining.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="seconds that any one answer of the server may take (10)"
     )
 
@@ -102,7 +110,7 @@ def check(values: dict[str, Any]) -> None:
         if value is not None and (value < low or (name == "alpha" and value == 0)):
             flag = {"learning_rate": "lr"}.get(name, name).replace("_", "-")
             raise ConfigError(f"--adapter-{flag} {value:g}: it must be {'above' if name == 'alpha' else 'at least'} {low}")
-    for name in ("epochs", "learning_rate", "weight_decay", "clip", "evaluate", "timeout"):
+    for name in ("epochs", "learning_rate", "weight_decay", "clip", "evaluate", "timeout", "reconnect"):
         value = values[name]
         if value is not None and (value < 0 or (value == 0 and name in ("epochs", "timeout"))):
             shown = {"learning_rate": "lr"}.get(name, name).replace("_", "-")
@@ -129,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     values["out"] = args.out or str(Path("runs") / f"{join.run}-ends")
-    if checkpoint_steps(values["out"]):
+    if checkpoint_steps(values["out"]) and not args.resume:
         raise ConfigError(
-            f"{values['out']} holds the ends of an earlier run: choose another directory with --out, or move it away"
+            f"{values['out']} holds the ends of an earlier run: go on with them by --resume, or choose another --out"
         )
     try:
         log = RunLog(Path(values["out"]) / "log.jsonl", echo=None)
@@ -141,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
         result = train(TrainSettings(**values), log=log, progress=Progress())
     finally:
         log.close()
-    print(f"{result.steps} step(s), loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}", file=sys.stderr)
+    if result.losses:
+        print(f"{result.steps} step(s), loss {result.losses[0]:.4f} to {result.losses[-1]:.4f}", file=sys.stderr)
     print(f"ends kept in {result.checkpoint}", file=sys.stderr)
     return 0

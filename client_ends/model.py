@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,11 +41,14 @@ def open_session(
     revision: str | None = None,
     adapter: Mapping[str, float] | None = None,
     timeout: float = 10.0,
+    reconnect: float = 0.0,
+    replaces: str = "",
     channel_options: dict[str, Any] | None = None,
 ) -> tuple[TrunkSession, str, str | None]:
     """Open a session for the model at ``path`` (None: the hub model the run names).
 
-    ``adapter``: what this client asks for its own adapter in the trunk; see :meth:`_SplitModel.from_pretrained`.
+    ``adapter``: what this client asks for its own adapter in the trunk; see :meth:`_SplitModel.from_pretrained`. ``reconnect``,
+    ``replaces``: see :meth:`TrunkSession.open`.
 
     Returns the session, the model's path or hub id, and its revision. The server refuses another model, revision or cut.
 
@@ -67,7 +70,9 @@ def open_session(
         used = cut or Cut.parse(terms["cut"])
         return OpenTerms(known.to_plain(), (used.input_blocks, used.output_blocks), dict(adapter or {}))
 
-    session = TrunkSession.open(join, identity, answer, timeout=timeout, **(channel_options or {}))
+    session = TrunkSession.open(
+        join, identity, answer, timeout=timeout, reconnect=reconnect, replaces=replaces, **(channel_options or {})
+    )
     if mine is not None:
         # The server has compared as well; a client does not take its word for which model it trains.
         difference = compare(mine, ModelIdentity.from_plain(session.terms["identity"]))
@@ -100,6 +105,8 @@ class _SplitModel:
         adapter: Mapping[str, float] | None = None,
         micro_batches: int = 1,
         timeout: float = 10.0,
+        reconnect: float = 600.0,
+        replaces: str = "",
         channel_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -113,6 +120,9 @@ class _SplitModel:
             dtype: by default the run's own; another is refused by the server.
             adapter: ``rank``, ``alpha``, ``learning_rate`` and ``weight_decay`` of this client's own adapter in the trunk, as far
                 as they shall differ from the run's; only where the run has an adapter for each client, within its limits.
+            reconnect: seconds for which a lost link, or a server that is started again, is waited for; calls wait meanwhile.
+                0: the first loss ends the session.
+            replaces: the session of this client that its process lost when it was killed.
             micro_batches: pieces one batch is cut into, so that network, trunk and ends overlap (helps on slow links).
             kwargs: handed to Hugging Face's ``from_pretrained`` (``num_labels``, ``seed`` of a fresh head, ...).
 
@@ -133,6 +143,8 @@ class _SplitModel:
             revision=revision,
             adapter=adapter,
             timeout=timeout,
+            reconnect=reconnect,
+            replaces=replaces,
             channel_options=channel_options,
         )
         try:
@@ -141,6 +153,8 @@ class _SplitModel:
                 raise ModelError(
                     f"the run computes in {used}, not {dtype}: leave the dtype out, or ask the operator for a run in {dtype}"
                 )
+            if session.terms["round_steps"]:
+                kwargs["seed"] = session.terms["seed"]  # a fresh head is averaged too: it begins the same for all
             own = Cut.parse(session.terms["cut"])
             try:
                 where_to = str(resolve_device(device))
@@ -199,6 +213,13 @@ class _SplitModel:
         closed = session.wait_closed(session.step - 1)
         session.settle_round()
         return closed
+
+    def on_checkpoint(self, keep: Callable[[int], None], held: Callable[[], Sequence[int]] = tuple) -> None:
+        """Have ``keep(step)`` called whenever the run's checkpoint of ``step`` is due, after the ends' optimizer has stepped and
+        before the server is told: what it keeps of the ends (weights, optimizer, random state, data position), the server
+        has the trunk for. ``held()``: the steps that are kept, from which :class:`~splitfl.errors.RunWentBack` may want one.
+        """
+        self._remote.session.keep_with(keep, held)
 
     @contextlib.contextmanager
     def objective(self, targets: list[int], divisor: float) -> Iterator[None]:

@@ -6,18 +6,30 @@ The channel's I/O thread tells what it hears; the training thread waits. ``sessi
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from client_ends.journal import Journal
 from client_ends.rounds import EndsRounds
 from splitfl.channel.client import ClientChannel
-from splitfl.errors import LocalProtocolError, RemoteProtocolError, RunComplete, SessionLost, SplitflError, StepMissed, UserError
+from splitfl.errors import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    RunComplete,
+    RunWentBack,
+    SessionLost,
+    SplitflError,
+    StepMissed,
+    UserError,
+)
+from splitfl.protocol.control import MAX_HELD
 from splitfl.protocol.messages import Enrol, Fault, Leave, Pause, RoundClosed, RoundOpened, StepClosed, StepDone, StepOpened
 
-__all__ = ["Micro", "Participant"]
+__all__ = ["Micro", "Participant", "missed"]
 
 #: The word that a step has closed changes the channel's state a moment before it is heard here, seconds.
 _HEARD_SOON = 5.0
@@ -42,15 +54,25 @@ class Micro:
                 future.set_exception(error)
 
 
-def _missed(step: int) -> StepMissed:
-    return StepMissed(f"step {step} went on without this client, which was late: go on with the next batch")
+def missed(step: int, why: str = "was late") -> StepMissed:
+    """The error of a step that did not wait for this client."""
+    return StepMissed(f"step {step} went on without this client, which {why}: go on with the next batch")
 
 
 class Participant:
-    """A client in the run's steps. After the loss of the link every call raises."""
+    """A client in the run's steps. While the link is down every call waits; once it is given up, every call raises."""
 
     def __init__(self) -> None:
         self._channel: ClientChannel | None = None
+        self._up = True  # the link stands
+        self._placed = True  # it is known where this client stands in the steps, and what the server had lost is sent again
+        self._reconnect = 0.0  # seconds for which a lost link is tried to be had again
+        self._journal: Journal | None = None  # kept where a part may be sent again
+        self._away: SplitflError | None = None  # what befell the step under way while the link was down, not raised yet
+        self._fate: SplitflError | None = None  # the newest of these
+        self._enrolling = False
+        self._held: Callable[[], Sequence[int]] = tuple
+        self._on_due: Callable[[int], None] = lambda step: None
         self._micros: dict[int, Micro] = {}
         self._next_micro = 0
         self._lock = threading.Condition()
@@ -75,10 +97,62 @@ class Participant:
         """The run's terms, as the operator set them."""
         return dict(self.channel.welcome.config)
 
+    # --- the link ---------------------------------------------------------------------------------------------------------------
+
+    def _await_link(self, *, steps: bool = True) -> None:
+        """Wait until the link stands, and (``steps``) it is settled where this client stands. The lock is held."""
+        self._lock.wait_for(lambda: self._lost is not None or (self._up and (self._placed or not steps)))
+        self._check()
+
+    def _tell(self, message: Any) -> None:
+        """Tell the server; where the link has just broken, whoever connects again tells what matters. The lock is held."""
+        try:
+            self.channel.tell(message)
+        except SessionLost:
+            if not self._reconnect:
+                raise
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def keep_with(self, on_due: Callable[[int], None], held: Callable[[], Sequence[int]] = tuple) -> None:
+        """``on_due(step)`` is called when the ends are to be kept as they are after ``step``, before the server is told that this
+        client's part of it is done; ``held()``: the steps that have been kept so.
+        """
+        self._on_due, self._held = on_due, held
+
+    def is_due(self, step: int) -> bool:
+        """Whether both sides keep their state after ``step``."""
+        every: int = self.terms["checkpoint_every"]
+        return bool(every and (step + 1) % every == 0) or bool(self._last_step and step + 1 == self._last_step)
+
+    def _enrolment(self) -> Enrol:
+        """Says after which steps this client can go on."""
+        last = self._journal.last if self._journal is not None else None
+        able = {self.step - 1} if last is None else {last.step, last.step - 1}
+        steps = sorted({*able, *self._held()}, reverse=True)
+        return Enrol(tuple(step for step in steps if step >= 0)[:MAX_HELD])
+
     # --- steps ------------------------------------------------------------------------------------------------------------------
+
+    def _declaration(self) -> list[Any]:
+        """What is to be said before this session first enrols."""
+        declared = self.rounds.declare() if self.rounds is not None else None
+        return [] if declared is None else list(declared.messages())
+
+    def enrol(self) -> int:
+        """Take part in the next step to open, and wait for it; returns its number.
+
+        Raises:
+            RunComplete: no step will open any more.
+            RunWentBack: it is older than this client stands. It takes part in that step all the same.
+        """
+        self._take_part()
+        return self.step
 
     def _take_part(self) -> None:
         """Enrol where that has not happened, and wait for the step to open."""
+        with self._lock:
+            self._await_link()
         if self._enrolled:
             return
         complete = f"the run has made its {self.terms['optimizer']['steps']} steps; start a new run to train on"
@@ -87,26 +161,26 @@ class Participant:
         with self._lock:
             # A forward of a step that went on without this client must not be taken for one of the step to come.
             self._lock.wait_for(lambda: not self._unanswered or self._lost is not None)
-            self._check()
-            self._opened = None
-        declared = self.rounds.declare() if self.rounds is not None else None
-        for message in declared.messages() if declared is not None else ():
-            self.channel.tell(message)
-        self.channel.tell(Enrol())
-        with self._lock:
+            self._await_link()
+            self._opened, self._enrolling = None, True
+            for message in self._declaration():
+                self._tell(message)
+            self._tell(self._enrolment())
             self._lock.wait_for(lambda: self._opened is not None or self._lost is not None or self._complete)
+            self._enrolling = False
             self._check()
             if self._opened is None:
                 raise RunComplete(complete)
-            assert self._opened is not None
-            self.step, self._enrolled = self._opened, True
+            stood, self.step, self._enrolled = self.step, self._opened, True
+            if self._opened < stood and self._has_barrier:
+                raise RunWentBack(self._opened)
 
     def _await_opened(self, step: int) -> None:
         """Wait until this client has heard that ``step`` is open: a data message may overtake that word. Raises StepMissed."""
 
         def heard() -> bool:
             opened = self._opened is not None and self._opened >= step
-            return opened or self._lost is not None or self._dropped is not None
+            return opened or self._lost is not None or self._dropped is not None or self._away is not None
 
         with self._lock:
             self._lock.wait_for(heard)
@@ -146,14 +220,19 @@ class Participant:
     # --- a step that went on without this client --------------------------------------------------------------------------------
 
     def _check_missed(self) -> None:
-        """Raises StepMissed, once, where a step went on without this client that it had begun to take part in."""
+        """Raises StepMissed, once, where a step went on without this client that it had begun to take part in; RunWentBack, once,
+        where the run stands before a step that this client has made.
+        """
         with self._lock:
+            away, self._away = self._away, None
+            if away is not None:
+                raise away
             dropped, begun = self._dropped, self._forwards > 0
             if dropped is None:
                 return
             self._give_up()
         if begun:
-            raise _missed(dropped.step)
+            raise missed(dropped.step)
 
     def _give_up(self) -> None:
         """Out of steps; the next training forward enrols again."""
@@ -172,10 +251,15 @@ class Participant:
     # --- the end of a part ------------------------------------------------------------------------------------------------------
 
     @property
+    def _has_barrier(self) -> bool:
+        """Whether steps have the same numbers for all."""
+        return bool(self.terms["mode"] != "async")
+
+    @property
     def _last_step(self) -> int:
         """How many steps a participant of the whole run takes part in; 0: nobody knows, or there is no end."""
         total: int = self.terms["optimizer"]["steps"]
-        return total if self.terms["mode"] != "async" else 0
+        return total if self._has_barrier else 0
 
     @property
     def complete(self) -> bool:
@@ -189,8 +273,11 @@ class Participant:
 
         Raises:
             StepMissed: the step went on without this client, and not all that it sent has counted.
+            RunWentBack: the run stands before this step.
         """
         self._check()
+        if self._enrolled and self.is_due(self.step):
+            self._on_due(self.step)
         if self._dropped is not None:
             self._done_too_late()
             return
@@ -199,13 +286,22 @@ class Participant:
         if self._last_step and self.step + 1 >= self._last_step and then == "continue":
             then = "leave"
         self._await_opened(self.step)
-        try:
-            self.channel.tell(StepDone(self.step, self._forwards, self._backwards, then))
-        except LocalProtocolError:
-            if not self._hears_of_drop():
-                raise
+        with self._lock:
+            self._await_link()
+            if self._away is None and self._dropped is None:
+                message = StepDone(self.step, self._forwards, self._backwards, then)
+                try:
+                    self._tell(message)
+                except LocalProtocolError:
+                    if not self._hears_of_drop():
+                        raise
+                else:
+                    if self._journal is not None:
+                        self._journal.done(message)
+        if self._dropped is not None:
             self._done_too_late()
             return
+        self._check_missed()
         self._clear_step()
         if self.rounds is not None:
             self.rounds.step_ended(self.step)
@@ -229,6 +325,8 @@ class Participant:
             # Forwards whose loss was thrown away, and answers nobody awaits because the input end is frozen.
             for number in [number for number, micro in self._micros.items() if micro.step <= self.step]:
                 del self._micros[number]
+            if self._journal is not None:
+                self._journal.drop_present()
         self._forwards = self._backwards = self._targets = 0
 
     @property
@@ -237,9 +335,20 @@ class Participant:
         return self._backwards > 0
 
     def wait_closed(self, step: int) -> StepClosed:
-        """Wait until ``step`` has closed; returns the newest closed step's report."""
+        """Wait until ``step`` has closed; returns the newest closed step's report, of zeros where it closed unheard, while the
+        link was down.
+
+        Raises:
+            RunWentBack: it has to be made again.
+        """
+
+        def heard() -> bool:
+            return (self._closed is not None and self._closed.step >= step) or self._away is not None
+
         with self._lock:
-            self._lock.wait_for(lambda: (self._closed is not None and self._closed.step >= step) or self._lost is not None)
+            self._lock.wait_for(lambda: heard() or self._lost is not None)
+            if self._away is not None:
+                self._check_missed()
             if self._closed is None or self._closed.step < step:
                 self._check()
             assert self._closed is not None
@@ -248,18 +357,22 @@ class Participant:
     def pause(self) -> None:
         """Withdraw from the next step; the next training forward enrols again. Raises UserError amid a step."""
         self._settle("pause")
-        if self._enrolled:
-            self.channel.tell(Pause())
-            self._clear_step()
-            self._enrolled = False
+        self._withdraw(Pause())
 
     def leave(self) -> None:
         """Take no part in further steps; evaluation goes on working. Raises UserError amid a step."""
         self._settle("leave")
-        if self._enrolled:
-            self.channel.tell(Leave())
-            self._clear_step()
-            self._enrolled = False
+        self._withdraw(Leave())
+
+    def _withdraw(self, message: Pause | Leave) -> None:
+        with self._lock:
+            if not self._enrolled:
+                return
+            self._await_link()
+            if self._enrolled:
+                self._tell(message)
+                self._clear_step()
+                self._enrolled = False
 
     def _settle(self, what: str) -> None:
         if self._dropped is not None:
@@ -276,18 +389,22 @@ class Participant:
         with self._lock:
             if isinstance(message, StepOpened):
                 self._opened, self._dropped = message.step, None
+                if self._journal is not None:
+                    self._journal.closed(message.step - 1)
             elif isinstance(message, StepClosed):
                 self._closed = message
+                if self._journal is not None:
+                    self._journal.closed(message.step)
                 if message.dropped:
                     self._dropped = message
                     for micro in self._micros.values():
                         if micro.train and micro.step >= message.step:
-                            micro.fail(_missed(message.step))
+                            micro.fail(missed(message.step))
             elif isinstance(message, Fault) and message.micro is not None:
                 self._unanswered.discard(message.micro)
                 asked = self._micros.get(message.micro)
                 if asked is not None:
-                    asked.fail(_missed(asked.step) if message.code == "stale" else SessionLost(message.text, message.code))
+                    asked.fail(missed(asked.step) if message.code == "stale" else SessionLost(message.text, message.code))
             elif isinstance(message, Fault) and message.code == "run-complete":
                 self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):

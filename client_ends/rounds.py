@@ -39,6 +39,7 @@ class EndsRounds:
         self._steps, self._part_bytes, self._trainables = steps, part_bytes, trainables
         self._parameters: list[Parameter] = []
         self._layout = Layout(())
+        self._declared = False  # in the present session
         self._due = -1  # the round that ended with this client's newest step
         self._over = -1  # the newest round that is over
         self._averaged = -1  # the newest that has an average
@@ -53,7 +54,7 @@ class EndsRounds:
         Raises:
             ConfigError: nothing of the ends is trained, or it cannot travel.
         """
-        if self._parameters:
+        if self._declared:
             return None
         named = dict(sorted(self._trainables().items()))
         if not named:
@@ -63,7 +64,19 @@ class EndsRounds:
         except ValueError as error:
             raise ConfigError(f"the ends cannot be averaged: {error}") from None
         self._parameters = list(named.values())
+        self._declared = True
         return self._layout
+
+    def begin_session(self) -> None:
+        """Another session of this client begins: it has to be told anew, and is given what the ends do not hold."""
+        self._declared = False
+        self._over = self._averaged = self.loaded
+        self._incoming.clear()
+
+    def stands_before(self, step: int) -> None:
+        """The session takes part in ``step``: the rounds before it are over."""
+        if self._due < step // self._steps:
+            self._due = -1
 
     def step_ended(self, step: int) -> None:
         """This client's part of a step has ended; after the last of a round, the average is to be awaited."""

@@ -5,20 +5,21 @@ The channel's I/O thread fills futures; the training thread sends and waits. Not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from client_ends.participant import Micro, Participant
-from splitfl.channel.client import ClientChannel, OpenTerms
+from client_ends.participant import Micro
+from client_ends.reconnecting import Reconnecting
+from splitfl.channel.client import ClientChannel, OnLost, OpenTerms
 from splitfl.errors import (
-    ConfigError,
     LocalProtocolError,
     RemoteProtocolError,
-    SessionLost,
-    SplitflError,
+    RunComplete,
+    RunWentBack,
     StepMissed,
     UserError,
 )
@@ -30,16 +31,17 @@ from splitfl.protocol.messages import (
     Backward,
     Forward,
     Hidden,
-    RefusalCode,
     Welcome,
 )
-from splitfl.tensors import DTYPES, byte_view, dtype_name, receive_buffer
+from splitfl.tensors import DTYPES, dtype_name, receive_buffer
 
 __all__ = ["TrunkSession"]
 
 
-class TrunkSession(Participant):
-    """One session. Made by :meth:`open`; ended by :meth:`close` or by the loss of the link, after which every call raises."""
+class TrunkSession(Reconnecting):
+    """One client's presence. Made by :meth:`open`; ended by :meth:`close`, or by the loss of a link that is not to be had again,
+    after which every call raises.
+    """
 
     @classmethod
     def open(
@@ -49,38 +51,47 @@ class TrunkSession(Participant):
         answer: Callable[[Welcome], OpenTerms],
         *,
         timeout: float = 10.0,
+        reconnect: float = 0.0,
+        replaces: str = "",
         **channel_options: Any,
     ) -> TrunkSession:
         """Connect and open a session. ``answer`` sees the run's terms and says what this client holds.
 
-        ``channel_options``: further arguments of :meth:`ClientChannel.open`, for tests and benchmarks.
+        ``reconnect``: seconds for which a link that was lost is tried to be had again (0: not at all). ``replaces``: a session
+        of this client's that was lost when its process was. ``channel_options``: further arguments of
+        :meth:`ClientChannel.open`, for tests and benchmarks; ``transport`` may be what makes one, as each serves one session.
 
         Raises:
             ConnectError, Refused: with one sentence that says why and what to do.
         """
         session = cls()
-        session._channel = ClientChannel.open(
-            join,
-            identity,
-            name="",
-            libraries=library_versions(),
-            answer=answer,
-            allocate=session._allocate,
-            on_data=session._on_data,
-            on_control=session._on_control,
-            on_lost=session._on_lost,
-            timeout=timeout,
-            **channel_options,
-        )
+        transport = channel_options.pop("transport", None)
+        make = transport if callable(transport) else lambda: transport
+        library = library_versions()
+
+        def agree(welcome: Welcome, replaces: str) -> OpenTerms:
+            session._same_run(welcome)
+            return dataclasses.replace(answer(welcome), replaces=replaces)
+
+        def opening(replaces: str, on_lost: OnLost) -> ClientChannel:
+            return ClientChannel.open(
+                join,
+                identity,
+                name="",
+                libraries=library,
+                answer=lambda welcome: agree(welcome, replaces),
+                allocate=session._allocate,
+                on_data=session._on_data,
+                on_control=session._on_control,
+                on_lost=on_lost,
+                transport=make(),
+                timeout=timeout,
+                **channel_options,
+            )
+
+        once = transport is not None and not callable(transport)
+        session._begin(opening, 0.0 if once else reconnect, replaces)
         return session
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.channel.bytes_sent
-
-    @property
-    def bytes_received(self) -> int:
-        return self.channel.bytes_received
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,31 +112,34 @@ class TrunkSession(Participant):
         afterwards.
         """
         self._check()
-        ordinal = 0
         if grad:
             self._check_missed()
             self._take_part()
-            ordinal, self._forwards = self._forwards, self._forwards + 1
-        # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
-        train = train and self._enrolled
         host = flat.detach().to("cpu").contiguous()
         rows, hidden = host.shape
         dtype = dtype_name(host.dtype)
+        # What is kept and what is sent must not come apart: who connects again sends what was kept.
         with self._lock:
+            self._await_link(steps=grad)
+            ordinal = self._forwards if grad else 0
+            if grad:
+                self._check_missed()
+                self._forwards += 1
+            # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
+            train = train and self._enrolled
             number, self._next_micro = self._next_micro, self._next_micro + 1
             self._micros[number] = Micro(self.step, rows, hidden, dtype, grad)
+            message = Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on, ordinal)
             if grad:
                 self._unanswered.add(number)
-        message = Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on, ordinal)
-        try:
-            self.channel.send(message, byte_view(host))
-        except LocalProtocolError:
-            with self._lock:
+            try:
+                self._send(message, host)
+            except LocalProtocolError:
                 self._unanswered.discard(number)
-            if not grad or not self._hears_of_drop():
+                if not grad or not self._hears_of_drop():
+                    raise
+                self._check_missed()
                 raise
-            self._check_missed()
-            raise
         return number
 
     def await_hidden(self, number: int) -> torch.Tensor:
@@ -143,19 +157,20 @@ class TrunkSession(Participant):
         self._check()
         self._check_missed()
         host = gradient.detach().to("cpu").contiguous()
-        micro = self._micros[number]
         rows, hidden = host.shape
         if targets > rows:
             raise UserError(
                 f"{targets} targets in {rows} tokens: set the labels of padding to -100, or mend what objective() was given"
             )
-        self._await_opened(micro.step)
-        self._backwards += 1
-        self._targets += targets
-        self.channel.send(
-            Backward(micro.step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor, want_grad),
-            byte_view(host),
-        )
+        self._await_opened(self._micros[number].step)
+        with self._lock:
+            self._await_link()
+            self._check_missed()
+            step = self._micros[number].step
+            self._backwards += 1
+            self._targets += targets
+            message = Backward(step, number, rows, hidden, dtype_name(host.dtype), "raw", targets, divisor, want_grad)
+            self._send(message, host)
 
     def await_grad(self, number: int) -> torch.Tensor:
         """The trunk's ``dh: (tokens, hidden)`` for a backward, in host memory. Raises StepMissed, SessionLost."""
@@ -166,20 +181,18 @@ class TrunkSession(Participant):
     def _result(self, answer: Future[torch.Tensor]) -> torch.Tensor:
         try:
             return answer.result()
-        except StepMissed:
-            self._give_up()
+        except (StepMissed, RunWentBack, RunComplete) as error:
+            with self._lock:
+                if error is self._fate:
+                    self._away = None
+                else:
+                    self._give_up()
             raise
 
     def forget(self, number: int) -> None:
         """Nothing more is awaited of this micro-batch; what still comes of it is received and dropped."""
         with self._lock:
             self._micros.pop(number, None)
-
-    def close(self) -> None:
-        """End the session, after what is queued has left."""
-        if self._channel is not None:
-            self._channel.close()
-        self._on_lost(SessionLost("the session was closed", "closed"))
 
     # --- the I/O thread's side --------------------------------------------------------------------------------------------------
 
@@ -207,21 +220,13 @@ class TrunkSession(Participant):
             with self._lock:
                 self._unanswered.discard(message.micro)
                 self._lock.notify_all()
+        again = self._heard_again(message)
         micro = self._micros.get(message.micro)
         if micro is None:
             return  # forgotten meanwhile: a forward whose loss was thrown away
         future = micro.y if isinstance(message, Hidden) else micro.dh
         if future.done():
-            if isinstance(future.exception(), StepMissed):
-                return  # the word that its step is over has overtaken it
+            if again or isinstance(future.exception(), StepMissed):
+                return  # answered before the link broke; or the word that its step is over has overtaken it
             raise RemoteProtocolError(f"a second answer to micro-batch {message.micro}")
         future.set_result(payload)
-
-    def _on_lost(self, error: SplitflError) -> None:
-        if isinstance(error, SessionLost) and error.code == RefusalCode.ENDS:
-            error = ConfigError(str(error))  # the user's to mend
-        with self._lock:
-            self._lost = self._lost or error
-            for micro in self._micros.values():
-                micro.fail(self._lost)
-            self._lock.notify_all()

@@ -8,23 +8,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from client_ends.data import Batches, TokenizedDataset, load_examples, pad_token, split_holdout, tokenize
+from client_ends.data import Batches, TokenizedDataset, pad_token
 from client_ends.evaluation import evaluate
+from client_ends.keeping import EndsKeeper, Place, last_session
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
+from client_ends.preparing import load_tokenizer, prepare_ends, read_data
 from client_ends.progress import Progress
-from splitfl.adapters import attach_lora, named_trainables, set_trainable
-from splitfl.adapters.results import describe_part
-from splitfl.checkpoint import checkpoint_directory, prune_checkpoints, save_checkpoint
+from client_ends.settings import TrainResult, TrainSettings
+from splitfl.adapters import named_trainables
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps
 from splitfl.config import LoraSettings, OptimizerSettings
-from splitfl.errors import ConfigError, ModelError, RunComplete, StepMissed
+from splitfl.errors import CheckpointError, ConfigError, RunComplete, RunWentBack, StepMissed
 from splitfl.libraries import differences, library_versions
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from splitfl.parts.cut import Cut
@@ -37,102 +37,6 @@ _FACES = {
     "causal-lm": SplitModelForCausalLM,
     "sequence-classification": SplitModelForSequenceClassification,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """What one client decides. Optimizer fields left None are the run's own. ``adapter_...``: of this client's own adapter in the
-    trunk, where the run has one for each client; rank and alpha hold for the ends' adapter too.
-    """
-
-    trunk: str
-    identity: str
-    data: str
-    model: str | None = None
-    revision: str | None = None
-    cut: str | None = None
-    task: str = "causal-lm"
-    columns: Mapping[str, str] | None = None
-    data_format: str | None = None
-    num_labels: int | None = None
-    label_names: tuple[str, ...] | None = None
-    max_length: int = 512
-    batch_size: int = 8
-    accumulate: int = 1
-    epochs: float = 1.0
-    steps: int = 0
-    evaluate: float = 0.05
-    evaluate_every: int = 0
-    ends: str = "lora"
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    clip: float | None = None
-    adapter_rank: int | None = None
-    adapter_alpha: float | None = None
-    adapter_learning_rate: float | None = None
-    adapter_weight_decay: float | None = None
-    seed: int = 0
-    out: str = ""
-    checkpoint_every: int = 0
-    device: str = "auto"
-    dtype: str | None = None
-    attn: str | None = None
-    threads: int = 0
-    trust_remote_code: bool = False
-    micro_batches: int = 1
-    timeout: float = 10.0
-    dump_hidden: str = ""
-
-    @property
-    def adapter(self) -> dict[str, float]:
-        """What this client asks for its own adapter in the trunk."""
-        names = ("rank", "alpha", "learning_rate", "weight_decay")
-        asked = {name: getattr(self, f"adapter_{name}") for name in names}
-        return {name: value for name, value in asked.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """How it went. Losses are means over target tokens (or labels). ``missed``: steps that went on without this client."""
-
-    steps: int
-    losses: list[float]
-    evaluation_before: dict[str, float] | None
-    evaluation_after: dict[str, float] | None
-    checkpoint: Path
-    bytes_sent: int
-    bytes_received: int
-    missed: int = 0
-
-
-def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """The training rows and the held-out rows (None where nothing is held out). Raises DataError, ConfigError."""
-    examples = load_examples(settings.data, columns=settings.columns, format=settings.data_format)
-    dataset = tokenize(
-        examples,
-        tokenizer,
-        # A tokenizer that knows no limit says so by an astronomical number.
-        max_length=min(settings.max_length, tokenizer.model_max_length),
-        task=settings.task,  # type: ignore[arg-type]
-        num_labels=settings.num_labels,
-        label_names=settings.label_names,
-    )
-    if not settings.evaluate:
-        return dataset, None
-    share: float = settings.evaluate if settings.evaluate < 1 else int(settings.evaluate)
-    return split_holdout(dataset, share, settings.seed)
-
-
-def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any:
-    """Make ``lora``, ``full`` or nothing (``frozen``) of the ends trainable; returns the model, wrapped where LoRA was
-    attached.
-    """
-    if ends == "lora":
-        return attach_lora(model, lora, seed=seed)
-    if ends not in ("full", "frozen"):
-        raise ConfigError(f"the ends can be trained as lora or full, or be frozen, not {ends!r}")
-    set_trainable(model, "full" if ends == "full" else "none")
-    return model
 
 
 def train(
@@ -148,17 +52,20 @@ def train(
 
     Raises:
         UserError: bad data, settings, keys or address; one sentence with the mend.
-        SessionLost: the session broke; the ends are kept as they were after their last step, under its number. The trunk may
-            stand one step earlier: it steps once every client is done.
+        SessionLost: the session broke and no other could be had within ``reconnect`` seconds; the ends are kept as they were
+            after their last step, under its number. The trunk may stand one step earlier: it steps once every client is done.
+        CheckpointError: the run went back to where none of the ends' checkpoints stands.
     """
     if settings.task not in _FACES:
         raise ConfigError(f"the task is {' or '.join(_FACES)}, not {settings.task!r}")
+    if settings.resume and not (settings.out and checkpoint_steps(settings.out)):
+        raise ConfigError(f"{settings.out or 'no directory'} holds no ends to go on from: leave --resume out")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     log = log or RunLog(None, echo=None)
     progress = progress or Progress(quiet=True)
     # Bad rows are the commonest mistake, so data is read before anybody is bothered, where the tokenizer is at hand.
-    early = None if settings.model is None else _load_tokenizer(settings.model, settings)
+    early = None if settings.model is None else load_tokenizer(settings.model, settings)
     data = None if early is None else read_data(settings, early)
 
     progress.say("joining the run")
@@ -179,25 +86,17 @@ def train(
         adapter=settings.adapter,
         micro_batches=settings.micro_batches,
         timeout=settings.timeout,
+        reconnect=settings.reconnect,
+        replaces=last_session(Path(settings.out)) if settings.resume else "",
         channel_options=channel_options,
         **extra,
     )
     try:
-        tokenizer = early or _load_tokenizer(model.config._name_or_path, settings)
+        tokenizer = early or load_tokenizer(model.config._name_or_path, settings)
         rows, held_out = data or read_data(settings, tokenizer)
         return _Run(settings, model, tokenizer, rows, held_out, log, progress).run()
     finally:
         model.close()
-
-
-def _load_tokenizer(path: str, settings: TrainSettings) -> Any:
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise ModelError(f"--model {path}: no such directory")
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer for {path}: {first}") from None
 
 
 class _Run:
@@ -248,8 +147,22 @@ class _Run:
         )
         self.losses: list[float] = []
         self.missed = 0
+        self.made = 0  # steps of this client, those that it missed included
         self.last_step = -1  # the run's number of the newest step the ends have made
-        self.out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
+        out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
+        self.keeper = EndsKeeper(
+            out,
+            self.model,
+            self.trainables,
+            self.optimizer,
+            self._about(),
+            keep=self.terms["checkpoint_keep"],
+            due=self.session.is_due,
+        )
+        self.stood: Place | None = None  # amid a step: where the ends stood before it
+        self.split.on_checkpoint(lambda step: self._save(), self.keeper.held)
+        self.session.on_link = self._hear_of_link
+        self.keeper.note_session(self.session.channel.opened.session)
         theirs = self.session.channel.welcome.libraries
         for name, (mine, other) in differences(library_versions(), theirs).items():
             log.write("version-differs", library=name, here=mine, server=other)
@@ -269,7 +182,9 @@ class _Run:
         settings = self.settings
         if settings.dump_hidden:
             self.split.trunk.on_first_forward = self._dump_hidden
-        before = self._evaluate("before")
+        if settings.resume:
+            self._resume()
+        before = None if settings.resume else self._evaluate("before")
         total = self.total_steps
         if self.terms["clients"] > 1:
             self.progress.say(f"enrolling; the first step of the run begins when {self.terms['clients']} clients have enrolled")
@@ -277,25 +192,20 @@ class _Run:
         stream = self._stream()
         self.model.train()
         try:
-            for step in range(total):
+            while True:
                 try:
-                    self._step(stream, step)
+                    while self.made < total:
+                        self._turn(stream, total)
+                    # The trunk must have made its last step before the held-out part is judged with it.
+                    self.split.wait_step()
+                    break
                 except RunComplete:
-                    if not self.losses:
+                    if not self.losses and not settings.resume:
                         raise
                     break  # joined late, or others were faster
-                except StepMissed as missed:
-                    self._drop_step(step, missed)
-                if step + 1 == total:
-                    self.session.leave()
-                self.session.settle_round()  # what is evaluated and kept is the average
-                if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < total:
-                    self.session.pause()
-                    self._evaluate(f"step {step + 1}")
-                if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
-                    self._save()
-            # The trunk must have made its last step before the held-out part is judged with it.
-            self.split.wait_step()
+                except RunWentBack as back:
+                    self._go_back(back.step)
+                    stream = self._stream()
         except BaseException:
             if self.last_step >= 0:
                 self.progress.say(f"ends kept in {self._save()}")
@@ -315,9 +225,27 @@ class _Run:
         while True:
             yield from self.batches
 
+    def _turn(self, stream: Iterator[dict[str, torch.Tensor]], total: int) -> None:
+        """One step, and what is due after it."""
+        settings, step = self.settings, self.made
+        self.stood = self._place()
+        try:
+            self._step(stream, step)
+        except StepMissed as missed:
+            self._drop_step(step, missed)
+        if step + 1 == total:
+            self.session.leave()
+        self.session.settle_round()  # what is evaluated and kept is the average
+        if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < total:
+            self.session.pause()
+            self._evaluate(f"step {step + 1}")
+        if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
+            self._save()
+
     def _drop_step(self, step: int, missed: StepMissed) -> None:
         """The run went on without this client's part of a step: nothing of it is used here either."""
         self.missed += 1
+        self.made, self.stood = step + 1, None
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         self.log.write("step-missed", quiet=True, step=step, why=str(missed))
@@ -335,7 +263,8 @@ class _Run:
             total, targets = total + float(loss.detach()) * counted, targets + counted
             tokens += float(batch["attention_mask"].sum())
         rate = learning_rate_at(step, self.optim_settings)
-        self.last_step = self.session.step
+        # Where a checkpoint is due it is written as the step ends, within the optimizer's own call.
+        self.last_step, self.made, self.stood = self._number(), step + 1, None
         if self.optimizer is not None:
             if self.optim_settings.clip:
                 torch.nn.utils.clip_grad_norm_(list(self.trainables.values()), self.optim_settings.clip)
@@ -371,31 +300,80 @@ class _Run:
     def _dump_hidden(self, flat: torch.Tensor) -> None:
         Path(self.settings.dump_hidden).write_bytes(flat.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
-    def _save(self) -> Path:
-        """Keep the ends as they are after the last step: weights, optimizer, random state, data position.
+    def _hear_of_link(self, text: str) -> None:
+        self.log.write("link", quiet=True, what=text)
+        self.progress.say(f"note: {text}")
+        self.keeper.note_session(self.session.channel.opened.session)
 
-        The checkpoint bears the run's own step number, so that it finds the trunk's of the same step.
-        """
-        step = self.last_step
-        directory = checkpoint_directory(self.out, step)
+    # --- keeping the ends, and going on from what was kept ----------------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint of the ends says of them."""
         trained = {"lora": "lora", "full": "full", "frozen": "none"}[self.settings.ends]
         cut = Cut.parse(self.terms["cut"])
         path = self.settings.model or self.terms["model"]
-        meta = describe_part(
-            self.model,
-            part="ends",
-            base=path,
-            identity=model_identity(path, revision=self.settings.revision).to_plain(),
-            cut=(cut.input_blocks, cut.output_blocks),
-            trainables=trained,  # type: ignore[arg-type]
-            lora=self.lora if trained == "lora" else None,
-            task=self.settings.task,
-            step=step,
-            run=self.session.channel.welcome.run,
-        )
-        extra: dict[str, Any] = {"generator": torch.get_rng_state(), "data": self.batches.state_dict()}
+        return {
+            "part": "ends",
+            "base": path,
+            "identity": model_identity(path, revision=self.settings.revision).to_plain(),
+            "cut": (cut.input_blocks, cut.output_blocks),
+            "trainables": trained,
+            "lora": self.lora if trained == "lora" else None,
+            "task": self.settings.task,
+            "run": self.session.channel.welcome.run,
+        }
+
+    def _number(self) -> int:
+        """The number of the step that the ends are about to make; without a barrier the run's numbers are not this client's."""
+        own: int = self.session.step
+        return own if self.terms["mode"] != "async" else max(own, self.last_step + 1)
+
+    def _place(self) -> Place:
+        rounds = self.session.rounds
+        average = -1 if rounds is None else rounds.loaded
+        return Place.of({"batches": self.batches.state_dict(), "made": self.made, "missed": self.missed, "average": average})
+
+    def _save(self) -> Path:
+        """Keep the ends as they are after their last step, under the run's own number of it, so that they find the trunk's
+        checkpoint of the same step.
+        """
+        directory = checkpoint_directory(self.keeper.out, self.last_step)
+        return directory if self.keeper.newest == directory else self.keeper.save(self.last_step, self.stood or self._place())
+
+    def _resume(self) -> None:
+        """Go on from what an earlier process kept: enrol, hear which step that means, and stand before it."""
+        self._load(self.keeper.held()[-1])
+        if self.made >= self.total_steps:
+            raise ConfigError(
+                f"the ends in {self.keeper.out} have made all their {self.made} steps: nothing is left to go on with"
+            )
+        step = self.session.enrol()
+        if self.terms["mode"] != "async" and self.last_step >= step:
+            self._go_back(step)
+        self.progress.say(f"going on with step {step} of the run; the ends stand after step {self.last_step}")
+
+    def _go_back(self, step: int) -> None:
+        """Stand before the run's step ``step`` again, as far as what was kept allows.
+
+        Raises:
+            CheckpointError: all that was kept is newer.
+        """
+        before = self.keeper.newest_before(step)
+        if before is None:
+            raise CheckpointError(
+                f"the run goes on from step {step}, before which nothing of these ends was kept: begin anew, with another --out"
+            )
+        self._load(before)
+        self.progress.say(f"note: the run goes on from step {step}; the ends stand after step {before} again")
+
+    def _load(self, step: int) -> None:
+        gone = self.made
+        place = self.keeper.load(step)
         if self.optimizer is not None:
-            extra["optimizer"] = self.optimizer.state_dict()
-        save_checkpoint(directory, {name: p.detach() for name, p in self.trainables.items()}, meta, extra)
-        prune_checkpoints(self.out, 3)
-        return directory
+            self.optimizer.zero_grad(set_to_none=True)
+        self.batches.load_state_dict(place["batches"])
+        if self.session.rounds is not None:
+            self.session.rounds.loaded = place["average"]
+        self.made, self.missed, self.last_step, self.stood = place["made"], place["missed"], step, None
+        self.losses = self.losses[: max(0, len(self.losses) - max(0, gone - self.made))]
+        self.log.write("resumed", quiet=True, step=step, made=self.made)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -23,13 +23,23 @@ from splitfl.protocol.control import DTYPES as ITEM_BYTES
 from splitfl.protocol.messages import EndsPart
 from splitfl.tensors import DTYPES, byte_view
 
-__all__ = ["Average", "Averager", "Done", "Reduce", "Whole"]
+__all__ = ["Average", "Averager", "Done", "Replicas", "Whole"]
 
 #: Elements of the sum held at a time.
 _SLICE = 1 << 20
 
-#: Sums a tensor over all replicas, in place.
-Reduce = Callable[[torch.Tensor], None]
+#: Seconds that the thread may take to its end; it may be waiting for a replica that is gone.
+_GOODBYE = 10.0
+
+
+class Replicas(Protocol):
+    """The replicas of a run that has several: each gathers its own clients' ends, and one average is made of all."""
+
+    rank: int
+    size: int
+
+    def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum tensors over all replicas, in place. Each calls it at the same points."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,14 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A round's average is there (None: nobody's ends were in it)."""
+    """A round's average is there (None: nobody's ends were in it), of so many ``members`` on all replicas, with so many
+    ``targets``. ``fits``: whether this replica's clients train what the others' do; if not, theirs are not in it.
+    """
 
     average: Average | None
+    members: int
+    targets: int
+    fits: bool = True
 
 
 @dataclass
@@ -85,12 +100,10 @@ class Averager:
         *,
         credit: Callable[[str, int], None],
         tell: Callable[[], None],
-        reduce: Reduce = lambda tensor: None,
+        replicas: Replicas | None = None,
     ) -> None:
-        """``credit(session, bytes)``: a part has left memory. ``tell()``: something is to be taken by :meth:`take`. ``reduce``:
-        sums over the run's replicas, where there are several.
-        """
-        self._directory, self._credit, self._tell, self._reduce = directory, credit, tell, reduce
+        """``credit(session, bytes)``: a part has left memory. ``tell()``: something is to be taken by :meth:`take`."""
+        self._directory, self._credit, self._tell, self._replicas = directory, credit, tell, replicas
         self._uploads: dict[str, _Upload] = {}
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._news: queue.SimpleQueue[Whole | Done] = queue.SimpleQueue()
@@ -107,8 +120,10 @@ class Averager:
         """Forget what a session has sent."""
         self._do(lambda: self._forget(session))
 
-    def average(self, number: int, layout: Layout, weights: Mapping[str, int]) -> None:
-        """Average the whole uploads of the sessions in ``weights``, in that order, and forget all uploads."""
+    def average(self, number: int, layout: Layout | None, weights: Mapping[str, int]) -> None:
+        """Average the whole uploads of the sessions in ``weights``, in that order, and forget all uploads. ``layout``: of this
+        replica's clients; None where it has had none.
+        """
         self._do(lambda: self._average(number, layout, dict(weights)))
 
     def take(self) -> list[Whole | Done]:
@@ -125,7 +140,7 @@ class Averager:
         if self._thread is not None:
             self._failure = self._failure or RuntimeError("the server has stopped")
             self._work.put(None)
-            self._thread.join()
+            self._thread.join(_GOODBYE)
             self._thread = None
 
     def restore(self, number: int, tensors: Mapping[str, torch.Tensor]) -> Average:
@@ -178,16 +193,41 @@ class Averager:
         if upload is not None:
             upload.file.close()
 
-    def _average(self, number: int, layout: Layout, weights: dict[str, int]) -> None:
-        members = [(self._uploads[session].file, weight) for session, weight in weights.items()]
-        total = torch.tensor([float(sum(weights.values()))], dtype=torch.float64)
-        self._reduce(total)
-        average = self._mean(number, layout, members, float(total)) if float(total) > 0 else None
+    def _sum(self, tensor: torch.Tensor) -> None:
+        """Over all replicas, in place."""
+        if self._replicas is not None:
+            self._replicas.all_reduce_tensors([tensor])
+
+    def _agree(self, layout: Layout | None) -> Layout | None:
+        """The layout of the first replica that has one."""
+        if self._replicas is None:
+            return layout
+        mine = b"" if layout is None else layout.to_bytes()
+        sizes = torch.zeros(self._replicas.size, dtype=torch.int64)
+        sizes[self._replicas.rank] = len(mine)
+        self._sum(sizes)
+        first = next((rank for rank, size in enumerate(sizes.tolist()) if size), None)
+        if first is None:
+            return None
+        said = torch.zeros(int(sizes[first]), dtype=torch.uint8)
+        if first == self._replicas.rank:
+            said.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        self._sum(said)  # the others add nothing
+        return Layout.from_bytes(bytes(byte_view(said)))
+
+    def _average(self, number: int, layout: Layout | None, weights: dict[str, int]) -> None:
+        agreed = self._agree(layout)
+        fits = layout is None or layout == agreed
+        members = [(self._uploads[session].file, weight) for session, weight in weights.items()] if fits else []
+        total = torch.tensor([sum(weight for _, weight in members), len(members)], dtype=torch.int64)
+        self._sum(total)
+        targets, count = total.tolist()
+        average = self._mean(number, agreed, members, targets) if agreed is not None and targets else None
         for session in list(self._uploads):
             self._forget(session)
-        self._say(Done(average))
+        self._say(Done(average, count, targets, fits))
 
-    def _mean(self, number: int, layout: Layout, members: Sequence[tuple[BinaryIO, int]], total: float) -> Average:
+    def _mean(self, number: int, layout: Layout, members: Sequence[tuple[BinaryIO, int]], total: int) -> Average:
         """``sum_i n_i theta_i / sum_i n_i``, slice by slice, in float32 (float64 for float64)."""
         out = self._file()
         for spec, begin in zip(layout.tensors, layout.offsets, strict=True):
@@ -197,7 +237,7 @@ class Averager:
                 for file, weight in members:
                     theta = self._read(file, spec, begin, first, count)
                     mean.add_(theta.to(mean.dtype), alpha=weight / total)
-                self._reduce(mean)
+                self._sum(mean)
                 out.write(byte_view(mean.to(DTYPES[spec.dtype])))
         return self._mapped(number, layout, out)
 

@@ -15,8 +15,7 @@ from server_trunk.ends_book import EndsBook
 from server_trunk.ledger import Ledger
 from server_trunk.outlet import Outlet
 from server_trunk.rounds import Rounds
-from splitfl.adapters.layout import Layout
-from splitfl.protocol.messages import AveragePart, EndsPart, RoundClosed, RoundOpened
+from splitfl.protocol.messages import AveragePart, EndsPart, Fault, RefusalCode, RoundClosed, RoundOpened
 from splitfl.runlog import RunLog
 
 __all__ = ["RoundKeeper"]
@@ -64,8 +63,8 @@ class RoundKeeper:
         parts = ledger.parts.values()
         ended = [part for part in parts if part.done is not None and not part.withdrawn]
         self._present = {part.session: part.client for part in ended if part.session in self.names}
-        self._asked = self._rounds.open(ledger.step, self._present)
         self._step, self._began, self._closing = ledger.step, time.monotonic(), False
+        self._asked = self._rounds.open(ledger.step, self._present, self._began)
         self._whole, self._left_out = set(), {}
         for session in self._asked:
             self._book.ask(session, self._rounds.number)
@@ -93,7 +92,7 @@ class RoundKeeper:
         """Go on with the open round as far as it goes."""
         for news in self._averager.take():
             if isinstance(news, Done):
-                self._close(news.average)
+                self._close(news)
             elif self._rounds.awaits(news.session, self._rounds.number):
                 self._whole.add(news.session)
                 self._rounds.whole(news.session, time.monotonic())
@@ -117,30 +116,38 @@ class RoundKeeper:
         self._closing = True
         # In the order of names, so that who was faster changes no digit.
         weights = dict(sorted(self._rounds.weights.items(), key=lambda item: (self._present[item[0]], item[0])))
-        layout = self._book.layout
-        self._averager.average(self._rounds.number, layout or Layout(()), weights)
+        self._averager.average(self._rounds.number, self._book.layout, weights)
 
-    def _close(self, average: Average | None) -> None:
-        weights = self._rounds.weights
+    def _close(self, done: Done) -> None:
+        weights, average = self._rounds.weights if done.fits else {}, done.average
         self._rounds.close()
+        closed = RoundClosed(self._rounds.number, done.members, done.targets)
+        if not done.fits:
+            self._expel(average)
         if average is not None:
-            self.average = average
+            self.average, self._closed = average, closed
             self._book.keep(average.layout)
-        closed = RoundClosed(self._rounds.number, len(weights) if average is not None else 0, sum(weights.values()))
-        if average is not None:
-            self._closed = closed
         self._over = closed, average
         size = average.layout.bytes if average is not None else 0
         self._log.write(
             "round",
             round=self._rounds.number,
             step=self._step,
-            members={self._named(session): weight for session, weight in weights.items()},
+            targets=done.targets,
+            members=dict(sorted((self._named(session), weight) for session, weight in weights.items())),
             left_out=self._left_out or None,
             bytes_received=size * len(self._whole),
             bytes_sent=size * sum(session in self.names for session in self._present),
             seconds=round(time.monotonic() - self._began, 4),
         )
+
+    def _expel(self, average: Average | None) -> None:
+        """The clients of this replica train other ends than those of the others, which were first."""
+        theirs = average.layout.describe() if average is not None else "others"
+        text = f"this run averages ends trained as {theirs}, which yours are not; use the same --ends as the other clients"
+        for session in self._present:
+            if session in self.names:
+                self._outlet.end(session, Fault(RefusalCode.ENDS, text))
 
     def tell(self) -> None:
         """Tell those that await the end of a round of it, and give them the average."""

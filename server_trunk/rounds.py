@@ -18,16 +18,18 @@ __all__ = ["Rounds"]
 class Rounds:
     """Every method is called from the trunk's thread; ``now`` is its clock, seconds."""
 
-    def __init__(self, *, steps: int, deadline: float = 0.0) -> None:
-        """``steps``: closed steps a round has. ``deadline``: seconds for which others wait for a member (0: no limit)."""
-        self._steps, self._deadline = steps, deadline
+    def __init__(self, *, steps: int, deadline: float = 0.0, alone: bool = True) -> None:
+        """``steps``: closed steps a round has. ``deadline``: seconds for which others wait for a member (0: no limit). ``alone``:
+        whether nobody waits on another replica.
+        """
+        self._steps, self._deadline, self._alone = steps, deadline, alone
         self._targets: Counter[str] = Counter()  # since the last round, by session
         self._clients: dict[str, str] = {}  # of those sessions
         self._carried: Counter[str] = Counter()  # the same, of sessions that are gone, by client
         self._go_on: set[str] = set()  # sessions whose ends hold what their client did in one that is gone
         self._weights: dict[str, int] = {}  # of those asked for their ends, still there and in time
         self._awaited: set[str] = set()
-        self._since: float | None = None  # when the first was whole
+        self._since: float | None = None  # since when others wait: the first was whole
         self.number = -1  # the open round, or the newest
         self.is_open = False
 
@@ -49,11 +51,11 @@ class Rounds:
         """Whether ``step`` is the last of a round."""
         return (step + 1) % self._steps == 0
 
-    def open(self, step: int, present: Mapping[str, str]) -> dict[str, int]:
+    def open(self, step: int, present: Mapping[str, str], now: float = 0.0) -> dict[str, int]:
         """Open the round that ends with ``step``; returns the weights of those of ``present``, clients by session, that are to
         send their ends.
         """
-        self.number, self.is_open, self._since = (step + 1) // self._steps - 1, True, None
+        self.number, self.is_open, self._since = (step + 1) // self._steps - 1, True, None if self._alone else now
         for session in self._go_on & present.keys():
             self._targets[session] += self._carried.pop(present[session], 0)
         self._weights = {session: self._targets[session] for session in present if self._targets[session] > 0}

@@ -70,6 +70,7 @@ class StepKeeper:
         self._tokens = 0
         self.trained = False  # whether a step has closed
         self.ending = False  # no further step opens
+        self.stands = steps.number  # the open step, or the next to open
 
     # --- what clients say -------------------------------------------------------------------------------------------------------
 
@@ -114,8 +115,7 @@ class StepKeeper:
 
     def wake(self, now: float) -> float | None:
         """Seconds until :meth:`turn` is worth calling again though nothing has happened; None: no need."""
-        times = [self._steps.wake(now), None if self._rounds is None else self._rounds.wake(now)]
-        return min((time for time in times if time is not None), default=None)
+        return self._rounds.wake(now) if self._rounds is not None and self._rounds.is_open else self._steps.wake(now)
 
     def take_stale(self, session: str, micro: int) -> None:
         """A micro-batch of a step that did not wait for it. Credit does not bound these: it is given back before they are
@@ -158,17 +158,15 @@ class StepKeeper:
 
     def turn(self) -> None:
         """Close the step that is whole, open the next, and tell whom it concerns."""
+        if not self._finish():
+            return
         for part in self._steps.ended():
             self._tell_closed(part, part.step, part.targets, 1)
         ledger = self._steps.close()
         if ledger is not None:
             self._close(ledger)
-        if self._rounds is not None:
-            self._rounds.turn()
-            if self._rounds.is_open:
+            if not self._finish():
                 return
-        if self._unsaid is not None:
-            self._say(*self._unsaid)
         if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
             self._answer_stale()
             return
@@ -189,6 +187,7 @@ class StepKeeper:
         if common is not None:
             self._run.go_back(common)
             self._steps.go_back(common + 1)
+            self.stands = common + 1
 
     def _answer_stale(self) -> None:
         """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
@@ -248,11 +247,22 @@ class StepKeeper:
         if self._rounds is not None:
             self._rounds.step_closed(ledger)
 
+    def _finish(self) -> bool:
+        """Say what is unsaid, once the round that it ends is over; False while that goes on."""
+        if self._rounds is not None:
+            self._rounds.turn()
+            if self._rounds.is_open:
+                return False
+        if self._unsaid is not None:
+            self._say(*self._unsaid)
+        return True
+
     def _say(self, ledger: Ledger, report: StepReport) -> None:
         """A step is over, and so is the round that it ended, if it did."""
         # First kept, then said: a run that starts again never stands before a checkpoint that its clients have heard of.
         kept = self._run.made(ledger)
         self._unsaid = None
+        self.stands = self._steps.number
         if ledger.ends_parts:
             for part in ledger.parts.values():
                 norm = report.of(part.client).grad_norm

@@ -142,7 +142,7 @@ class TrunkLoop:
     @property
     def step(self) -> int:
         """The open step, or the next to open. From any thread."""
-        return self._steps.number
+        return self._keeper.stands
 
     def wake(self) -> None:
         """Let the thread look around. From any thread."""
@@ -218,7 +218,7 @@ class TrunkLoop:
         if message is None:
             if event.opened:
                 if self._names.get(event.replaces) == event.name:
-                    self._end(event.replaces, "lost", "another session of this client has taken its place")
+                    self._end(event.replaces, "replaced", "another session of this client has taken its place")
                 self._names[session] = event.name
                 self._engine.training.joined(event.name)
             else:

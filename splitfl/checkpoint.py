@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,14 +202,17 @@ def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     return checkpoint_directory(run_dir, steps[-1]) if steps else None
 
 
-def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> list[int]:
-    """Delete all but the newest ``keep`` checkpoints of a run and what interrupted writes left; return the steps gone.
+def prune_checkpoints(
+    run_dir: str | os.PathLike[str], keep: int, *, among: Callable[[int], bool] = lambda step: True
+) -> list[int]:
+    """Delete all but the newest ``keep`` checkpoints of a run (of steps ``among`` which to choose) and what interrupted writes
+    left; return the steps gone.
 
     Not to be called while another thread writes a checkpoint of the same run.
     """
     if keep < 1:
         raise ValueError("at least one checkpoint has to be kept")
-    gone = checkpoint_steps(run_dir)[:-keep]
+    gone = [step for step in checkpoint_steps(run_dir) if among(step)][:-keep]
     for step in gone:
         shutil.rmtree(checkpoint_directory(run_dir, step))
     folder = Path(run_dir) / "checkpoints"

@@ -92,3 +92,14 @@ class StepMissed(ChannelError):
     """The run's step went on without this client, which was late. The session stays: drop the gradients of this step and go on
     with the next batch, which takes part in the next step. What had counted by then stays in the trunk's step.
     """
+
+
+class RunWentBack(ChannelError):
+    """The run goes on from step ``step``, before which this client does not stand any more: its server was started again from an
+    older checkpoint. Load what was kept of the ends after the step before (see ``model.on_checkpoint``) and repeat from there;
+    the model goes on working.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the run went back to step {step}: load the ends as they were before it, and repeat from there")
+        self.step = step

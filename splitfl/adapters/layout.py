@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,15 @@ class Layout:
         plain = [(spec.name, (spec.dtype, spec.shape)) for spec in self.tensors]
         pieces = [tuple(plain[begin : begin + MAX_NAMED]) for begin in range(0, len(plain), MAX_NAMED)]
         return [Ends(piece, more=index + 1 < len(pieces)) for index, piece in enumerate(pieces)]
+
+    def to_bytes(self) -> builtins.bytes:
+        """For another process of this server."""
+        return json.dumps([(spec.name, spec.dtype, spec.shape) for spec in self.tensors]).encode()
+
+    @classmethod
+    def from_bytes(cls, said: builtins.bytes) -> Layout:
+        """What :meth:`to_bytes` gave."""
+        return cls(tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in json.loads(said)))
 
     @functools.cached_property
     def bytes(self) -> int:

@@ -67,3 +67,10 @@ def test_bare_trunk():
     for row in result["details"].values():
         assert 0 < row["busy_share"] <= 1
         assert row["share_of_bare"] == pytest.approx(row["served_tokens_per_second"] / row["bare_tokens_per_second"], rel=0.5)
+
+
+def test_rounds():
+    result = run("rounds")
+    for runs in result["results"].values():
+        assert runs["0"]["mb_sent"] < runs["16"]["mb_sent"] < runs["4"]["mb_sent"] < runs["1"]["mb_sent"]
+        assert all(each["loss"] < each["loss_before"] for each in runs.values())

@@ -119,7 +119,7 @@ def test_what_was_trained_is_what_merge_gives_to_plain_transformers_and_peft(tmp
 def test_one_client_killed_the_other_goes_on_and_a_stopped_server_says_so(tmp_path, stories, text):
     run = Run(tmp_path, stories, 2)
     try:
-        steady, doomed = (run.client(index, text, "--steps", 400, "--evaluate", 0) for index in range(2))
+        steady, doomed = (run.client(index, text, "--steps", 400, "--evaluate", 0, "--reconnect", 0) for index in range(2))
         run.wait_for_step(3)
         doomed.kill()
         doomed.communicate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,10 @@ def test_who_others_have_waited_for_too_long_is_late():
     assert rounds.wake(102.0) == 3.0
     assert rounds.overdue(104.9) == []
     assert rounds.overdue(105.0) == ["a1"]
+    elsewhere = Rounds(steps=1, deadline=5.0, alone=False)  # others wait on another replica
+    elsewhere.count(ledger(0, a1=1), here)
+    elsewhere.open(0, here, 100.0)
+    assert elsewhere.overdue(105.0) == ["a1"]
 
 
 @pytest.mark.parametrize(("goes_on", "weight"), [(True, 7), (False, 4)])
@@ -228,33 +234,57 @@ def test_the_mean_is_weighted_and_in_each_tensors_own_type(tmp_path, monkeypatch
     sums.averager.close()
 
 
-def test_replicas_sum_over_all(tmp_path):
-    """Two averagers whose sums are added, as an all-reduce would."""
-    totals: list[torch.Tensor] = []
+class Joined:
+    """Replicas that are threads: each hands in its tensors and gets the sums."""
 
-    def record(tensor: torch.Tensor) -> None:
-        totals.append(tensor.clone())
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.tensors: list[Sequence[torch.Tensor]] = [()] * size
 
-    first = Sums(tmp_path, reduce=record)
-    layout = first.send("x", ends(0))
-    first.averager.average(0, layout, {"x": 3})
-    first.news(2)
-    place = iter(range(len(totals)))
+    def place(self, rank: int) -> Any:
+        return _Place(self, rank)
 
-    def add(tensor: torch.Tensor) -> None:
-        index = next(place)
-        # The other's mean was formed with its own total alone.
-        tensor += totals[index] if index == 0 else totals[index] * (3 / 4)
 
-    second = Sums(tmp_path, reduce=add)
-    second.send("y", ends(1))
-    second.averager.average(0, layout, {"y": 1})
-    _, done = second.news(2)
-    assert isinstance(done, Done)
-    assert done.average is not None
-    plain = 0.75 * ends(0)["a"] + 0.25 * ends(1)["a"]
-    assert torch.allclose(done.average.tensors()["a"], plain, atol=1e-6)
-    for sums in (first, second):
+class _Place:
+    def __init__(self, joined: Joined, rank: int) -> None:
+        self._joined, self.rank, self.size = joined, rank, joined.size
+
+    def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        joined = self._joined
+        joined.tensors[self.rank] = tensors
+        joined.barrier.wait(20)
+        sums = [sum(each[1:], each[0].clone()) for each in zip(*joined.tensors, strict=True)]
+        joined.barrier.wait(20)
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_one_average_is_made_of_all_replicas(tmp_path, monkeypatch, fits):
+    """One with a client, one with two, one that never had any."""
+    monkeypatch.setattr("server_trunk.averaging._SLICE", 50)
+    joined = Joined(3)
+    first, second, third = (Sums(tmp_path, replicas=joined.place(rank)) for rank in range(3))
+    layout = second.send("x", ends(0))
+    theirs = {name: value for name, value in ends(1).items() if fits or name != "a"}
+    other = third.send("y", theirs)
+    third.send("z", {name: ends(2)[name] for name in theirs})
+    second.news(1)
+    third.news(2)
+    first.averager.average(0, None, {})
+    second.averager.average(0, layout, {"x": 3})
+    third.averager.average(0, other, {"y": 1, "z": 4})
+    done = [sums.news(1)[0] for sums in (first, second, third)]
+    weights = {0: 3, 1: 1, 2: 4} if fits else {0: 3}
+    plain = sum(ends(seed)["a"].double() * (weight / sum(weights.values())) for seed, weight in weights.items())
+    for each in done:
+        assert isinstance(each, Done)
+        assert each.average is not None
+        assert (each.members, each.targets) == (len(weights), sum(weights.values()))
+        assert torch.allclose(each.average.tensors()["a"].double(), plain, rtol=0, atol=1e-6)
+    assert [each.fits for each in done if isinstance(each, Done)] == [True, True, fits]
+    for sums in (first, second, third):
         sums.averager.close()
 
 
@@ -277,8 +307,8 @@ def test_a_disk_that_is_full_leaves_that_client_out(tmp_path, monkeypatch):
 
 def test_nobodys_ends_are_no_average(tmp_path):
     sums = Sums(tmp_path)
-    sums.averager.average(0, Layout(()), {})
-    assert sums.news(1) == [Done(None)]
+    sums.averager.average(0, None, {})
+    assert sums.news(1) == [Done(None, 0, 0)]
     sums.averager.close()
     with pytest.raises(RuntimeError):
         sums.averager.take()

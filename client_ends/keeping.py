@@ -1,0 +1,147 @@
+"""What a client keeps of its ends, and how it goes on from it: checkpoints under the run's step numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from splitfl.adapters.results import describe_part
+from splitfl.adapters.trainables import copy_into
+from splitfl.checkpoint import (
+    checkpoint_directory,
+    checkpoint_steps,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    unpack_state,
+)
+from splitfl.errors import CheckpointError
+
+__all__ = ["EndsKeeper", "Place", "last_session"]
+
+#: Other than at the run's checkpoints: of the client's own choice, or where a run broke off.
+_OTHERS = 3
+
+_SESSION = "session"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a client stands beside its weights. ``plain``: its place in the data and its own counters; ``generator`` and
+    ``random``: torch's random state on the CPU; Python's, and that of CUDA devices.
+    """
+
+    plain: dict[str, Any]
+    generator: torch.Tensor
+    random: dict[str, Any]
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Place:
+        """As it is now."""
+        return cls(plain, torch.get_rng_state(), _random_state())
+
+
+class EndsKeeper:
+    """Saves and loads the ends in ``out``. ``describe``: what :func:`~splitfl.adapters.results.describe_part` is told beside the
+    step. ``keep``: how many of the run's checkpoints are kept, which are those of steps that are ``due``.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        model: Any,
+        trainables: Mapping[str, Parameter],
+        optimizer: torch.optim.Optimizer | None,
+        describe: Mapping[str, Any],
+        *,
+        keep: int,
+        due: Callable[[int], bool],
+    ) -> None:
+        self.out = out
+        self._model, self._trainables, self._optimizer, self._describe = model, trainables, optimizer, describe
+        self._keep, self._due = keep, due
+        self.newest: Path | None = None  # written last, or loaded since
+
+    def held(self) -> list[int]:
+        """The steps there are checkpoints of, ascending."""
+        return checkpoint_steps(self.out)
+
+    def save(self, step: int, place: Place) -> Path:
+        """Keep weights and optimizer as they are after the run's step ``step``, and ``place``, atomically."""
+        directory = checkpoint_directory(self.out, step)
+        meta = describe_part(self._model, step=step, **self._describe)
+        extra: dict[str, Any] = {"generator": place.generator, "random": place.random, "data": place.plain}
+        if self._optimizer is not None:
+            extra["optimizer"] = self._optimizer.state_dict()
+        save_checkpoint(directory, {name: p.detach() for name, p in self._trainables.items()}, meta, extra)
+        # The server may stand one checkpoint behind this one until it has written its own.
+        prune_checkpoints(self.out, self._keep + 1, among=self._due)
+        prune_checkpoints(self.out, _OTHERS, among=lambda each: not self._due(each))
+        self.newest = directory
+        return directory
+
+    def newest_before(self, step: int) -> int | None:
+        """The newest step before ``step`` that there is a checkpoint of."""
+        return max((each for each in self.held() if each < step), default=None)
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The ends are as they were after ``step``; returns their place. Later checkpoints stay until they are written over.
+
+        Raises:
+            CheckpointError: it is damaged, or of other ends.
+        """
+        directory = checkpoint_directory(self.out, step)
+        tensors, meta, files = load_checkpoint(directory)
+        mine = describe_part(self._model, step=step, **self._describe)
+        for name in ("identity", "cut", "trainables", "lora", "task", "run"):
+            if meta.get(name) != mine.get(name):
+                raise CheckpointError(
+                    f"{directory} was written with {name} = {meta.get(name)}, not {mine.get(name)}: resume with the same"
+                )
+        state = {name: unpack_state(content) for name, content in files.items()}
+        if not {"generator", "random", "data"} <= set(state):
+            raise CheckpointError(f"{directory} does not say where the ends stood: it was written by an earlier splitfl")
+        copy_into(self._trainables, tensors)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+        _set_random_state(state["random"])
+        self.newest = directory
+        place: dict[str, Any] = state["data"]
+        return place
+
+    # --- the session, for a process that comes after this one -------------------------------------------------------------------
+
+    def note_session(self, session: str) -> None:
+        """The session that this process has open."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / _SESSION).write_text(session, encoding="utf-8")
+
+
+def last_session(out: Path) -> str:
+    """The session of the process that had ``out`` before; empty where none is known."""
+    try:
+        return (out / _SESSION).read_text(encoding="utf-8")[:64].strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, torch.tensor(numbers, dtype=torch.int64), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

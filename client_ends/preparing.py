@@ -1,0 +1,57 @@
+"""What stands before training: the tokenizer, the rows, and what of the ends is trainable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from client_ends.data import TokenizedDataset, load_examples, split_holdout, tokenize
+from client_ends.settings import TrainSettings
+from splitfl.adapters import attach_lora, set_trainable
+from splitfl.config import LoraSettings
+from splitfl.errors import ConfigError, ModelError
+
+__all__ = ["load_tokenizer", "prepare_ends", "read_data"]
+
+
+def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """The training rows and the held-out rows (None where nothing is held out). Raises DataError, ConfigError."""
+    examples = load_examples(settings.data, columns=settings.columns, format=settings.data_format)
+    dataset = tokenize(
+        examples,
+        tokenizer,
+        # A tokenizer that knows no limit says so by an astronomical number.
+        max_length=min(settings.max_length, tokenizer.model_max_length),
+        task=settings.task,  # type: ignore[arg-type]
+        num_labels=settings.num_labels,
+        label_names=settings.label_names,
+    )
+    if not settings.evaluate:
+        return dataset, None
+    share: float = settings.evaluate if settings.evaluate < 1 else int(settings.evaluate)
+    return split_holdout(dataset, share, settings.seed)
+
+
+def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any:
+    """Make ``lora``, ``full`` or nothing (``frozen``) of the ends trainable; returns the model, wrapped where LoRA was
+    attached.
+    """
+    if ends == "lora":
+        return attach_lora(model, lora, seed=seed)
+    if ends not in ("full", "frozen"):
+        raise ConfigError(f"the ends can be trained as lora or full, or be frozen, not {ends!r}")
+    set_trainable(model, "full" if ends == "full" else "none")
+    return model
+
+
+def load_tokenizer(path: str, settings: TrainSettings) -> Any:
+    """Raises ModelError, with the mend."""
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ModelError(f"--model {path}: no such directory")
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no tokenizer for {path}: {first}") from None

@@ -1,0 +1,344 @@
+"""A link that was lost is had again: another session, with a new ticket, secrets and keys, that goes on where the lost one was.
+
+A thread of its own connects, with exponential backoff and full jitter (Brooker, "Exponential Backoff and Jitter", AWS 2015),
+and says which session the new one stands for. Where this client had a part in a step it enrols again, and the step that the
+server then opens for it says what was lost: a part that is not whole there is sent again, from the journal; nothing of it counts
+twice. The training thread meanwhile waits, or computes; it hears of it only where the run has gone on without its part, or has
+gone back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from client_ends.journal import Journal, PartSent
+from client_ends.participant import Participant, missed
+from splitfl.channel.client import ClientChannel, OnLost
+from splitfl.errors import (
+    ConfigError,
+    ConnectError,
+    Refused,
+    RunComplete,
+    RunWentBack,
+    SealError,
+    SessionLost,
+    SplitflError,
+)
+from splitfl.protocol.messages import Backward, Forward, Hidden, Pause, RefusalCode, StepClosed, Welcome
+from splitfl.tensors import byte_view
+
+__all__ = ["Reconnecting", "may_pass"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds: the first attempt comes within ``_BASE``, later ones within twice the time of the one before, up to ``_MOST``.
+_BASE, _MOST = 0.5, 30.0
+
+#: Why a session may end that the next one need not end for.
+_PASSING = frozenset({"lost", "restarting", RefusalCode.SEAL, RefusalCode.STALE, RefusalCode.FULL})
+
+#: Terms of a run without which it is another run.
+_BINDING = ("identity", "cut", "seed", "mode", "trainables", "adapters", "lora", "dtype")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is worth trying again: the link, or a server that is not there; not a word that means this client."""
+    if isinstance(error, SessionLost | Refused):
+        return error.code in _PASSING
+    return isinstance(error, SealError | ConnectError)
+
+
+class _Cut(Exception):
+    """What was waited for will not come in this session."""
+
+
+class Reconnecting(Participant):
+    """The thread that connects again, and what it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open_channel: Callable[[str, OnLost], ClientChannel] | None = None
+        self._links = 0  # attempts to open one; what is heard of the loss of an older one is passed over
+        self._restorer: threading.Thread | None = None
+        self._broken: SplitflError | None = None  # why the newest link is down
+        self._closing = False
+        self._asked: dict[int, tuple[Forward, torch.Tensor]] = {}  # evaluation forwards that are not answered
+        self._heard: set[tuple[int, bool]] = set()  # by number: answers to what was sent again, and whether it was a Hidden
+        self._repeated: set[int] = set()  # micro-batches that were sent again in this session
+        self._bytes = (0, 0)  # of the sessions before
+        self.on_link: Callable[[str], None] = lambda text: None  # hears in one line what befalls the link
+
+    def _begin(self, open_channel: Callable[[str, OnLost], ClientChannel], reconnect: float, replaces: str) -> None:
+        self._open_channel = open_channel
+        with self._lock:  # a link that breaks at once is heard of when all is in place
+            self._channel = self._connect(replaces)
+            self._reconnect = reconnect
+            if reconnect and self._has_barrier:
+                self._journal = Journal()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes[0] + self.channel.bytes_sent
+
+    @property
+    def bytes_received(self) -> int:
+        return self._bytes[1] + self.channel.bytes_received
+
+    def close(self) -> None:
+        """End the session, after what is queued has left."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._channel is not None:
+            self._channel.close()
+        with self._lock:
+            self._give_up_link(SessionLost("the session was closed", "closed"))
+
+    # --- what is sent, and sent again -------------------------------------------------------------------------------------------
+
+    def _send(self, message: Forward | Backward, payload: torch.Tensor) -> None:
+        """Send, and keep for the next session; the lock is held. Raises LocalProtocolError, then it is not kept."""
+        try:
+            self.channel.send(message, byte_view(payload))
+        except SessionLost:
+            if not self._reconnect:
+                raise
+        if not self._reconnect:
+            return
+        if isinstance(message, Forward) and not message.grad:
+            self._asked[message.micro] = message, payload
+        elif self._journal is not None and isinstance(message, Forward):
+            self._journal.forward(message, payload)
+        elif self._journal is not None and isinstance(message, Backward):
+            self._journal.backward(message, payload)
+
+    def _heard_again(self, message: Any) -> bool:
+        """An answer has come; returns whether it is to something that was sent again."""
+        with self._lock:
+            self._asked.pop(message.micro, None)
+            again = message.micro in self._repeated
+            if again and not self._placed:
+                self._heard.add((message.micro, isinstance(message, Hidden)))
+                self._lock.notify_all()
+            return again
+
+    # --- a link is lost ---------------------------------------------------------------------------------------------------------
+
+    def _lose(self, link: int, error: SplitflError) -> None:
+        with self._lock:
+            if link != self._links:
+                return
+            if isinstance(error, SessionLost) and error.code == RefusalCode.ENDS:
+                error = ConfigError(str(error))  # the user's to mend
+            self._up = False
+            self._broken = error
+            if self._closing or not self._reconnect or not may_pass(error):
+                self._give_up_link(error)
+            elif self._restorer is None and self._lost is None:
+                self._placed = False
+                self._restorer = threading.Thread(target=self._restore, args=(error,), name="splitfl-reconnect", daemon=True)
+                self._restorer.start()
+            self._lock.notify_all()
+
+    def _give_up_link(self, error: SplitflError) -> None:
+        """From now on every call raises. The lock is held."""
+        self._lost = self._lost or error
+        for micro in self._micros.values():
+            micro.fail(self._lost)
+        self._lock.notify_all()
+
+    def _restore(self, lost: SplitflError) -> None:
+        """Connect until a session stands; on a thread of its own."""
+        began, attempt, error = time.monotonic(), 0, lost
+        self.on_link(f"{lost}; connecting again for up to {self._reconnect:g} s")
+        while not self._closing:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closing, random.uniform(0, min(_MOST, _BASE * 2**attempt)))
+                self._broken = None
+            try:
+                if not self._closing and self._take(self._connect(self.channel.opened.session)):
+                    self.on_link(f"connected again after {time.monotonic() - began:.1f} s")
+                    return
+                error = self._broken or error
+            except SplitflError as failed:
+                error = failed
+            except Exception as failed:
+                _log.exception("connecting again failed")
+                error = SessionLost(f"connecting again failed: {failed}", "internal")
+            attempt += 1
+            late = time.monotonic() - began >= self._reconnect
+            if late or self._lost is not None or not may_pass(error):
+                text = f"{lost}; no other session could be had for {self._reconnect:g} s: {error}"
+                with self._lock:
+                    self._give_up_link(SessionLost(text) if may_pass(error) else error)
+                return
+
+    def _connect(self, replaces: str) -> ClientChannel:
+        assert self._open_channel is not None
+        self._links += 1
+        return self._open_channel(replaces, functools.partial(self._lose, self._links))
+
+    def _same_run(self, welcome: Welcome) -> None:
+        """Raises ConfigError where the server came back with another run."""
+        if self._channel is None:
+            return
+        for name in _BINDING:
+            if welcome.config.get(name) != self.terms.get(name):
+                raise ConfigError(f"the server came back with another run ({name} differs): join it anew, under another --out")
+
+    # --- where the new session stands -------------------------------------------------------------------------------------------
+
+    def _take(self, channel: ClientChannel) -> bool:
+        """Go on in a new session; False where it was lost before all was in place."""
+        if self._closing or self._broken is not None:
+            channel.close(leave=False)
+            return False
+        with self._lock:
+            before = self.channel
+            self._bytes = self._bytes[0] + before.bytes_sent, self._bytes[1] + before.bytes_received
+            self._channel, self._up = channel, True
+            self._heard.clear()
+            self._repeated.clear()
+            self._unanswered.clear()
+            if self.rounds is not None:
+                self.rounds.begin_session()
+            try:
+                self._ask_again(channel.opened.step)
+                self._place(channel.opened.step)
+            except (_Cut, SessionLost):
+                late = self._dropped is not None and self._broken is None and not self._closing and self._lost is None
+                if not late:
+                    return False
+            self._placed, self._restorer = True, None
+            self._lock.notify_all()
+            return True
+
+    def _ask_again(self, stands: int) -> None:
+        """Evaluation: on the weights as they are, should the run have gone back."""
+        for number, (message, payload) in list(self._asked.items()):
+            if self._has_barrier and message.step > stands:
+                message = dataclasses.replace(message, step=stands)
+                if number in self._micros:
+                    self._micros[number].step = stands
+            self._repeated.add(number)
+            self.channel.send(message, byte_view(payload))
+            self._asked[number] = message, payload
+        self._lock.notify_all()
+
+    def _place(self, stands: int) -> None:
+        """Learn which step this client is in, and bring the server what it has lost. The lock is held."""
+        wanted = self._enrolled or self._enrolling
+        last = self._journal.last if self._journal is not None else None
+        if last is not None and not wanted and stands > last.step:
+            self._have_closed(last.step)
+            last = None
+        if not wanted and last is None:
+            return
+        self._opened = self._dropped = None
+        for message in self._declaration():
+            self.channel.tell(message)
+        self.channel.tell(self._enrolment())
+        self._until(lambda: self._opened is not None or self._complete)
+        if self._enrolling:
+            return  # who waits for a step to open looks for itself
+        if self._opened is None:
+            self._enrolled = False
+            if self._forwards:
+                self._befalls(RunComplete("the run made its last step while the link was down"))
+        elif self._journal is None:
+            self._go_on_from(self._opened)
+        elif not wanted:
+            self._owe(last, self._opened)
+        elif self._opened == self.step:
+            self._have_closed(self.step - 1)
+            self._repeat(self._journal.present)
+        elif last is not None and self._opened == last.step:
+            self._repeat(last)
+            self._repeat(self._journal.present)
+        else:
+            self._go_on_from(self._opened)
+
+    def _owe(self, last: PartSent | None, opened: int) -> None:
+        """This client takes part in no further step; does the server have its last part?"""
+        assert last is not None
+        assert last.done is not None
+        if opened == last.step:
+            then = "leave" if last.done.then == "leave" else "pause"
+            self._repeat(dataclasses.replace(last, done=dataclasses.replace(last.done, then=then)))
+            return
+        self.channel.tell(Pause())
+        if opened < last.step:
+            self._go_on_from(opened)
+        else:
+            self._have_closed(last.step)
+
+    def _go_on_from(self, opened: int) -> None:
+        """The step that this client was in is not the one that it is in now."""
+        if opened < self.step and self._has_barrier:
+            self._befalls(RunWentBack(opened))
+        elif self._forwards:
+            self._befalls(missed(self.step, "was away"))
+        if self._journal is not None:
+            self._journal.closed(max(opened, self.step))
+        if self._has_barrier:
+            self._have_closed(opened - 1)
+        self.step = opened
+
+    def _befalls(self, fate: SplitflError) -> None:
+        """Of the part under way nothing is awaited any more; the training thread is told once."""
+        self._away = self._fate = fate
+        if self.rounds is not None:
+            self.rounds.excuse()
+        for micro in self._micros.values():
+            if micro.train:
+                micro.fail(fate)
+        self._forwards = self._backwards = self._targets = 0
+
+    def _have_closed(self, step: int) -> None:
+        """``step`` closed while nobody here heard it."""
+        if self._journal is not None:
+            self._journal.closed(step)
+        if self.rounds is not None:
+            self.rounds.stands_before(step + 1)
+        if step >= 0 and (self._closed is None or self._closed.step < step):
+            self._closed = StepClosed(step, 0, 0, 0.0, None)
+
+    def _repeat(self, part: PartSent | None) -> None:
+        """Send a part again, in the order and at the pace in which it was sent: what a client may have under way is bounded."""
+        if part is None:
+            return
+        owed: list[tuple[int, bool]] = []
+        for number, is_backward in part.order:
+            if is_backward:
+                self._until(functools.partial(self._heard.__contains__, (number, True)))
+                message, payload = part.backwards[number]
+                if message.want_grad:
+                    owed.append((number, False))
+                self.channel.send(message, byte_view(payload))
+            else:
+                self._until(lambda: all(each in self._heard for each in owed))
+                forward, hidden = part.forwards[number]
+                self._repeated.add(number)
+                self._unanswered.add(number)
+                self.channel.send(forward, byte_view(hidden))
+        if part.done is not None:
+            self.channel.tell(part.done)
+
+    def _until(self, true: Callable[[], bool]) -> None:
+        """Wait; raises _Cut where the link breaks meanwhile, or the step goes on without this client."""
+
+        def ended() -> bool:
+            return self._broken is not None or self._closing or self._lost is not None or self._dropped is not None
+
+        self._lock.wait_for(lambda: true() or ended())
+        if ended():
+            raise _Cut
