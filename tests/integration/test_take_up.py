@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from server_trunk.ledger import Ledger
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import TrunkServer
 from splitfl.channel.timing import Timing
-from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.errors import CheckpointError, ConfigError, SessionLost
+from splitfl.protocol.keys import read_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
 from tests.integration.test_lost import wait_for
 from tests.world import World, running
@@ -25,11 +28,19 @@ STEPS = 8
 QUICK = Timing(heartbeat=0.05, flush=1.0, linger=0.0)
 
 
-def settings(world: World, data: Path, client: int, **options: Any) -> TrainSettings:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, data) -> Path:
+    """A short text: what is read and tokenised takes longer than the training here."""
+    file = tmp_path_factory.mktemp("text") / "short.txt"
+    file.write_text((data / "text" / "tinyshakespeare" / "input.txt").read_text()[:8000])
+    return file
+
+
+def settings(world: World, text: Path, client: int, **options: Any) -> TrainSettings:
     return TrainSettings(
         trunk=f"splitfl://{world.server.identity.public}@memory:1/{world.server.config.run}",
         identity=str(world.keys[client]),
-        data=str(data / "text" / "tinyshakespeare" / "input.txt"),
+        data=str(text),
         model=world.model,
         max_length=16,
         batch_size=2,
@@ -48,20 +59,23 @@ def make(work: Path, model: str, **options: Any) -> World:
     return World(work, model, 2, trainables="full", timing=QUICK, **options)
 
 
+def transport_of(world: World) -> dict[str, Any]:
+    return {"transport": lambda: MemoryClientTransport(world.network), "timing": QUICK}
+
+
 class Client(threading.Thread):
     """One client's training; ``result`` or ``error`` once it has ended."""
 
-    def __init__(self, world: World, data: Path, client: int, **options: Any) -> None:
+    def __init__(self, world: World, text: Path, client: int, **options: Any) -> None:
         super().__init__(daemon=True)
         self.result: TrainResult | None = None
         self.error: BaseException | None = None
-        self._world, self._settings = world, settings(world, data, client, **options)
+        self._world, self._settings = world, settings(world, text, client, **options)
         self.start()
 
     def run(self) -> None:
         try:
-            transport = {"transport": lambda: MemoryClientTransport(self._world.network)}
-            self.result = train(self._settings, channel_options=transport)
+            self.result = train(self._settings, channel_options=transport_of(self._world))
         except BaseException as error:
             self.error = error
 
@@ -126,10 +140,10 @@ def ledger(world: World) -> list[tuple[int, dict[str, int]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, data, stories) -> World:
+def undisturbed(tmp_path_factory, text, stories) -> World:
     world = make(tmp_path_factory.mktemp("undisturbed"), stories)
     with running(world):
-        for client in [Client(world, data, index) for index in range(2)]:
+        for client in [Client(world, text, index) for index in range(2)]:
             client.end()
     return world
 
@@ -143,12 +157,12 @@ def assert_as_undisturbed(world: World, reference: World) -> None:
 
 
 @pytest.mark.parametrize(("every", "after"), [(1, 3), (3, 4)])
-def test_a_server_that_is_started_again_goes_on_with_clients_that_waited(tmp_path, data, stories, undisturbed, every, after):
+def test_a_server_that_is_started_again_goes_on_with_clients_that_waited(tmp_path, text, stories, undisturbed, every, after):
     """With a checkpoint of every step nothing is made again but the open one; else all go back to the newest that all hold."""
     world = make(tmp_path / "run", stories, checkpoint_every=every)
     crash_after(world, after)
     world.server.start()
-    clients = [Client(world, data, index) for index in range(2)]
+    clients = [Client(world, text, index) for index in range(2)]
     kill(world)
     start_again(world)
     results = [client.end() for client in clients]
@@ -157,4 +171,96 @@ def test_a_server_that_is_started_again_goes_on_with_clients_that_waited(tmp_pat
     # The log says that the step in which the trunk failed was made; nothing stands for it.
     first = after if every == 1 else 3
     assert [event["step"] for event in world.events("step")] == [*range(after + 1), *range(first, STEPS)]
+    assert_as_undisturbed(world, undisturbed)
+
+
+def cut(world: World, client: int) -> None:
+    """The link of one client breaks without a word."""
+    server, key = world.network.server, str(read_identity(world.keys[client]).public)
+    for link in [link for link in server._links.values() if link.control_user == key]:
+        server.detach(link)
+
+
+def end_of(client: Client) -> BaseException:
+    client.join(60)
+    assert client.error is not None
+    return client.error
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_client_that_starts_again_goes_on_with_its_ends(tmp_path, text, stories, undisturbed, every):
+    """With a checkpoint of every step it repeats the very one that is held for it; else it goes on with what it has kept."""
+    world = make(tmp_path / "run", stories, checkpoint_every=every)
+    with running(world):
+        steady, doomed = Client(world, text, 0), Client(world, text, 1, reconnect=0.0)
+        wait_for(lambda: made(world, 3))
+        cut(world, 1)
+        assert isinstance(end_of(doomed), SessionLost)
+        with pytest.raises(ConfigError, match=r"nothing is left|holds no ends"):
+            train(settings(world, text, 1, resume=True, steps=1), channel_options=transport_of(world))
+        back = Client(world, text, 1, resume=True)
+        steady.end()
+        back.end()
+    assert [step for step, _ in ledger(world)] == list(range(STEPS))
+    assert all(len(parts) == 2 for _, parts in ledger(world))
+    if every == 1:
+        assert_as_undisturbed(world, undisturbed)
+
+
+def stopped_amid_step_five(work: Path, text: Path, model: str) -> World:
+    """A run whose server fails when it has made step 5: it has kept 4, its clients 5; nothing runs any more."""
+    world = make(work, model, checkpoint_every=1)
+    crash_after(world, 5)
+    world.server.start()
+    clients = [Client(world, text, index, reconnect=0.0) for index in range(2)]
+    kill(world)
+    for client in clients:
+        end_of(client)
+    assert checkpoint_steps(world.work / "server")[-1] == 4
+    assert [checkpoint_steps(world.work / f"ends{client}") for client in range(2)] == [[2, 3, 4, 5]] * 2
+    return world
+
+
+def lose(world: World, client: int, *steps: int) -> None:
+    for step in steps:
+        shutil.rmtree(checkpoint_directory(world.work / f"ends{client}", step))
+
+
+def test_a_run_goes_back_to_the_newest_step_that_all_hold(tmp_path, text, stories, undisturbed):
+    world = stopped_amid_step_five(tmp_path / "run", text, stories)
+    lose(world, 1, 4, 5)
+    start_again(world)
+    for client in [Client(world, text, index, resume=True) for index in range(2)]:
+        client.end()
+    world.server.stop()
+    assert [event["step"] for event in world.events("went-back")] == [3]
+    assert_as_undisturbed(world, undisturbed)
+
+
+def test_whose_states_are_all_newer_takes_no_part(tmp_path, text, stories):
+    world = stopped_amid_step_five(tmp_path / "run", text, stories)
+    lose(world, 1, 2, 3, 4)
+    start_again(world)
+    Client(world, text, 0, resume=True, reconnect=0.0)
+    ahead = Client(world, text, 1, resume=True)
+    with pytest.raises(CheckpointError, match="goes on from step 5, before which nothing of these ends was kept"):
+        raise end_of(ahead)
+    world.server.stop()
+    assert not world.events("went-back")
+
+
+def test_the_step_under_way_is_finished_before_a_server_ends_that_means_to_be_back(tmp_path, text, stories, undisturbed):
+    """SIGTERM: no checkpoint is due, so the one that is written is of the step under way; clients wait, and go on from there."""
+    world = make(tmp_path / "run", stories, checkpoint_every=100)
+    world.server.start()
+    clients = [Client(world, text, index) for index in range(2)]
+    wait_for(lambda: made(world, 2))
+    world.server.stop(back=True, patience=20.0)
+    last = world.events("step")[-1]["step"]
+    assert checkpoint_steps(world.work / "server") == [last]
+    start_again(world)
+    for client in clients:
+        client.end()
+    world.server.stop()
+    assert [event["step"] for event in world.events("step")] == list(range(STEPS))
     assert_as_undisturbed(world, undisturbed)
