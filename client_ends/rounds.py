@@ -44,7 +44,8 @@ class EndsRounds:
         self._over = -1  # the newest round that is over
         self._averaged = -1  # the newest that has an average
         self._incoming: dict[int, _Incoming] = {}
-        self.loaded = -1  # the round whose average the ends hold, or held before they trained on
+        #: The round whose average the ends hold, or were trained on from. Who puts them back into an older state sets it too.
+        self.loaded = -1
 
     # --- the training thread ----------------------------------------------------------------------------------------------------
 
@@ -68,10 +69,14 @@ class EndsRounds:
         return self._layout
 
     def begin_session(self) -> None:
-        """Another session of this client begins: it has to be told anew, and is given what the ends do not hold."""
+        """Another session of this client begins: it has to be told anew, and hears anew which average is the newest. A round that
+        is still due stays so: the part of its last step may be sent again.
+        """
+        if self.is_over:
+            self._due = -1
         self._declared = False
-        self._over = self._averaged = self.loaded
-        self._incoming.clear()
+        self._over = self._averaged = -1  # lower than before where the run has gone back
+        self._incoming = {}
 
     def stands_before(self, step: int) -> None:
         """The session takes part in ``step``: the rounds before it are over."""
