@@ -26,6 +26,7 @@ class Rounds:
         self._targets: Counter[str] = Counter()  # since the last round, by session
         self._clients: dict[str, str] = {}  # of those sessions
         self._carried: Counter[str] = Counter()  # the same, of sessions that are gone, by client
+        self._unmet: Counter[str] = Counter()  # here, since replicas have met, by client
         self._go_on: set[str] = set()  # sessions whose ends hold what their client did in one that is gone
         self._weights: dict[str, int] = {}  # of those asked for their ends, still there and in time
         self._awaited: set[str] = set()
@@ -46,6 +47,11 @@ class Rounds:
                 self._clients[part.session] = part.client
             else:
                 self._carried[part.client] += part.targets
+            self._unmet[part.client] += part.targets
+        if ledger.met is not None:
+            # What clients of other replicas have counted is known too: they may come here with it.
+            self._carried += Counter(ledger.met) - self._unmet
+            self._unmet.clear()
 
     def ends_with(self, step: int) -> bool:
         """Whether ``step`` is the last of a round."""

@@ -146,8 +146,8 @@ class TrunkServer:
         (self.config.out_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
 
     def _make_rounds(self) -> RoundKeeper:
-        averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake())
-        rounds = Rounds(steps=self.config.round_steps, deadline=self.config.step_deadline)
+        averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake(), replicas=self._group)
+        rounds = Rounds(steps=self.config.round_steps, deadline=self.config.step_deadline, alone=self._group is None)
         return RoundKeeper(rounds, averager, self._ends, self, self._log)
 
     def start(self) -> None:

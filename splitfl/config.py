@@ -254,8 +254,11 @@ def _check_replicas(config: RunConfig) -> None:
         for key in ("replicas", "sync", "restarts"):
             if getattr(config, key) != getattr(defaults, key):
                 raise ConfigError(f"{key} has no say where there are no replicas: use --mode hierarchical, or leave {key} out")
-    elif config.round_steps:
-        raise ConfigError("round_steps does not go with --mode hierarchical yet: use --mode sync, or leave the ends personal")
+    elif config.round_steps % config.local_steps:
+        raise ConfigError(
+            f"round_steps = {config.round_steps} is no multiple of sync = {config.sync}, and ends are averaged where replicas "
+            "meet: choose a multiple"
+        )
     elif config.adapters != "shared":
         raise ConfigError(
             "adapters = 'per-client' does not go with --mode hierarchical yet: use --mode sync, or a shared adapter"

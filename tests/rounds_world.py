@@ -29,7 +29,7 @@ def batch(client: int, step: int) -> Batch:
 class Trainer:
     """A plain PyTorch loop, one step at a time."""
 
-    def __init__(self, world: World, client: int, ends: str = "lora", **options: Any) -> None:
+    def __init__(self, world: Any, client: int, ends: str = "lora", **options: Any) -> None:
         self.split = world.join_as(client, **options)
         self.model = prepare_ends(self.split, ends, LoraSettings(), seed=0).train()
         self.optimizer = build_optimizer(list(named_trainables(self.model).values()), ENDS)
@@ -50,8 +50,8 @@ class Trainer:
 class Reference:
     """One trunk and N sets of ends in one process. ``part_of``: by step, which clients take part."""
 
-    def __init__(self, world: World, ends: str = "lora") -> None:
-        config = world.server.config
+    def __init__(self, world: Any, ends: str = "lora") -> None:
+        config = world.config
         self.rounds = config.round_steps
         self.trunk = load_run_trunk(config, torch.device("cpu"))
         parts = [prepare_ends(load_ends(world.model, config.cut), ends, LoraSettings(), seed=0) for _ in world.keys]

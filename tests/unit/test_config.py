@@ -59,6 +59,7 @@ def test_flags_win_over_the_file(tmp_path):
         ({"model": "m", "mode": "async", "batch_wait": 1.0}, "batch_wait at 0"),
         ({"model": "m", "mode": "async", "round_steps": 2}, "round_steps at 0"),
         ({"model": "m", "round_steps": -1}, "at least 0"),
+        ({"model": "m", "mode": "hierarchical", "replicas": 2, "sync": "2", "round_steps": 3}, "no multiple of sync = 2"),
     ],
 )
 def test_a_mistake_is_one_sentence(values, part):
