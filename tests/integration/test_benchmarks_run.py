@@ -44,14 +44,24 @@ def test_modes(tmp_path, flags):
     result = run("modes", "--plot", str(tmp_path / "modes.svg"), *flags)
     assert (tmp_path / "modes.svg").read_text().count("serial") >= 1
     table = result["results"]["1x64"]
-    for mode in ("serial", "client-batching"):
-        for clients in ("1", "2"):
-            row = table[mode][clients]
+    modes = {"serial": "12", "client-batching": "12", "hierarchical-2": "2", "hierarchical-2 sync 2": "2"}
+    assert table.keys() == modes.keys()
+    for mode, counts in modes.items():
+        assert list(table[mode]) == list(counts)
+        for clients, row in table[mode].items():
             assert row["steps"] > 0
             assert row["tokens_per_second"] == pytest.approx(64 * int(clients) / row["step_s"], rel=0.02)
             assert 0 < row["busy_share"] <= 1
             assert row["peak_memory_mb"] > 50
+            assert (row["all_reduce_bytes_a_step"] > 0) == mode.startswith("hierarchical")
+    each_step, averaged = (table[mode]["2"]["all_reduce_bytes_a_step"] for mode in list(modes)[2:])
+    assert each_step == 2 * averaged
     assert result["gain"]["1x64"]["client-batching"].keys() == {"1", "2"}
+    speedups = result["replica_speedups"]["by_sync"]
+    assert result["replica_speedup"] == {"2": speedups["step"]["2"]["speedup"]}
+    assert speedups.keys() == {"step", "2"}
+    assert all(row["2"]["speedup"] > 0 for row in speedups.values())
+    assert result["advice"]
 
 
 def test_graphs():

@@ -176,7 +176,15 @@ def test_the_demo_fails_where_it_must(worst, sealed, code):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["serve", "--help"], ["train", "--help"], ["doctor", "--help"], ["demo", "--help"], ["simulate", "--help"]],
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["train", "--help"],
+        ["doctor", "--help"],
+        ["demo", "--help"],
+        ["simulate", "--help"],
+        ["bench", "--help"],
+    ],
 )
 def test_help_does_not_wait_for_torch(words):
     script = (
