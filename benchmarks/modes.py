@@ -131,6 +131,7 @@ def measure(name: str, settings: dict[str, Any], clients: int, shape: tuple[int,
         "busy_share": round(statistics.mean(statistics.median(event["busy"] for event in of) for of in made if of), 3),
         "peak_memory_mb": round(peak / 1e6, 1),
         "all_reduce_bytes_a_step": model.reduced_bytes(settings),
+        "replicas": settings.get("replicas", 1),
         "steps": steps,
     }
     print(
@@ -218,6 +219,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("replicas are measured with psutil: pip install 'splitfl[bench]', or give --replicas without a number")
 
 
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def run(args: argparse.Namespace) -> int:
     _check(args)
     args.shapes, args.least_steps, args.warm_up, args.speedup, args.block = SHAPES, 6, 2, SPEEDUP, 8
@@ -229,8 +236,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         results = measure_grid(args, Model(Path(work) / "grid", args.hidden, args.blocks, args.dtype))
         speedups = measure_speedups(args, Path(work) / "speedup") if args.replicas else {}
-    box = f"{args.threads} CPU thread(s)" if args.device == "cpu" else f"one machine's {args.device}"
-    text = advice(results, speedups, box)
+    gpus = _gpus() if args.device.startswith("cuda") else 0
+    text = advice(results, speedups, f"{gpus} GPU(s)" if gpus else f"{args.threads} CPU thread(s)", gpus)
     print("\n" + "\n".join(text))
     if args.plot:
         plot(results, args.plot)

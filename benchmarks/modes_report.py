@@ -31,11 +31,11 @@ def _best(table: Table, count: str) -> str:
     return next(mode for mode, rate in rates.items() if rates[best] < _WORTH * rate)
 
 
-def advice(results: dict[str, Table], speedups: dict[str, dict[str, dict[str, Any]]], box: str) -> list[str]:
+def advice(results: dict[str, Table], speedups: dict[str, dict[str, dict[str, Any]]], box: str, gpus: int = 0) -> list[str]:
     """Which mode for which box, one sentence a line, from the measurements alone.
 
     ``results``: tables by batch shape, all modes on the same ``box``. ``speedups``: by ``sync``, then by the number of replicas,
-    each of which had as much as the one replica it is compared with.
+    each of which had as many threads as the one replica it is compared with. ``gpus``: of the box, where they computed.
     """
     lines = []
     for shape, table in results.items():
@@ -48,13 +48,14 @@ def advice(results: dict[str, Table], speedups: dict[str, dict[str, dict[str, An
             how = "" if mode == BASELINE else f", {max(gained[mode][count] for count in counts):.2f} times {BASELINE} at best"
             parts.append(f"{mode} with {_and(counts)} client(s){how}")
         lines.append(f"On {box}, batch {shape} a client: {'; '.join(parts)}.")
-        lines += _on_the_same_box(table, shape, box)
+        lines += _on_this_box(table, shape, box, gpus)
     for replicas in sorted({count for by_count in speedups.values() for count in by_count}, key=int):
-        lines += _with_more(replicas, {sync: by_count[replicas] for sync, by_count in speedups.items() if replicas in by_count})
+        by_sync = {sync: by_count[replicas] for sync, by_count in speedups.items() if replicas in by_count}
+        lines.append(_with_more(replicas, by_sync, shared=0 < gpus < int(replicas)))
     return lines
 
 
-def _on_the_same_box(table: Table, shape: str, box: str) -> list[str]:
+def _on_this_box(table: Table, shape: str, box: str, gpus: int) -> list[str]:
     lines = []
     for mode in (mode for mode in table if mode.startswith("hierarchical") and table[mode]):
         against = {
@@ -62,20 +63,21 @@ def _on_the_same_box(table: Table, shape: str, box: str) -> list[str]:
             for count, row in table[mode].items()
         }
         count = max(against, key=lambda count: against[count])
+        how = "A GPU for each replica" if table[mode][count]["replicas"] <= gpus else f"Dividing {box} among replicas"
         word = "gains" if against[count] >= _WORTH else "gains nothing"
         lines.append(
-            f"Dividing {box} among replicas {word}: {mode} is at best {against[count]:.2f} times client-batching (batch {shape}, "
-            f"{count} client(s))."
+            f"{how} {word}: {mode} is at best {against[count]:.2f} times client-batching (batch {shape}, {count} client(s))."
         )
     return lines
 
 
-def _with_more(replicas: str, by_sync: dict[str, dict[str, Any]]) -> list[str]:
-    """What to do with cores or GPUs for ``replicas`` replicas."""
+def _with_more(replicas: str, by_sync: dict[str, dict[str, Any]], *, shared: bool) -> str:
+    """What ``replicas`` replicas bring, each with a core or GPU of its own, or ``shared`` ones."""
     figures = ", ".join(f"{row['speedup']:.2f} with sync = {sync}" for sync, row in by_sync.items())
-    line = f"With as many cores or GPUs again for each replica, {replicas} replicas are {figures} times as fast as one"
+    means = "On shared GPUs" if shared else "With as many cores or GPUs again for each replica"
+    line = f"{means}, {replicas} replicas are {figures} times as fast as one"
     if max(row["speedup"] for row in by_sync.values()) < _WORTH:
-        return [line + ": stay with one."]
+        return f"{line}: stay with one."
     exact = by_sync.get("step", {}).get("speedup")
     rare = max((row["speedup"] for sync, row in by_sync.items() if sync != "step"), default=None)
     if exact is not None and rare is not None:
@@ -84,7 +86,7 @@ def _with_more(replicas: str, by_sync: dict[str, dict[str, Any]]) -> list[str]:
             line += "; meeting at every step costs next to nothing: keep sync = step, which is exact"
         else:
             line += f"; meeting at every step costs {share:.0%}: sync = step is exact, averaging wins that back"
-    return [line + "."]
+    return f"{line}."
 
 
 def _and(words: list[str]) -> str:

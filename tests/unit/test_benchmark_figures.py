@@ -26,7 +26,7 @@ def test_a_link_in_the_words_of_networks():
 
 
 def _rows(**tokens: float) -> dict[str, dict[str, float]]:
-    return {name.strip("c"): {"tokens_per_second": value} for name, value in tokens.items()}
+    return {name.strip("c"): {"tokens_per_second": value, "replicas": 2} for name, value in tokens.items()}
 
 
 def test_gains_are_over_serial_with_as_many_clients():
@@ -78,9 +78,9 @@ def test_seconds_of_a_step_are_those_of_whole_rounds():
     assert step_seconds([averaged], 2, 2) == seconds_a_step([averaged]) == 2.5
 
 
-def _advice(speedups: dict[str, dict[str, dict[str, float]]], **rates: dict[str, float]) -> str:
+def _advice(speedups: dict[str, dict[str, dict[str, float]]], *, gpus: int = 0, **rates: dict[str, float]) -> str:
     table = {mode.replace("_", "-"): _rows(**by_clients) for mode, by_clients in rates.items()}
-    return "\n".join(advice({"1x64": table}, speedups, "2 CPU thread(s)"))
+    return "\n".join(advice({"1x64": table}, speedups, "this box", gpus))
 
 
 def test_advice_names_the_fastest_mode_and_the_simplest_of_equals():
@@ -96,7 +96,9 @@ def test_advice_names_the_fastest_mode_and_the_simplest_of_equals():
     rates["hierarchical_2"]["c2"] = 300.0
     text = _advice({}, **rates)
     assert "hierarchical-2 with 2 client(s), 3.00 times serial at best" in text
-    assert "gains: hierarchical-2 is at best 2.00" in text
+    assert "Dividing this box among replicas gains: hierarchical-2 is at best 2.00" in text
+    assert "A GPU for each replica gains: hierarchical-2 is at best 2.00" in _advice({}, gpus=2, **rates)
+    assert "Dividing this box" in _advice({}, gpus=1, **rates)
 
 
 @pytest.mark.parametrize(("exact", "counsel"), [(1.9, "keep sync = step"), (1.5, "costs 23%: sync = step is exact")])
@@ -104,9 +106,14 @@ def test_advice_on_meeting_follows_what_it_costs(exact, counsel):
     text = _advice({"step": {"2": {"speedup": exact}}, "8": {"2": {"speedup": 1.95}}}, serial={"c1": 1.0})
     assert f"2 replicas are {exact:.2f} with sync = step, 1.95 with sync = 8 times as fast as one" in text
     assert counsel in text
+    assert text.splitlines()[-1].startswith("With as many cores or GPUs again")
 
 
 def test_advice_is_against_replicas_that_bring_nothing():
     assert "0.90 with sync = step times as fast as one: stay with one." in _advice(
         {"step": {"2": {"speedup": 0.9}}}, serial={"c1": 1.0}
     )
+
+
+def test_advice_says_where_replicas_shared_a_gpu():
+    assert "On shared GPUs, 2 replicas are 0.90" in _advice({"step": {"2": {"speedup": 0.9}}}, gpus=1, serial={"c1": 1.0})
