@@ -1,4 +1,4 @@
-"""``python -m server_trunk``: the same as ``splitfl serve``."""
+"""``python -m server_trunk``: the same as ``splitfl serve``, for ``torchrun -m``; the word ``serve`` may come first."""
 
 import sys
 

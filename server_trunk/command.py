@@ -15,6 +15,7 @@ from splitfl.settings import SETTINGS
 
 if TYPE_CHECKING:
     from server_trunk.replicas.group import Group
+    from server_trunk.sharding.group import ShardGroup
 
 __all__ = ["add_arguments", "config_from", "run"]
 
@@ -61,8 +62,28 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if config.mode == "hierarchical":
         return _run_replicas(config, args)
-    _serve(config, args)
+    from server_trunk.sharding.group import join_shards
+
+    shards = join_shards(config)
+    if shards is not None and not shards.leads:
+        _follow(config, shards)
+    else:
+        _serve(config, args, shards=shards)
+    if shards is not None:
+        shards.leave()
     return 0
+
+
+def _follow(config: RunConfig, shards: ShardGroup) -> None:
+    """Be a rank of a trunk that clients do not talk to."""
+    from server_trunk.building import follow_leader
+    from splitfl.libraries import quiet_libraries
+
+    quiet_libraries()
+    # Ctrl-C and a polite end come to every rank alike: the leader says when it is over.
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    follow_leader(config, shards)
 
 
 def _run_replicas(config: RunConfig, args: argparse.Namespace) -> int:
@@ -95,7 +116,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _serve(config: RunConfig, args: argparse.Namespace, group: Group | None = None) -> None:
+def _serve(config: RunConfig, args: argparse.Namespace, group: Group | None = None, shards: ShardGroup | None = None) -> None:
     from server_trunk.server import TrunkServer
     from splitfl.checkpoint import checkpoint_steps
     from splitfl.libraries import quiet_libraries
@@ -108,7 +129,7 @@ def _serve(config: RunConfig, args: argparse.Namespace, group: Group | None = No
     resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
     if group is not None:
         resume = group.gather(resume)[0]
-    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group)
+    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group, shards=shards)
     server.start()
     if first:
         print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)

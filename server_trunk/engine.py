@@ -27,6 +27,7 @@ from splitfl.parts.dropout import dropout_key
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
 from splitfl.parts.trunk import find_trunk
+from splitfl.shards import local_of
 from splitfl.tensors import DTYPES
 
 __all__ = ["Engine"]
@@ -69,8 +70,9 @@ class _Sum:
                 same = gradient.stride() == parameter.stride()
                 parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
             elif gradient is not None and parameter.grad is not None:
-                held.append(parameter.grad)
-                added.append(gradient)
+                # Operations on many tensors at once take no mixture of plain and distributed ones.
+                held.append(local_of(parameter.grad))
+                added.append(local_of(gradient))
         if held:
             torch._foreach_add_(held, added)
 
@@ -86,19 +88,21 @@ class Engine:
         *,
         seed: int = 0,
         drops: bool = False,
-        lanes: int = 1,
+        lanes: int | Lanes = 1,
         in_place: bool = False,
         may_recompute: bool = True,
+        may_shrink: bool = True,
         choose_packed: Callable[[Sequence[tuple[int, int]]], bool] = lambda wire: False,
         report: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """
         Args:
             drops: whether anything in the trunk is dropped out, keyed by ``seed``.
-            lanes: pieces of a batch that run side by side on a CPU.
+            lanes: pieces of a batch that run side by side on a CPU; or what runs them.
             in_place: gradients are added up where they stand, which saves one more set of them in memory; running out of it amid
                 a backward then ends the run.
             may_recompute: whether a forward may run again for its backward: not where the weights may have moved on meanwhile.
+            may_shrink: whether a batch for which the device has no memory is run again in smaller pieces.
             choose_packed: whether a run of these segments is packed or padded.
             report: told of the new most tokens of a piece when the device was out of memory.
         """
@@ -107,10 +111,12 @@ class Engine:
         self.training = training
         self._device = device
         self._seed, self._drops = seed, drops
-        self._in_place, self._may_recompute = in_place, may_recompute
+        self._in_place, self._may_recompute, self._may_shrink = in_place, may_recompute, may_shrink
         self._choose_packed, self._report = choose_packed, report
         self._transfers = (CudaTransfers if device.type == "cuda" else Transfers)(device)
-        self._lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
+        if isinstance(lanes, int):
+            lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
+        self._lanes = lanes
         self._graphs: dict[int, list[Piece]] = {}
         self._most: int | None = None  # tokens of a piece, once the device was out of memory
         self.is_atomic = not in_place  # whether a backward that fails has left the step's sum as it was
@@ -136,22 +142,22 @@ class Engine:
         pieces = self._cut(members)
         with self._mode(members[0]):
             try:
-                self._lanes.run(lambda piece: self._run(piece, grad=keep), pieces)
+                out = self._lanes.run(lambda piece: self._run(piece, grad=keep), pieces)
             except Exception as error:
-                if not is_out_of_memory(error) or (batch.has_backward and not self._may_recompute):
+                if not self._may_try_smaller(error) or (batch.has_backward and not self._may_recompute):
                     raise
                 # What fills a device is graphs, so this one is not kept either.
                 keep = False
-                pieces = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
-        out = [(piece.places, _taken(piece.out).detach()) for piece in pieces]
+                pieces, out = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
         if keep:
             self._graphs[batch.number] = pieces
-        rows = zip(members, scatter(out, members), strict=True)
+        rows = zip(members, _by_member(pieces, out, members), strict=True)
         return self._transfers.down([torch.full_like(y, math.nan) if member.spoilt else y for member, y in rows]), keep
 
-    def _run(self, piece: Piece, *, grad: bool) -> None:
+    def _run(self, piece: Piece, *, grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(grad):
             piece.out = run_segments(self._model, piece.hidden, piece.rows)
+        return piece.out.detach()
 
     # --- backward ---------------------------------------------------------------------------------------------------------------
 
@@ -168,29 +174,30 @@ class Engine:
         pieces = self._graphs.pop(batch.number, None) if batch.kept else None
         owners = sorted({member.client for member in members if not member.replayed})
         total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place)
-        found: dict[int, torch.Tensor] = {}
 
-        def differentiate(piece: Piece) -> None:
+        def differentiate(piece: Piece) -> torch.Tensor:
             if piece.out is None:
                 self._run(piece, grad=True)
-            found[id(piece)] = total.differentiate(_taken(piece.out), piece.hidden, gather(gradients, piece.places))
+            weights = torch.zeros_like(piece.hidden) if piece.idle else gather(gradients, piece.places)
+            own = total.differentiate(_taken(piece.out), piece.hidden, weights)
             piece.out = None  # the graph is used up
+            return own
 
         with self._mode(members[0]):
             try:
                 if pieces is None:
                     pieces = self._cut(members)
-                self._lanes.run(differentiate, pieces)
+                found = self._lanes.run(differentiate, pieces)
             except Exception as error:
-                if not is_out_of_memory(error) or self._in_place:
+                if not self._may_try_smaller(error) or self._in_place:
                     raise
                 if batch.kept and pieces is not None:
                     # Only the pieces still hold what went in.
-                    rows = scatter([(piece.places, piece.hidden.detach()) for piece in pieces], members)
+                    rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)
                     for member, hidden in zip(members, rows, strict=True):
                         member.hidden = hidden
-                pieces = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
-        rows = scatter([(piece.places, found[id(piece)]) for piece in pieces], members)
+                pieces, found = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
+        rows = _by_member(pieces, found, members)
         landing = self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
         # Last, as all of the above takes memory: a batch that fails must not have counted.
         total.count()
@@ -237,7 +244,12 @@ class Engine:
         hidden = [self._transfers.up(member.hidden) for member in members]
         places = places_of(members)
         padded = not self._choose_packed([(place.length, place.start) for place in places])
-        return [self._piece(members, hidden, group) for group in cut(places, self._lanes.count, limit, padded=padded)]
+        groups = cut(places, self._lanes.count, limit, padded=padded, uneven=self._lanes.apart)
+        pieces = [self._piece(members, hidden, group) for group in groups]
+        while self._lanes.apart and len(pieces) < self._lanes.count:
+            pieces.append(self._piece(members, hidden, [min(places, key=lambda place: place.length)]))
+            pieces[-1].idle = True
+        return pieces
 
     def _piece(self, members: Sequence[Member], hidden: Sequence[torch.Tensor], places: list[Place]) -> Piece:
         kind = members[0].forward
@@ -256,11 +268,11 @@ class Engine:
         self,
         members: Sequence[Member],
         pieces: Sequence[Piece],
-        work: Callable[[Piece], None],
+        work: Callable[[Piece], torch.Tensor],
         start_over: Callable[[], None] = lambda: None,
-    ) -> list[Piece]:
-        """Run a batch that was too large for the device one piece at a time, smaller until it fits; returns the pieces.
-        ``start_over`` is called before each attempt.
+    ) -> tuple[list[Piece], list[torch.Tensor]]:
+        """Run a batch that was too large for the device one piece at a time, smaller until it fits; returns the pieces, and what
+        ``work`` returned of each. ``start_over`` is called before each attempt.
 
         Raises what the device raised where even the smallest does not fit.
         """
@@ -273,8 +285,7 @@ class Engine:
             start_over()
             smaller = self._cut(members, max(1, most))
             try:
-                for piece in smaller:
-                    work(piece)
+                done = [work(piece) for piece in smaller]
             except Exception as error:
                 if not is_out_of_memory(error) or most < max(piece.tokens for piece in smaller):
                     raise  # not even a segment alone has room
@@ -282,7 +293,10 @@ class Engine:
             # Batches to come are cut as small from the start.
             self._most = most if self._most is None else min(self._most, most)
             self._report(self._most)
-            return smaller
+            return smaller, done
+
+    def _may_try_smaller(self, error: Exception) -> bool:
+        return self._may_shrink and is_out_of_memory(error)
 
     def _free(self) -> None:
         if self._device.type == "cuda":
@@ -297,6 +311,11 @@ class Engine:
             if not member.forward.adapter_on and isinstance(self._model, PeftModel):
                 stack.enter_context(self._model.disable_adapter())
             yield
+
+
+def _by_member(pieces: Sequence[Piece], rows: Sequence[torch.Tensor], members: Sequence[Member]) -> list[torch.Tensor]:
+    """Each member's own rows, from those of each piece."""
+    return scatter([(piece.places, own) for piece, own in zip(pieces, rows, strict=True) if not piece.idle], members)
 
 
 def _taken(out: torch.Tensor | None) -> torch.Tensor:

@@ -35,12 +35,16 @@ class Place:
 
 @dataclass(slots=True)
 class Piece:
-    """Some segments of a batch. ``hidden: (tokens, H)`` on the device; ``out`` likewise, with its graph where that is kept."""
+    """Some segments of a batch. ``hidden: (tokens, H)`` on the device; ``out`` likewise, with its graph where that is kept.
+
+    ``idle``: it runs only to keep step with other ranks; its rows run elsewhere too, and its gradient is zero.
+    """
 
     places: list[Place]
     rows: Rows
     hidden: torch.Tensor
     out: torch.Tensor | None = None
+    idle: bool = False
 
     @property
     def tokens(self) -> int:
@@ -58,11 +62,13 @@ def places_of(members: Sequence[Member]) -> list[Place]:
     return places
 
 
-def cut(places: Sequence[Place], lanes: int, most: int | None = None, *, padded: bool = True) -> list[list[Place]]:
+def cut(
+    places: Sequence[Place], lanes: int, most: int | None = None, *, padded: bool = True, uneven: bool = False
+) -> list[list[Place]]:
     """Cut into ``lanes`` groups of about equal cost, and further where a group would have over ``most`` tokens, pads counted.
 
     Segments of like length stay together, so that little is padded. One group where segments are too few or too unequal to
-    keep the lanes busy: the threads then share every operation.
+    keep the lanes busy, unless ``uneven``: the threads then share every operation.
     """
     if len(places) < 2 or (lanes <= 1 and most is None):
         return [list(places)]
@@ -71,7 +77,7 @@ def cut(places: Sequence[Place], lanes: int, most: int | None = None, *, padded:
     if most is not None:
         return [run for group in groups for run in _runs(group, most)]
     # Where one lane would work much longer than the others, the threads share every operation instead.
-    return [list(places)] if max(map(_tokens, groups)) * lanes > sum(lengths) * 1.5 else groups
+    return [list(places)] if not uneven and max(map(_tokens, groups)) * lanes > sum(lengths) * 1.5 else groups
 
 
 def _tokens(places: Sequence[Place]) -> int:
@@ -116,7 +122,12 @@ def scatter(pieces: Sequence[tuple[Sequence[Place], torch.Tensor]], members: Seq
 
 
 class Lanes:
-    """``count`` threads that run pieces side by side, ``threads`` of the CPU between them; one lane is the caller itself."""
+    """``count`` threads that run pieces side by side, ``threads`` of the CPU between them; one lane is the caller itself.
+
+    ``apart``: the lanes are processes, each of which needs a piece of every batch.
+    """
+
+    apart = False
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = max(1, count)

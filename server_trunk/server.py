@@ -17,11 +17,9 @@ import torch
 
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_steps import steps_of
-from server_trunk.async_training import AsyncTraining
 from server_trunk.averaging import Averager
-from server_trunk.client_adapters import ClientTraining
+from server_trunk.building import Trunk, load_run_trunk, run_device
 from server_trunk.ends_book import EndsBook
-from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
 from server_trunk.live import Live
@@ -31,28 +29,23 @@ from server_trunk.replicas.replica import Replica
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.rounds import Rounds
 from server_trunk.scheduler import Scheduler
-from server_trunk.training import SharedTraining, Training
+from server_trunk.sharding.engines import LeadingEngine
+from server_trunk.sharding.group import ShardGroup
 from server_trunk.trunkloop import TrunkLoop
-from splitfl.adapters import attach_lora, set_trainable
 from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, KeyFileError, SplitflError
-from splitfl.parts.cut import Cut
-from splitfl.parts.dropout import install_keyed_dropout
 from splitfl.parts.identity import model_identity
-from splitfl.parts.loading import load_trunk
-from splitfl.parts.packed import drops, why_not_keyed, why_not_packed
-from splitfl.parts.packing_rule import layout_rule
 from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
 from splitfl.runlog import RunLog
-from splitfl.tensors import DTYPES, byte_view, resolve_device
+from splitfl.tensors import byte_view
 from splitfl.transport.zmq_server import ZmqServerTransport
 
-__all__ = ["TrunkServer"]
+__all__ = ["TrunkServer", "load_run_trunk"]
 
 
 class TrunkServer:
@@ -66,12 +59,14 @@ class TrunkServer:
         echo: Any = None,
         transport: Any = None,
         group: Group | None = None,
+        shards: ShardGroup | None = None,
         **channel_options: Any,
     ) -> None:
         """Load everything, open nothing.
 
         ``resume``: go on from the newest checkpoint of the run's directory. ``echo``: a text stream for readable log lines.
         ``group``: the other replicas of this server, each of which makes one of these; rank 0's keeps the run.
+        ``shards``: the ranks that hold the trunk, of which this one leads; the others run ``building.follow_leader``.
         ``transport``: in place of sockets. ``channel_options``: further arguments of :class:`ServerChannel`, for tests and
         benchmarks.
 
@@ -84,7 +79,7 @@ class TrunkServer:
             config = group.place.settle(config)
         self.config = config
         out = config.out_dir
-        listed, self._device = check_before(config, resume=resume or not self._is_first)
+        listed, self._device = check_before(config, resume=resume or not self._is_first, shards=shards)
         try:
             out.mkdir(parents=True, exist_ok=True)
             if self._is_first and not resume:
@@ -97,28 +92,18 @@ class TrunkServer:
         self.authorized = AuthorizedClients(listed)
         self._log = RunLog(out / ("log.jsonl" if group is None else group.place.log_name), echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
-        self._model = load_run_trunk(config, self._device)
-        asynchronous = config.mode == "async"
         self._book = AdapterBook(config)
         self._replica = Replica(config, group) if group is not None else None
-        replica = self._replica
-        self._training = replica.training_of(self._model) if replica else _training_of(config, self._model, self._book)
-        install_keyed_dropout(self._model)
-        # Why the trunk only runs padded; it is tried out, and so has to come before anything else runs it.
-        self._packing_obstacle = "layout = padded" if config.layout == "padded" else why_not_packed(self._model)
-        self._engine = Engine(
-            self._model,
-            self._training,
+        trunk = Trunk(
+            config,
             self._device,
-            seed=config.seed,
-            drops=self._key_dropout(),
-            choose_packed=layout_rule(config.layout, self._device, self._packing_obstacle),
-            lanes=config.lanes or min(4, torch.get_num_threads()),
-            # One more copy of all gradients is only worth it where the device can run out of memory and go on.
-            in_place=asynchronous or (config.trainables == "full" and self._device.type == "cpu"),
-            may_recompute=not asynchronous,
-            report=lambda tokens: self._log.write("out-of-memory", most_tokens=tokens),
+            self._book,
+            shards,
+            training_of=self._replica.training_of if self._replica is not None else None,
+            log=self._log.write,
         )
+        self._model, self._training, self._engine = trunk.model, trunk.training, trunk.engine
+        self._packing_obstacle = trunk.packing_obstacle
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._ends = EndsBook(averaged=config.round_steps > 0, part_bytes=part_bytes_for(config.window))
@@ -225,15 +210,6 @@ class TrunkServer:
         self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
         self._log.write("serving", quiet=True, join=str(self.join))
 
-    def _key_dropout(self) -> bool:
-        """Whether anything in the trunk is dropped out; says so where that depends on how clients are batched."""
-        if not drops(self._model):
-            return False
-        obstacle = why_not_keyed(self._model)
-        if obstacle is not None:
-            self._log.write("dropout-not-keyed", why=obstacle)
-        return True
-
     # --- the outlet of the trunk's thread ---------------------------------------------------------------------------------------
 
     @property
@@ -304,6 +280,8 @@ class TrunkServer:
         finally:
             if replica is not None and whole:
                 replica.halt()
+            if isinstance(self._engine, LeadingEngine):
+                self._engine.stop()
             if self._rounds is not None:
                 self._rounds.close()
             self._channel.stop(text, back=back or not whole)
@@ -313,7 +291,7 @@ class TrunkServer:
             self._log.close()
 
 
-def check_before(config: RunConfig, *, resume: bool) -> tuple[Path, torch.device]:
+def check_before(config: RunConfig, *, resume: bool, shards: ShardGroup | None = None) -> tuple[Path, torch.device]:
     """Look for mistakes before anything is loaded; returns the file of admitted clients, and the device.
 
     Raises ConfigError.
@@ -324,35 +302,7 @@ def check_before(config: RunConfig, *, resume: bool) -> tuple[Path, torch.device
             f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
             "name the new one with --run or --out"
         )
-    try:
-        return authorized_file(config), resolve_device(config.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def load_run_trunk(config: RunConfig, device: torch.device) -> Any:
-    """The trunk of a run with its trainables attached, in evaluation mode."""
-    model = load_trunk(
-        config.model,
-        Cut.parse(config.cut),
-        revision=config.revision,
-        dtype=DTYPES[config.dtype],
-        device=str(device),
-        attn=config.attn or None,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.adapters == "per-client":
-        return model  # what its training puts into it is each client's
-    if config.trainables == "lora":
-        return attach_lora(model, config.lora, seed=config.seed)
-    set_trainable(model, config.trainables)  # type: ignore[arg-type]
-    return model
-
-
-def _training_of(config: RunConfig, model: Any, book: AdapterBook) -> Training:
-    if config.adapters == "per-client":
-        return ClientTraining(model, config, book)
-    return (AsyncTraining if config.mode == "async" else SharedTraining)(model, config.optimizer)
+    return authorized_file(config), run_device(config, shards)
 
 
 def server_identity(config: RunConfig, may_make: bool = True) -> Identity:

@@ -66,8 +66,23 @@ class SharedTraining:
         self.trainables = named_trainables(model)
         self._settings = settings
         self._parameters = list(self.trainables.values())
-        self.optimizer = build_optimizer(self._parameters, settings) if self._parameters else None
+        self.optimizer = build_optimizer(self._held(), settings) if self._parameters else None
         self._moved = False
+
+    def _held(self) -> list[Parameter]:
+        """What the optimizer of this process steps."""
+        return self._parameters
+
+    def _collected(self) -> list[torch.Tensor]:
+        """The step's summed gradients of that."""
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _norm(self, gradients: list[torch.Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _clear(self) -> None:
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def joined(self, client: str) -> None:
         pass  # there is one set of parameters, and it is there
@@ -83,11 +98,11 @@ class SharedTraining:
         rate = learning_rate_at(step, self._settings)
         if self.optimizer is None:
             return StepReport(rate, None)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = self._collected()
         if counted == 0 or not gradients:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear()
             return StepReport(rate, None, skipped=True)
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / counted
+        norm = self._norm(gradients) / counted
         finite = math.isfinite(norm)
         if finite:
             # Division and clipping in one pass over the gradients; the small number is clip_grad_norm_'s own.
@@ -96,7 +111,7 @@ class SharedTraining:
             set_learning_rate(self.optimizer, rate)
             self._moved = True
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         return StepReport(rate, norm if finite else None, skipped=not finite)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -92,6 +92,9 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "float32"
     attn: str = ""
+    shard: str = "none"
+    shard_size: int = 1
+    quantize: str = "none"
     threads: int = 0
     trust_remote_code: bool = False
     bind: str = "127.0.0.1:0"
@@ -211,7 +214,51 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     _check_replicas(config)
     if config.adapters == "per-client":
         _check_client_adapters(config)
+    _check_shard(config)
+    _check_quantize(config)
     return config
+
+
+def _check_shard(config: RunConfig) -> None:
+    """Raises ConfigError where the trunk cannot be spread as it says."""
+    if config.shard == "none":
+        if config.shard_size != 1:
+            raise ConfigError(f"shard_size = {config.shard_size} with shard = none: say how, with --shard tensor, fsdp or layers")
+        return
+    if config.shard_size < 2:
+        raise ConfigError(f"shard = {config.shard} needs two or more to spread the trunk over: give --shard-size")
+    if config.mode == "hierarchical":
+        raise ConfigError(f"shard = {config.shard} and several replicas do not go together yet: leave one of them out")
+    if config.shard == "layers":
+        return
+    contradictions = {
+        "mode": (config.mode == "async", "every rank takes each step with the others: use --mode sync, or --shard layers"),
+        "adapters": (config.adapters != "shared", "all clients train one adapter: use --adapters shared, or --shard layers"),
+        "lanes": (config.lanes > 1, "each rank is a lane: leave lanes at 0"),
+    }
+    for key, (contradicts, mend) in contradictions.items():
+        if contradicts:
+            raise ConfigError(f"{key} = {getattr(config, key)!r} with shard = {config.shard}, where {mend}")
+    if config.shard == "tensor" and config.lora.dropout and config.trainables == "lora":
+        raise ConfigError(
+            "dropout before LoRA would differ by rank with shard = tensor: set --lora-dropout 0, or use --shard fsdp"
+        )
+
+
+def _check_quantize(config: RunConfig) -> None:
+    """Raises ConfigError where the trunk's weights cannot be held in fewer bits."""
+    if config.quantize == "none":
+        return
+    if config.trainables == "full":
+        raise ConfigError(
+            f"quantize = {config.quantize} is for a frozen trunk, and this run trains it whole: use --trainables lora"
+        )
+    if config.shard in ("tensor", "fsdp"):
+        raise ConfigError(
+            f"quantize = {config.quantize} and shard = {config.shard} do not go together: use --shard layers or none"
+        )
+    if config.dtype == "float64":
+        raise ConfigError(f"quantize = {config.quantize} computes in float32 or bfloat16: choose one of them with --dtype")
 
 
 def _check_client_adapters(config: RunConfig) -> None:

@@ -46,6 +46,13 @@ class RunComplete(UserError):
     """The run has made all its steps, so no step can be taken part in; evaluation goes on working."""
 
 
+# --- One trunk on several ranks: whoever started them starts them again. --------------------------------------------------------
+
+
+class GroupLost(SplitflError):
+    """A rank of a trunk is gone, or holds another state than the others: nothing more can be run on it."""
+
+
 # --- Connecting: the user can mend it too, with the operator's help. ------------------------------------------------------------
 
 

@@ -141,6 +141,20 @@ SETTINGS: tuple[Setting, ...] = (
         str,
         "attention implementation, as transformers names it: sdpa, eager, flash_attention_2 (default: the model's own)",
     ),
+    Setting(
+        "shard",
+        str,
+        "how one trunk is spread: none, tensor (parallel within each block), fsdp (blocks gathered as they run), "
+        "layers (some blocks a GPU, one process)",
+        _one_of("none", "tensor", "fsdp", "layers"),
+    ),
+    Setting("shard_size", int, "ranks (tensor, fsdp) or GPUs (layers) that one trunk is spread over", _at_least(1)),
+    Setting(
+        "quantize",
+        str,
+        "weights of the frozen trunk in fewer bits, with LoRA on top: none, 8bit, 4bit",
+        _one_of("none", "8bit", "4bit"),
+    ),
     Setting("threads", int, "CPU threads of the trunk (0: torch's own choice)", _at_least(0)),
     Setting("trust_remote_code", bool, "run model code that comes with the checkpoint"),
     Setting("bind", str, "HOST:PORT of the control endpoint (host * for all, port 0 for any free one)", _host_and_port),

@@ -22,6 +22,7 @@ from splitfl.adapters.names import ADAPTER, full_name
 from splitfl.adapters.trainables import classification_head, set_trainable
 from splitfl.config import LoraSettings
 from splitfl.errors import ConfigError, ModelError
+from splitfl.shards import name_whole_features, put
 
 ALL_LINEAR = "all-linear"
 
@@ -59,9 +60,10 @@ def attach_lora(model: Any, settings: LoraSettings, *, seed: int, full_name_pref
         peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
     # PEFT shortens long lists to suffixes that are unique in what it sees, a part: in the full model they match more.
     config.target_modules = set(names)  # type: ignore[assignment]
+    name_whole_features(peft_model)
     for name, parameter in peft_model.named_parameters():
         if ".lora_A." in name:
-            parameter.data.copy_(lora_start(seed, full_name_prefix + full_name(name), tuple(parameter.shape)))
+            put(parameter, lora_start(seed, full_name_prefix + full_name(name), tuple(parameter.shape)))
     set_trainable(peft_model, "lora")
     return peft_model
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from splitfl.adapters.names import full_name
 from splitfl.errors import CheckpointError, ConfigError
+from splitfl.shards import put
 
 Trainables = Literal["lora", "full", "none"]
 
@@ -64,6 +64,13 @@ def load_trainables(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def copy_into(mine: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Put saved values into parameters of the same full names. Raises ``CheckpointError`` where names or shapes differ."""
+    check_fits(mine, tensors)
+    for name, parameter in mine.items():
+        put(parameter, tensors[name])
+
+
+def check_fits(mine: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``CheckpointError`` where names or shapes of saved values are not those of the parameters."""
     if mine.keys() != tensors.keys():
         name = min(mine.keys() ^ tensors.keys())
         where = "the checkpoint alone" if name in tensors else "the model alone"
@@ -76,9 +83,6 @@ def copy_into(mine: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> N
                 f"The checkpoint does not fit what trains, {name} has the shape {list(tensors[name].shape)}, here "
                 f"{list(parameter.shape)}: resume with the same model and rank."
             )
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(tensors[name])
 
 
 def _unwrapped(model: Any) -> nn.Module:

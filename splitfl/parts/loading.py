@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, ParamSpec
 
@@ -27,7 +27,9 @@ from splitfl.parts.blocks import Layout
 from splitfl.parts.cut import Cut
 from splitfl.parts.ends import attach_trunk, ends_class
 from splitfl.parts.hub import Checkpoint, open_checkpoint, read_json
+from splitfl.parts.layers import layer_map
 from splitfl.parts.probe import probe, skeleton
+from splitfl.parts.sharded import Sharding, finish_sharded, loading_options, shard_class
 from splitfl.parts.trunk import TrunkCallable, trunk_class, trunk_forward
 
 __all__ = [
@@ -109,13 +111,16 @@ def load_trunk(
     device: torch.device | str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
+    sharding: Sharding | None = None,
+    devices: Sequence[torch.device] = (),
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """The server's part: the blocks between the cuts, under the full model's names, and nothing else.
 
     It is called as a ``TrunkCallable``: ``trunk(hidden_states, attention_mask, position_ids)``; wrapped by PEFT, with
-    ``trunk_forward(trunk, ...)``. One trunk serves causal-lm and sequence-classification clients. Arguments and errors
-    as in ``load_ends``.
+    ``trunk_forward(trunk, ...)``. One trunk serves causal-lm and sequence-classification clients. ``sharding``: how it lies on
+    several ranks, each of which calls this and reads its shard alone. ``devices``: of this process, to spread its blocks over.
+    Other arguments and errors as in ``load_ends``.
     """
     cut = Cut.of(cut)
     checkpoint, config, full = find_model(path, "causal-lm", revision=revision, trust_remote_code=trust_remote_code)
@@ -124,7 +129,18 @@ def load_trunk(
     trunk_blocks = set(cut.trunk_range(layout.count))
     owners = block_of_tensors(full, config, layout, checkpoint.weight_map)
     keep = {name for name, block in owners.items() if block in trunk_blocks}
-    return _load(part, checkpoint, config, keep, dtype, device, attn, None, from_pretrained_kwargs)
+    if devices:
+        whole, _ = skeleton(full, config, layout.count)
+        held = cut.trunk_range(layout.count)
+        from_pretrained_kwargs["device_map"] = layer_map(whole, layout.blocks, held, devices)
+        device = None
+    if sharding is None:
+        return _load(part, checkpoint, config, keep, dtype, device, attn, None, from_pretrained_kwargs)
+    part = shard_class(part, config, layout, sharding)
+    options = from_pretrained_kwargs | loading_options(sharding)
+    trunk = _load(part, checkpoint, config, keep, dtype, None, attn, None, options)
+    finish_sharded(trunk, sharding)
+    return trunk
 
 
 def find_model(

@@ -66,7 +66,8 @@ class TrunkPart:
         finally:
             _crossing.reset(token)
         assert crossing.leaving is not None, "the last held block was not run"
-        return crossing.leaving
+        # Where the blocks lie on several devices, it comes out on the last.
+        return crossing.leaving.to(hidden_states.device)
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

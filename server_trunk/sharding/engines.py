@@ -1,0 +1,160 @@
+"""The engine of a trunk on several ranks: the leader's tells the others what it runs, and a follower runs what it is told.
+
+All ranks run the same operations in the same order, since their models wait for each other inside them; afterwards each says
+whether it went well. A forward that fails has failed on all; anything that only some have done ends the group, as their sums of
+gradients differ from then on. No rank makes a batch smaller by itself: being out of memory fails the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from server_trunk.engine import Engine
+from server_trunk.members import BackwardBatch, ForwardBatch
+from server_trunk.pieces import Lanes, Piece
+from server_trunk.sharding.commands import describe_backward, describe_forward, read_backward, read_forward
+from server_trunk.sharding.group import ShardGroup
+from server_trunk.sharding.training import ShardedTraining
+from server_trunk.training import StepReport
+from server_trunk.transfers import Landing
+from splitfl.errors import GroupLost
+
+__all__ = ["LeadingEngine", "RankLanes", "follow"]
+
+T = TypeVar("T")
+
+
+class RankLanes(Lanes):
+    """A lane a rank: each runs one piece of a batch; the leader gets the rows of all."""
+
+    apart = True
+
+    def __init__(self, group: ShardGroup) -> None:
+        super().__init__(1, torch.get_num_threads())
+        self._group, self.count = group, group.size
+
+    def run(self, work: Callable[[Any], Any], items: Any) -> list[Any]:
+        """What ``work`` returned of each piece, on the leader; a follower knows its own alone."""
+        pieces: list[Piece] = list(items)
+        own = work(pieces[self._group.rank])
+        rows = [None if piece.idle else torch.empty_like(piece.hidden) for piece in pieces]
+        self._group.gather_rows(rows, own)
+        done = [piece.hidden if found is None else found for piece, found in zip(pieces, rows, strict=True)]
+        done[self._group.rank] = own
+        return done
+
+
+class LeadingEngine(Engine):
+    """An :class:`Engine` whose every operation runs on all ranks of ``group``."""
+
+    def __init__(self, *args: Any, group: ShardGroup, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._group = group
+        self._lost = False
+
+    def forward(self, batch: ForwardBatch) -> tuple[Landing, bool]:
+        self._send(*describe_forward(batch))
+        return self._together("forward", lambda: super(LeadingEngine, self).forward(batch))
+
+    def backward(self, batch: BackwardBatch) -> Landing:
+        self._send(*describe_backward(batch))
+        return self._together("backward", lambda: super(LeadingEngine, self).backward(batch))
+
+    def discard(self, number: int) -> None:
+        self._send({"do": "discard", "number": number})
+        super().discard(number)
+
+    def close_step(self, step: int, targets: Mapping[str, int]) -> StepReport:
+        self._send({"do": "close", "step": step, "targets": dict(targets)})
+        return self._together("close", lambda: super(LeadingEngine, self).close_step(step, targets))
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        self._send({"do": "state"})
+        return self._together("state", super().state)
+
+    @staticmethod
+    def is_lost(error: Exception) -> bool:
+        return isinstance(error, GroupLost) or Engine.is_lost(error)
+
+    def stop(self) -> None:
+        """Let the followers end. The last of its operations."""
+        if not self._lost:
+            with contextlib.suppress(GroupLost):  # they have ended
+                self._send({"do": "stop"})
+
+    def _send(self, command: dict[str, Any], tensors: Any = ()) -> None:
+        self._group.use_device()
+        try:
+            self._group.send(command, tensors)
+        except GroupLost:
+            self._give_up()
+            raise
+
+    def _together(self, what: str, work: Callable[[], T]) -> T:
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as failure:
+            error = failure
+        try:
+            _settle(what, self._group.vote(error is None), error, self.is_atomic)
+        except GroupLost:
+            self._give_up()
+            raise
+        if error is not None:
+            raise error
+        return result
+
+    def _give_up(self) -> None:
+        # Nobody knows what the others hold: the last checkpoint stands.
+        self._lost, self.closed = True, None
+
+
+def _settle(what: str, votes: list[bool], own: Exception | None, atomic: bool) -> None:
+    """Raises GroupLost, once all have said how it went, where they can no longer be of one state."""
+    if all(votes) or what == "forward" or (what == "backward" and atomic and not any(votes)):
+        return
+    failed = [rank for rank, well in enumerate(votes) if not well]
+    said = f" ({type(own).__name__}: {str(own).splitlines()[0][:200]})" if own is not None and str(own) else ""
+    raise GroupLost(f"rank {failed[0]} of this trunk could not run a {what}{said}: start the group again") from own
+
+
+def follow(engine: Engine, group: ShardGroup) -> None:
+    """A follower's whole work: run what the leader runs, until it stops. Raises GroupLost where the group cannot go on."""
+    training = engine.training
+    assert isinstance(training, ShardedTraining)
+    group.use_device()
+
+    def run(command: dict[str, Any], tensors: list[torch.Tensor]) -> None:
+        match command["do"]:
+            case "forward":
+                engine.forward(read_forward(command, tensors))
+            case "backward":
+                engine.backward(read_backward(command, tensors))
+            case "close":
+                engine.close_step(command["step"], command["targets"])
+            case "state":
+                engine.state()
+            case "load":
+                training.take(command)
+
+    while True:
+        command, tensors = group.receive()
+        what = command["do"]
+        if what == "stop":
+            engine.close()
+            return
+        if what == "discard":
+            engine.discard(command["number"])
+            continue
+        error: Exception | None = None
+        try:
+            run(command, tensors)
+        except Exception as failure:
+            error = failure
+        _settle(what, group.vote(error is None), error, engine.is_atomic)

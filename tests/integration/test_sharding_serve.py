@@ -1,0 +1,148 @@
+"""`serve` under torchrun with one trunk on two ranks: a real client trains, the run goes on otherwise spread, a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from splitfl.checkpoint import checkpoint_steps, load_tensors
+from splitfl.cli import main
+from splitfl.protocol.keys import write_identity
+from splitfl.sample import build_sample_model
+from tests.unit.channel_world import wait_until
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+
+
+class Served:
+    """A run's directory, its one client's key, and servers and clients as processes."""
+
+    def __init__(self, work: Path, model: str) -> None:
+        self.work, self.model = work, model
+        self.key = work / "client.key"
+        (work / "authorized_clients").write_text(f"{write_identity(self.key).public} client\n")
+
+    def serve(self, name: str, *settings: object, ranks: bool = True) -> tuple[subprocess.Popen[str], str]:
+        """The server, and its join string once it serves."""
+        words = (
+            "server_trunk",
+            "serve",
+            self.model,
+            "--clients",
+            1,
+            "--run",
+            "test",
+            "--out",
+            self.work / name,
+            "--device",
+            "cpu",
+        )
+        options = ("--authorized-clients", self.work / "authorized_clients", "--lr", "1e-2", "--eps", "1e-3", "--until-done")
+        command = [sys.executable, *(RANKS if ranks else ("-m",)), *map(str, (*words, *options, *settings))]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        assert server.stdout is not None
+        for line in server.stdout:
+            if line.strip().startswith("splitfl://"):
+                return server, line.strip()
+        raise AssertionError(server.communicate()[1])
+
+    def train(self, join: str, name: str, steps: int) -> None:
+        client = self.start_training(join, name, steps)
+        _, said = client.communicate(timeout=100)
+        assert client.returncode == 0, said
+
+    def start_training(self, join: str, name: str, steps: int) -> subprocess.Popen[str]:
+        command = ("train", "--trunk", join, "--identity", self.key, "--model", self.model, "--data", self.work / "rows.jsonl")
+        more = ("--device", "cpu", "--out", self.work / name, "--max-length", 24, "--batch-size", 4, "--evaluate", 0)
+        words = [sys.executable, "-m", "splitfl.cli", *map(str, (*command, *more, "--steps", steps))]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+    def events(self, name: str, kind: str) -> list[dict]:
+        lines = (self.work / name / "log.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def finish(server: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = server.communicate(timeout=60)
+    return server.returncode, said
+
+
+def losses(served: Served, name: str) -> list[float]:
+    return [event["loss"] for event in served.events(name, "step")]
+
+
+@pytest.fixture
+def served(tmp_path) -> Served:
+    build_sample_model(tmp_path / "model", seed=0, hidden=32, blocks=4, heads=4)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    rows = [{"text": " ".join(words[index % 5 :: 1 + index % 3])} for index in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return Served(tmp_path, str(tmp_path / "model"))
+
+
+def test_a_client_is_served_as_by_one_process(served):
+    server, join = served.serve("sharded", "--shard", "tensor", "--shard-size", 2)
+    served.train(join, "ends", 2)
+    assert finish(server)[0] == 0
+    alone, join = served.serve("alone", ranks=False)
+    served.train(join, "ends-alone", 2)
+    assert finish(alone)[0] == 0
+    assert losses(served, "ends") == pytest.approx(losses(served, "ends-alone"), rel=1e-5)
+    assert_same_run(served, "sharded", "alone", 2)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_spread_otherwise(served):
+    """Two steps tensor-parallel, one fully sharded, one by one process; against the same by one process."""
+    spread = {"sharded": ("tensor", "fsdp", "none"), "alone": ("none", "none", "none")}
+    for name, kinds in spread.items():
+        for part, kind in enumerate(kinds):
+            settings = ("--shard", kind, "--shard-size", 1 if kind == "none" else 2, *(("--resume",) if part else ()))
+            server, join = served.serve(name, "--trainables", "full", *settings, ranks=kind != "none")
+            served.train(join, f"{name}{part}", 2 if part == 0 else 1)
+            assert finish(server)[0] == 0
+    assert_same_run(served, *spread, 4)
+
+
+def assert_same_run(served: Served, one: str, other: str, steps: int) -> None:
+    norms = [[event["grad_norm"] for event in served.events(name, "step")] for name in (one, other)]
+    assert len(norms[0]) == steps
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    exported = []
+    for name in (one, other):
+        assert main(["export", str(served.work / name), str(served.work / f"{name}-trunk")]) == 0
+        (file,) = (served.work / f"{name}-trunk").glob("*.safetensors")
+        exported.append(load_tensors(file))
+    assert exported[0].keys() == exported[1].keys()
+    assert all(float((mine - exported[1][key]).norm()) <= 1e-5 * float(mine.norm()) for key, mine in exported[0].items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_server_with_a_clear_error(served):
+    server, join = served.serve("sharded", "--shard", "fsdp", "--shard-size", 2, "--checkpoint-every", 2)
+    client = served.start_training(join, "ends", 500)
+    wait_until(lambda: len(served.events("sharded", "step")) >= 4, 60)
+    (follower,) = [p for p in psutil.Process(server.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    follower.send_signal(signal.SIGKILL)
+    code, said = finish(server)
+    client.terminate()
+    client.communicate()
+    assert code != 0
+    (failed,) = served.events("sharded", "failed")
+    assert "another rank of this trunk is gone" in failed["error"]
+    assert "SIGKILL" in said  # torchrun's own report
+    # What no rank can vouch for is not kept: the last checkpoint stands.
+    last = served.events("sharded", "checkpoint")[-1]["step"]
+    assert checkpoint_steps(served.work / "sharded")[-1] == last
+    server, join = served.serve("sharded", "--shard", "fsdp", "--shard-size", 2, "--resume")
+    served.train(join, "again", 1)
+    assert finish(server)[0] == 0
+    assert served.events("sharded", "step")[-1]["step"] == last + 1

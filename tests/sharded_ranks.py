@@ -1,0 +1,131 @@
+"""A program for torchrun: runs cases of a sharded trunk through its engine, and tells of each how far it is from one process.
+
+``torchrun ... -m tests.sharded_ranks CASES OUT``: a JSON list of settings in, a JSON list of findings out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from server_trunk.adapter_book import AdapterBook
+from server_trunk.building import Trunk
+from server_trunk.engine import Engine
+from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.sharding.engines import follow
+from server_trunk.sharding.group import ShardGroup, join_shards
+from splitfl.config import build_config
+from splitfl.errors import SplitflError
+from splitfl.protocol.messages import Backward, Forward
+from splitfl.shards import local_of
+
+HIDDEN = 32
+#: Batches of clients with unlike segments: the last has fewer segments than there are ranks, the one before a single pair.
+BATCHES: tuple[dict[str, tuple[tuple[int, int], ...]], ...] = (
+    {"a": ((7, 0), (3, 0), (12, 4)), "b": ((5, 0), (5, 0)), "c": ((9, 2),)},
+    {"a": ((6, 0),), "b": ((11, 0),)},
+    {"c": ((8, 3),)},
+)
+#: A large epsilon: AdamW's first step is otherwise the sign of each gradient, also of one that is nothing but rounding.
+OPTIMIZER = {"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-3}
+TARGETS = {"a": 28, "b": 21, "c": 17}
+
+
+def batch_of(segments: dict[str, tuple[tuple[int, int], ...]], seed: int) -> list[Member]:
+    draw = torch.Generator().manual_seed(seed)
+    members = []
+    for client, own in segments.items():
+        forward = Forward(0, 0, own, HIDDEN, "float32", "raw", True, True, True)
+        member = Member(client, forward, torch.randn(forward.rows, HIDDEN, generator=draw), client)
+        member.backward = Backward(0, 0, forward.rows, HIDDEN, "float32", "raw", forward.rows, 3.0)
+        member.gradient = torch.randn(forward.rows, HIDDEN, generator=draw)
+        members.append(member)
+    return members
+
+
+def worked(engine: Engine, steps: int = 2) -> tuple[dict[str, torch.Tensor], Any]:
+    """What comes out of some steps, every batch once with its graph kept and once computed again: by name, and the state."""
+    found: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        for number, segments in enumerate(BATCHES * 2):
+            members = batch_of(segments, number)
+            y, kept = engine.forward(ForwardBatch(number, members, number < len(BATCHES)))
+            dh = engine.backward(BackwardBatch(number, members, kept))
+            for index, tensors in enumerate(zip(y.tensors, dh.tensors, strict=True)):
+                found |= {f"{step}.{number}.{index}.{what}": one for what, one in zip(("y", "dh"), tensors, strict=True)}
+        report = engine.close_step(step, TARGETS)
+        found[f"{step}.grad_norm"] = torch.tensor(report.grad_norm)
+    evaluated = batch_of(BATCHES[0], 9)
+    for member in evaluated:
+        member.forward = Forward(0, 0, member.forward.segments, HIDDEN, "float32", "raw", False, False, True)
+    y, _ = engine.forward(ForwardBatch(99, evaluated, False))
+    return found | {f"evaluated.{index}": one for index, one in enumerate(y.tensors)}, engine.state()
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Memory of all parameters on this rank, of the frozen ones alone."""
+    return sum(local_of(p).untyped_storage().nbytes() for n, p in model.named_parameters() if ".lora_" not in n)
+
+
+def farthest(mine: dict[Any, Any], theirs: dict[Any, Any]) -> float:
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)) for name in theirs)
+
+
+def moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{i}.{key}": entry[key] for i, entry in state["optimizer"]["state"].items() for key in ("exp_avg", "exp_avg_sq")}
+
+
+def run_case(values: dict[str, Any]) -> dict[str, Any]:
+    base = {"device": "cpu", "lanes": 1, "lora.rank": 4} | OPTIMIZER | values
+    config = build_config(base)
+    group = join_shards(config)
+    assert group is not None
+    try:
+        trunk = Trunk(config, group.device, AdapterBook(config), group)
+    except SplitflError as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+    held = [0] * group.size
+    held[group.rank] = bytes_of(trunk.model)
+    bytes_held = group.sum(torch.tensor(held)).tolist()
+    if not group.leads:
+        follow(trunk.engine, group)
+        return {}
+    return _compare(trunk, group, bytes_held, build_config(base | {"shard": "none", "shard_size": 1}))
+
+
+def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any) -> dict[str, Any]:
+    found, (weights, extra) = worked(trunk.engine)
+    trunk.engine.training.load(weights, extra)
+    again, extra_again = trunk.engine.state()
+    trunk.engine.stop()  # type: ignore[attr-defined]
+    alone = Trunk(plain, torch.device("cpu"), AdapterBook(plain))
+    reference, (weights_alone, extra_alone) = worked(alone.engine)
+    return {
+        "packing_obstacle": trunk.packing_obstacle,
+        "numbers": farthest(found, reference),
+        "weights": farthest(weights, weights_alone),
+        "moments": farthest(moments(extra), moments(extra_alone)),
+        "moved": min(
+            float(tensor.norm()) for name, tensor in weights_alone.items() if ".lora_B." in name or ".lora_" not in name
+        ),
+        "resumed": farthest(again, weights) + farthest(moments(extra_again), moments(extra)),
+        "bytes": [held / bytes_of(alone.model) for held in bytes_held],
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    findings = [run_case(values) for values in cases]
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main()
