@@ -202,8 +202,8 @@ class TrunkServer:
             kept=scheduler.kept_tokens,
             traffic=channel.traffic,
         )
-        # What is bound to all interfaces is reached under this machine's name; the operator may write another host instead.
-        reached = socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host
+        # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
+        reached = config.host or (socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host)
         if self._replica is not None:
             self._replica.meet(reached, self._transport.control_port, wake=self._loop.wake, loads=self.meter.loads)
         self._loop.start()

@@ -98,6 +98,7 @@ class RunConfig:
     threads: int = 0
     trust_remote_code: bool = False
     bind: str = "127.0.0.1:0"
+    host: str = ""
     data_port: int = 0
     advertise: str = ""
     identity: str = ""

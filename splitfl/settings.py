@@ -37,6 +37,10 @@ def _host_and_port(value: str) -> str | None:
     return None if host and port.isdigit() and int(port) < 65536 else "is no HOST:PORT"
 
 
+def _bare_host(value: str) -> str | None:
+    return "is no name or address by itself" if any(mark in value for mark in " /@[]") or value.count(":") == 1 else None
+
+
 def _port_or_address(value: str) -> str | None:
     is_port = value.isdigit() and int(value) < 65536
     return None if not value or is_port or _host_and_port(value) is None else "is neither a port nor HOST:PORT"
@@ -158,6 +162,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("threads", int, "CPU threads of the trunk (0: torch's own choice)", _at_least(0)),
     Setting("trust_remote_code", bool, "run model code that comes with the checkpoint"),
     Setting("bind", str, "HOST:PORT of the control endpoint (host * for all, port 0 for any free one)", _host_and_port),
+    Setting("host", str, "name or address at which clients reach this server (default: what is bound, or its name)", _bare_host),
     Setting("data_port", int, "port of the data endpoint, on the same host (0: any free one)", _between(0, 65536)),
     Setting("advertise", str, "HOST:PORT at which clients reach the data endpoint, where that differs from what is bound"),
     Setting("identity", str, "the server's secret key file (made on first use)"),

@@ -211,6 +211,7 @@ def test_every_command_has_its_module():
     [
         (["serve", "m", "--clients", "0"], "at least 1"),
         (["serve", "m", "--bind", "nowhere"], "is no HOST:PORT"),
+        (["serve", "m", "--host", "trunk.example.org:7100"], "is no name or address by itself"),
         (["serve", "--config", "missing.toml"], "cannot read the config"),
         (["keygen", "a.key", "--name", "two words"], "one word"),
         (["train", "--trunk", "x", "--identity", "k", "--data", "missing.txt"], "no such file"),

@@ -380,3 +380,8 @@ def test_classifiers_and_language_models_share_one_trunk(tmp_path, model):
 
         side_by_side(2, client)
     assert [event["targets"] for event in world.events("step")] == [14 + 2] * 2
+
+
+def test_the_join_string_names_the_host_that_the_operator_says(tmp_path, model):
+    with running(World(tmp_path, model, clients=1, bind="127.0.0.1:0", host="trunk.example.org")) as world:
+        assert f"@trunk.example.org:{world.server.join.port}/" in world.join

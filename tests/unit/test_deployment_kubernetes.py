@@ -146,3 +146,19 @@ def test_pods_may_do_no_more_than_they_must(manifests, pod):
     assert set(manifests["NetworkPolicy"]["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     labels = manifests["Namespace"]["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_outside_the_cluster_each_replica_has_an_address_and_a_name(manifests, launch):
+    _, config = launch
+    public = DEPLOY / "kubernetes" / "public"
+    services = list(yaml.safe_load_all((public / "services.yaml").read_text()))
+    name = manifests["StatefulSet"]["metadata"]["name"]
+    pods = [service["spec"]["selector"]["statefulset.kubernetes.io/pod-name"] for service in services]
+    assert pods == [f"{name}-{index}" for index in range(manifests["StatefulSet"]["spec"]["replicas"])]
+    for service in services:
+        assert [port["port"] for port in service["spec"]["ports"]] == [config.address[1], config.data_port]
+    (patch,) = yaml.safe_load((public / "kustomization.yaml").read_text())["patches"]
+    (change,) = yaml.safe_load(patch["patch"])
+    assert change["path"] == "/spec/template/spec/containers/0/args/-"
+    word = change["value"].replace("$(POD_NAME)", pods[1])
+    assert serve_config(["serve", "model", word]).host.startswith(f"{pods[1]}.")
