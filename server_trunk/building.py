@@ -99,7 +99,7 @@ def follow_leader(config: RunConfig, shards: ShardGroup) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     trunk = Trunk(config, shards.device, AdapterBook(config), shards)
-    follow(trunk.engine, shards)
+    follow(trunk.engine, trunk.model, shards)
 
 
 def load_run_trunk(config: RunConfig, device: torch.device, shards: ShardGroup | None = None) -> Any:

@@ -67,6 +67,24 @@ def worked(engine: Engine, steps: int = 2) -> tuple[dict[str, torch.Tensor], Any
     return found | {f"evaluated.{index}": one for index, one in enumerate(y.tensors)}, engine.state()
 
 
+def failing(engine: Engine) -> str:
+    """A batch that no rank can run, one that waits for its backward meanwhile, and what is said of the first."""
+    waiting = batch_of(BATCHES[0], 7)
+    _, kept = engine.forward(ForwardBatch(7, waiting, True))
+    (odd,) = batch_of({"a": ((6, 0),)}, 8)
+    odd.hidden = odd.hidden[:, 1:].contiguous()
+    try:
+        engine.forward(ForwardBatch(8, [odd], True))
+    except Exception as error:
+        engine.discard(8)
+        for member in waiting:
+            assert member.backward is not None
+            member.gradient.zero_()  # of which nothing is left in the step's sum
+        engine.backward(BackwardBatch(7, waiting, kept))
+        return type(error).__name__
+    return "nothing"
+
+
 def bytes_of(model: torch.nn.Module) -> int:
     """Memory of all parameters on this rank, of the frozen ones alone."""
     return sum(local_of(p).untyped_storage().nbytes() for n, p in model.named_parameters() if ".lora_" not in n)
@@ -94,12 +112,13 @@ def run_case(values: dict[str, Any]) -> dict[str, Any]:
     held[group.rank] = bytes_of(trunk.model)
     bytes_held = group.sum(torch.tensor(held)).tolist()
     if not group.leads:
-        follow(trunk.engine, group)
+        follow(trunk.engine, trunk.model, group)
         return {}
     return _compare(trunk, group, bytes_held, build_config(base | {"shard": "none", "shard_size": 1}))
 
 
 def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any) -> dict[str, Any]:
+    failed = failing(trunk.engine)
     found, (weights, extra) = worked(trunk.engine)
     trunk.engine.training.load(weights, extra)
     again, extra_again = trunk.engine.state()
@@ -107,6 +126,7 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
     alone = Trunk(plain, torch.device("cpu"), AdapterBook(plain))
     reference, (weights_alone, extra_alone) = worked(alone.engine)
     return {
+        "failed": failed,
         "packing_obstacle": trunk.packing_obstacle,
         "numbers": farthest(found, reference),
         "weights": farthest(weights, weights_alone),

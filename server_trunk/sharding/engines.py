@@ -22,6 +22,8 @@ from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing
 from splitfl.errors import GroupLost
+from splitfl.parts.sharded import forget_run
+from splitfl.parts.trunk import find_trunk
 
 __all__ = ["LeadingEngine", "RankLanes", "follow"]
 
@@ -101,6 +103,7 @@ class LeadingEngine(Engine):
             result = work()
         except Exception as failure:
             error = failure
+            forget_run(self._trunk)
         try:
             _settle(what, self._group.vote(error is None), error, self.is_atomic)
         except GroupLost:
@@ -124,9 +127,10 @@ def _settle(what: str, votes: list[bool], own: Exception | None, atomic: bool) -
     raise GroupLost(f"rank {failed[0]} of this trunk could not run a {what}{said}: start the group again") from own
 
 
-def follow(engine: Engine, group: ShardGroup) -> None:
+def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
     """A follower's whole work: run what the leader runs, until it stops. Raises GroupLost where the group cannot go on."""
     training = engine.training
+    trunk = find_trunk(trunk)
     assert isinstance(training, ShardedTraining)
     group.use_device()
 
@@ -157,4 +161,5 @@ def follow(engine: Engine, group: ShardGroup) -> None:
             run(command, tensors)
         except Exception as failure:
             error = failure
+            forget_run(trunk)
         _settle(what, group.vote(error is None), error, engine.is_atomic)

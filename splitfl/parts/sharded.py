@@ -23,7 +23,7 @@ from splitfl.errors import ModelError
 from splitfl.parts.blocks import Layout
 from splitfl.shards import local_of
 
-__all__ = ["MESH_AXES", "Sharding", "finish_sharded", "loading_options", "plan_style", "shard_class"]
+__all__ = ["MESH_AXES", "Sharding", "finish_sharded", "forget_run", "loading_options", "plan_style", "shard_class"]
 
 #: The axes Hugging Face knows a mesh by, outermost first.
 MESH_AXES = ("pp", "dp_replicate", "fsdp", "tp")
@@ -68,6 +68,10 @@ def shard_class(part: Any, config: Any, layout: Layout, sharding: Sharding) -> A
     """
     if sharding.kind == "tensor":
         _check_heads(config, sharding.size)
+    elif not hasattr(FSDPModule, "reset_iter_state"):
+        raise ModelError(
+            "shard = fsdp needs a newer torch, whose FSDP recovers from a failed run: upgrade it, or use --shard layers"
+        )
     inside = f"{layout.blocks}."
     build = part.__init__
 
@@ -123,6 +127,12 @@ def finish_sharded(model: Any, sharding: Sharding) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def forget_run(model: Any) -> None:
+    """After a run of a trunk that failed midway: FSDP lets go of what it had gathered and expects no rest of it."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def _own_memory(model: Any) -> None:

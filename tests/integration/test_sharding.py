@@ -53,6 +53,8 @@ def assert_equal(found: dict[str, Any]) -> None:
     assert found["weights"] <= 1e-5
     assert found["moments"] <= 1e-5
     assert found["moved"] > 0
+    # What fails alike on all ranks fails that batch, not the group, and nothing after it.
+    assert found["failed"] == "RuntimeError"
     assert found["resumed"] == 0
     # Norms lie whole on each rank of a tensor-parallel trunk; the rest is halved.
     assert all(0.45 <= share <= 0.56 for share in found["bytes"])
