@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_the_build_is_given_what_it_copies_and_no_more():
     assert set(ast.literal_eval(wheel[1])) <= let_through
     for secret in ("deploy/keys/trunk.key", "runs/trial/config.toml", "clinic.key"):
         assert not any(fnmatch.fnmatch(secret, name) or secret.startswith(f"{name}/") for name in let_through)
+
+
+def test_the_extras_of_the_images_are_ones_there_are():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"EXTRAS=([a-z,]+)", DOCKERFILE.read_text())
+    assert named
+    assert {extra for names in named for extra in names.split(",")} <= known.keys()
 
 
 def test_commands_of_the_images():
