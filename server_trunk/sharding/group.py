@@ -136,7 +136,7 @@ def join_shards(config: RunConfig) -> ShardGroup | None:
     if config.shard not in ("tensor", "fsdp"):
         return None
     size = config.shard_size
-    example = f"torchrun --nproc-per-node {size} -m server_trunk serve MODEL --shard {config.shard} --shard-size {size} ..."
+    example = f"torchrun --nproc-per-node {size} -m -- server_trunk serve MODEL --shard {config.shard} --shard-size {size} ..."
     if not dist.is_initialized() and "RANK" not in os.environ:
         raise ConfigError(f"shard = {config.shard} takes {size} processes: start them by `{example}`")
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])

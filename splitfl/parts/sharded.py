@@ -136,8 +136,12 @@ def forget_run(model: Any) -> None:
 
 
 def _own_memory(model: Any) -> None:
-    """On a CPU what was read is a view of the whole tensor in the file: keep this rank's part, and let the rest go."""
+    """On a CPU what was read is a view of the file, mapped into memory: keep this rank's part, and let the file go."""
     for parameter in model.parameters():
         local = local_of(parameter)
-        if local is not parameter and local.untyped_storage().nbytes() > local.nbytes:
+        if local.device.type != "cpu":
+            continue
+        if local is parameter:
+            parameter.data = parameter.detach().clone()
+        else:
             parameter._local_tensor = local.clone()
