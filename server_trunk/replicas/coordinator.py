@@ -9,10 +9,11 @@ grant, so its first participant and a closing cannot cross.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.words import Close, Drain, Grant, Phase, State, Stop, WaitedFor, Word
+from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Phase, State, Stop, WaitedFor, Word
 
 __all__ = ["Coordinator"]
 
@@ -28,12 +29,20 @@ class _Replica:
 
 
 class Coordinator:
-    """``clients``: enrolled sessions, over all replicas, that the first step waits for."""
+    """``clients``: enrolled sessions, over all replicas, that the first step waits for. ``kept``: the steps of checkpoints."""
 
-    def __init__(self, size: int, *, clients: int, meetings: Meetings, first: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        clients: int,
+        meetings: Meetings,
+        first: int = 0,
+        kept: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
         self.step = first  # the furthest that any replica is known to be
         self._round = first  # the first step of the open round
-        self._needed = clients
+        self._needed, self._begun, self._kept = clients, False, kept
         self._meetings = meetings
         self._replicas = [_Replica(State(0, Phase.OUT, first)) for _ in range(size)]
         self._draining = self._stopped = False
@@ -71,12 +80,32 @@ class Coordinator:
     def _grant(self) -> list[Told]:
         """Let those in who have participants. Nobody comes in once a part is whole: the others would wait for all of theirs."""
         told: list[Told] = []
-        for rank in self._ready():
+        ready = self._ready()
+        if ready and not self._begun:
+            self._begun = True
+            common = self._common()
+            if common is not None:
+                return self._go_back(common)
+        for rank in ready:
             replica = self._replicas[rank]
             replica.state = replace(replica.state, phase=Phase.IN)
             replica.told += 1
             told.append((rank, Grant(self.step)))
         return told
+
+    def _common(self) -> int | None:
+        """As :meth:`server_trunk.steps.Steps.common`, over the clients of all replicas."""
+        wanted = [other.state.holds for other in self._replicas if other.state.holds is not None]
+        if not self.step or all(self.step - 1 in steps for steps in wanted):
+            return None
+        return max((step for step in self._kept() if step < self.step and all(step in steps for steps in wanted)), default=None)
+
+    def _go_back(self, step: int) -> list[Told]:
+        self.step = self._round = step + 1
+        for replica in self._replicas:
+            replica.state = replace(replica.state, step=self.step)
+            replica.told += 1
+        return [(rank, GoBack(step)) for rank in range(len(self._replicas))]
 
     def _ready(self) -> list[int]:
         """The replicas that come in now, if any may."""

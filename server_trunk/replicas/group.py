@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from server_trunk.replicas.place import Place
 from splitfl.errors import ConfigError, SplitflError
@@ -34,14 +35,17 @@ class Group:
         """Meet the other processes that torchrun has started.
 
         Raises:
-            ConfigError: the group cannot be formed.
+            SplitflError: the group cannot be formed.
         """
         if place.local_size == place.size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it need leave this machine
         try:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            store, rank, size = next(rendezvous("env://", place.rank, place.size))
+            # torchrun keeps the store when it starts the group anew; what the one before has left there is of dead processes.
+            store = dist.PrefixStore(f"splitfl-{place.restarts}", store)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"the replicas cannot meet ({error}): start them by torchrun, or by --replicas") from None
+            raise SplitflError(f"the replicas cannot meet ({str(error).splitlines()[0][:200]})") from None
         return cls(place, device)
 
     def __init__(self, place: Place, device: torch.device) -> None:

@@ -5,14 +5,16 @@ The agent starts them, starts all again when one dies, and passes SIGINT and SIG
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from splitfl.config import RunConfig
-from splitfl.errors import SplitflError
+from splitfl.errors import ConfigError, SplitflError
 
 __all__ = ["AGENT", "MISTAKEN", "launch"]
 
@@ -20,6 +22,7 @@ __all__ = ["AGENT", "MISTAKEN", "launch"]
 AGENT, MISTAKEN = "SPLITFL_AGENT", signal.SIGUSR1
 #: Seconds that replicas have to write a checkpoint and say goodbye before they are killed.
 _GRACE = 60
+_TRIES = 50
 
 
 class _MistakeError(Exception):
@@ -45,6 +48,7 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
         raise _MistakeError
 
     signal.signal(MISTAKEN, mistaken)
+    arguments = [*arguments, *_ports(config)]
     options = ["--standalone", "--nproc-per-node", str(config.replicas), "--max-restarts", str(config.restarts)]
     try:
         torchrun.run(torchrun.parse_args([*options, "-m", "server_trunk", *arguments]))
@@ -55,6 +59,28 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         raise _failure(failure.exitcode for failure in error.failures.values()) from None
     return 0
+
+
+def _ports(config: RunConfig) -> list[str]:
+    """Where any port will do: free ones, that replicas which start again will have again, so that clients find them."""
+    host, port = config.address
+    if port or config.data_port:
+        return []
+    count = 2 * config.replicas
+    for _ in range(_TRIES):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            first = _bound(stack, host, 0)
+            if all(_bound(stack, host, first + further) for further in range(1, count)):
+                return [f"--bind={config.bind.rpartition(':')[0]}:{first}", f"--data-port={first + 1}"]
+    raise ConfigError(f"no {count} free ports side by side for {config.replicas} replicas: choose the first by --bind HOST:PORT")
+
+
+def _bound(stack: contextlib.ExitStack, host: str, port: int) -> int:
+    """Hold a port for now; 0 is any. Returns it. Raises OSError where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    held = stack.enter_context(socket.socket(family))
+    held.bind(("" if host == "*" else host, port))
+    return int(held.getsockname()[1])
 
 
 def _failure(codes: Iterable[int]) -> SplitflError:

@@ -21,7 +21,8 @@ from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.run import ReplicaRun
 from server_trunk.replicas.steps import ReplicaSteps
 from server_trunk.replicas.training import AveragedTraining, ReducedTraining
-from server_trunk.replicas.words import Close, Drain, Grant, Presence, State, Stop, StopAsked, WaitedFor, Word
+from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Presence, State, Stop, StopAsked, WaitedFor, Word
+from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig
 from splitfl.errors import SplitflError
 from splitfl.protocol.messages import Redirect
@@ -81,7 +82,13 @@ class Replica:
             self.stopped.set()
 
         config = self._config
-        self._coordinator = Coordinator(self.group.size, clients=config.clients, meetings=self.meetings, first=first)
+        self._coordinator = Coordinator(
+            self.group.size,
+            clients=config.clients,
+            meetings=self.meetings,
+            first=first,
+            kept=lambda: checkpoint_steps(config.out_dir),
+        )
         self._steps = ReplicaSteps(
             say,
             meetings=self.meetings,
@@ -152,7 +159,7 @@ class Replica:
             self._control.tell(rank, word)
 
     def _take(self, rank: int, word: Word) -> None:
-        if isinstance(word, Grant | WaitedFor | Close | Drain | Stop):
+        if isinstance(word, Grant | WaitedFor | Close | GoBack | Drain | Stop):
             self._steps.hear(word)
             self._wake()
             return
@@ -189,10 +196,10 @@ class Replica:
         Returns False where one is gone.
         """
         self._tell_first(StopAsked(patience))
-        while not self.stopped.wait(0.05):
-            if self.failure is not None:
-                return False
-        return True
+        while self.failure is None:
+            if self.stopped.wait(0.05):
+                return self.failure is None
+        return False
 
     def halt(self) -> None:
         """Part from the others, once :attr:`stopped`."""

@@ -41,8 +41,12 @@ class ReplicaRun:
         self._keeper.saved = step
 
     def kept(self) -> Sequence[int]:
-        """None: replicas do not go back together, so a run that is resumed goes on from its newest checkpoint."""
-        return ()
+        return self._keeper.kept()
 
     def go_back(self, step: int) -> None:
-        raise AssertionError("nothing to go back to")
+        """All do so, on rank 0's word. It goes first, and puts newer checkpoints aside."""
+        if self._group.is_first:
+            self._keeper.go_back(step)
+        self._group.all_reduce_tensors([torch.zeros(1)])
+        if not self._group.is_first:
+            self._keeper.go_back(step)

@@ -8,11 +8,11 @@ thread's.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from server_trunk.ledger import Ledger
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.words import Close, Drain, Grant, Phase, State, Stop, WaitedFor
+from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Phase, State, Stop, WaitedFor
 from server_trunk.steps import Steps
 
 __all__ = ["ReplicaSteps"]
@@ -38,19 +38,27 @@ class ReplicaSteps(Steps):
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
         self._on_whole, self._on_stop = on_whole, on_stop
-        self._words: deque[Grant | WaitedFor | Close | Drain | Stop] = deque()
+        self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop] = deque()
         self._heard = 0
         self._phase = Phase.OUT
         self._counted: Counter[str] = Counter()  # targets by client since the replicas met, of steps that have closed
         self._draining = self._stopped = False
+        self._back: int | None = None  # the step that rank 0 wants to go back to
         self._said = State(0, Phase.OUT, first)
 
-    def hear(self, word: Grant | WaitedFor | Close | Drain | Stop) -> None:
+    def hear(self, word: Grant | WaitedFor | Close | GoBack | Drain | Stop) -> None:
         """A word from rank 0; from any thread. The trunk's thread has to be woken for it."""
         self._words.append(word)
 
     def wake(self, now: float) -> float | None:
         return 0.0 if self._words else super().wake(now)
+
+    def common(self, kept: Sequence[int]) -> int | None:
+        return self._back
+
+    def go_back(self, number: int) -> None:
+        super().go_back(number)
+        self._back = None
 
     def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
         opened = [] if self._stopped else super().openings(now)
@@ -76,6 +84,10 @@ class ReplicaSteps(Steps):
                 self._said = self._state()  # as rank 0 knows
             elif isinstance(word, WaitedFor):
                 self.is_awaited = True
+            elif isinstance(word, GoBack):
+                self._heard += 1
+                self._back = word.step
+                return None
             elif isinstance(word, Drain):
                 self._draining = True
             else:
@@ -114,9 +126,14 @@ class ReplicaSteps(Steps):
             return State(self._heard, Phase.IN, self.number)
         here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number)
         counted = self._counted + Counter(here.targets_by_client)
-        return State(
-            self._heard, self._phase, self.number, len(self._enrolled), len(self._awaited), dict(counted), len(here.parts)
-        )
+        waiting = len(self._enrolled), len(self._awaited)
+        return State(self._heard, self._phase, self.number, *waiting, dict(counted), len(here.parts), self._holds())
+
+    def _holds(self) -> tuple[int, ...] | None:
+        if not self._first or self.number != self._first:
+            return None
+        held = [set(steps) for steps in (self._held[session] for session in self._enrolled) if steps]
+        return tuple(sorted(set.intersection(*held))) if held else None
 
     def _report(self) -> None:
         state = self._state()

@@ -17,6 +17,7 @@ __all__ = [
     "Bye",
     "Close",
     "Drain",
+    "GoBack",
     "Grant",
     "Phase",
     "Presence",
@@ -44,7 +45,8 @@ class State:
 
     ``step``: its open step, or the next. ``enrolled``: sessions that wait for a step to open; ``held``: lost ones whose return it
     would wait for. ``counted``: target tokens by client since replicas met, of what is whole; ``participants``: in the step
-    at which they meet.
+    at which they meet. ``holds``: before the first step of a run that is taken up again, the steps after which all who are here
+    can go on; None: any.
     """
 
     heard: int
@@ -54,9 +56,11 @@ class State:
     held: int = 0
     counted: dict[str, int] = field(default_factory=dict)
     participants: int = 0
+    holds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase", Phase(self.phase))  # comes as a number
+        object.__setattr__(self, "holds", None if self.holds is None else tuple(self.holds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,13 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True)
+class GoBack:
+    """From rank 0: the run stands after ``step`` again."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """From rank 0: begin no further step."""
 
@@ -118,9 +129,9 @@ class Bye:
     """Nothing more comes from this side."""
 
 
-Word = State | Presence | StopAsked | Grant | WaitedFor | Close | Drain | Stop | Bye
+Word = State | Presence | StopAsked | Grant | WaitedFor | Close | GoBack | Drain | Stop | Bye
 
-_KINDS: tuple[type[Any], ...] = (State, Presence, StopAsked, Grant, WaitedFor, Close, Drain, Stop, Bye)
+_KINDS: tuple[type[Any], ...] = (State, Presence, StopAsked, Grant, WaitedFor, Close, GoBack, Drain, Stop, Bye)
 
 
 def encode(word: Word) -> bytes:

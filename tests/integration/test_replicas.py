@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+
+import psutil
 import pytest
 import torch
 
+from benchmarks.central import Central, count_targets
+from client_ends.settings import TrainSettings
 from client_ends.train import prepare_ends
+from client_ends.train import train as train_ends
+from server_trunk.run_ledger import RunLedger
+from server_trunk.server import load_run_trunk
 from splitfl.adapters import named_trainables
+from splitfl.checkpoint import checkpoint_directory, load_checkpoint, unpack_state
 from splitfl.config import LoraSettings
 from splitfl.optimizer import build_optimizer
+from splitfl.parts.loading import load_ends
 from tests.integration.test_equality import ENDS, TRUNK, Outcome, assert_equal, snapshot, story_batches, train_central
 from tests.replicas import Replicas, serving
+from tests.unit.channel_world import wait_until
 from tests.world import side_by_side
 
 CLIENTS, STEPS = 5, 12
@@ -59,3 +73,134 @@ def test_gradients_summed_at_every_step_equal_central_training(tmp_path, data, s
     assert all(joined)
     for replica in range(count):
         assert [event["targets"] for event in replicas.events("step", replica)] == targets
+
+
+def federated(replicas: Replicas, batches, seats: list[list[int]], every: int) -> tuple[Outcome, Outcome]:
+    """FedAvg as it stands in the paper: each replica trains with the clients that sit there; every so many steps their trunks
+    are averaged, weighted by target tokens.
+    """
+    config = replicas.config
+    trunks = [load_run_trunk(config, torch.device("cpu")) for _ in seats]
+    parts = {
+        client: prepare_ends(load_ends(replicas.model, config.cut), "lora", LoraSettings(), seed=0) for client in range(CLIENTS)
+    }
+    start = Outcome([], snapshot(trunks[0]), [snapshot(parts[client]) for client in range(CLIENTS)])
+    centrals = [
+        Central(trunk, [parts[client] for client in seat], config.optimizer, ENDS)
+        for trunk, seat in zip(trunks, seats, strict=True)
+    ]
+    losses = []
+    counted = [0] * len(seats)
+    for number, step in enumerate(batches):
+        found = {}
+        for replica, seat in enumerate(seats):
+            mine = [step[client] for client in seat]
+            found |= dict(zip(seat, centrals[replica].step(mine), strict=True))
+            counted[replica] += sum(count_targets(batch) for batch in mine)
+        losses.append([found[client] for client in range(CLIENTS)])
+        if (number + 1) % every == 0 or number + 1 == len(batches):
+            held = [named_trainables(trunk) for trunk in trunks]
+            for name in held[0]:
+                mean = sum(weight * own[name].detach() for weight, own in zip(counted, held, strict=True)) / sum(counted)
+                for own in held:
+                    own[name].data.copy_(mean)
+            counted = [0] * len(seats)
+    return start, Outcome(losses, snapshot(trunks[0]), [snapshot(parts[client]) for client in range(CLIENTS)])
+
+
+@pytest.mark.parametrize(
+    ("count", "every"), [pytest.param(2, 1, marks=pytest.mark.slow), (2, 5), pytest.param(4, 3, marks=pytest.mark.slow)]
+)
+def test_weights_averaged_now_and_then_equal_federated_averaging(tmp_path, data, stories, count, every):
+    batches = story_batches(data, CLIENTS, steps=STEPS)
+    settings = {"sync": str(every), "trainables": "full", "optimizer.steps": STEPS, "checkpoint_every": 4}
+    replicas = Replicas(tmp_path, stories, count, CLIENTS, **settings, **TRUNK)
+    mine = train(replicas, batches)
+    seats = [[int(event["client"][-1]) for event in replicas.events("joined", replica)] for replica in range(count)]
+    start, theirs = federated(replicas, batches, seats, every)
+    assert_equal(mine, theirs, start)
+    kept = [event["step"] for event in replicas.events("checkpoint")]
+    assert kept[-1] == STEPS - 1
+    assert all((step + 1) % every == 0 for step in kept[:-1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sync", "0"], "must be step, or a number of steps"),
+        (["--adapters", "per-client"], "does not go with --mode hierarchical"),
+        (["--authorized-clients", "nowhere"], "does not exist"),
+        pytest.param(["--cut", "9:9"], "cut", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_starts_again(tmp_path, stories, flags, said):
+    replicas = Replicas(tmp_path, stories, 2, 1)
+    replicas._flags = tuple(flags)
+    with pytest.raises(AssertionError, match="no join string"):
+        replicas.start()
+    assert replicas.stop() == 2
+    sentences = [line for line in (tmp_path / "stderr").read_text().splitlines() if not line.startswith("loading")]
+    assert len(sentences) == 1, sentences
+    assert said in sentences[0]
+
+
+def settings(replicas: Replicas, data, client: int, **options) -> TrainSettings:
+    return TrainSettings(
+        trunk=replicas.join,
+        identity=str(replicas.keys[client]),
+        data=str(data / "text" / "tinyshakespeare" / "input.txt"),
+        model=replicas.model,
+        max_length=32,
+        batch_size=2,
+        evaluate=0,
+        seed=client,
+        device="cpu",
+        ends="full",
+        out=str(replicas.work / f"ends{client}"),
+        **options,
+    )
+
+
+def processes(replicas: Replicas) -> dict[int, int]:
+    """The replicas' process ids by rank."""
+    assert replicas.process is not None
+    found = {}
+    for child in psutil.Process(replicas.process.pid).children():
+        with contextlib.suppress(psutil.Error):
+            found[int(child.environ()["RANK"])] = child.pid
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_replica_that_is_killed_costs_no_step_and_no_client(tmp_path, data, stories, killed):
+    steps, clients = 30, 3
+    whole, broken = (tmp_path / name for name in ("whole", "broken"))
+    ends = []
+    for work in (whole, broken):
+        work.mkdir()
+        plan = {"optimizer.steps": steps, "checkpoint_every": 5, "on_loss": "wait", "trainables": "full"}
+        replicas = Replicas(work, stories, 2, clients, "--until-done", **plan, **TRUNK)
+        replicas.start()
+        runs = [
+            threading.Thread(target=train_ends, args=(settings(replicas, data, client, reconnect=120.0),), daemon=True)
+            for client in range(clients)
+        ]
+        for run in runs:
+            run.start()
+        if work is broken:
+            wait_until(lambda replicas=replicas: any(event["step"] >= 12 for event in replicas.events("step")), 120)
+            os.kill(processes(replicas)[killed], signal.SIGKILL)
+        for run in runs:
+            run.join(100)
+            assert not run.is_alive(), (work / "stderr").read_text()[-4000:]
+        assert replicas.process is not None
+        assert replicas.process.wait(60) == 0
+        replicas.stop()
+        _, _, extra = load_checkpoint(checkpoint_directory(replicas.out, steps - 1))
+        ledger = RunLedger.from_state(unpack_state(extra["ledger"])).entries()
+        assert [step for step, _ in ledger] == list(range(steps))
+        assert all(sorted(given) == ["client0", "client1", "client2"] for _, given in ledger)
+        ends.append(replicas.weights())
+    for name, weights in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weights, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from server_trunk.replicas.words import (
     Bye,
     Close,
     Drain,
+    GoBack,
     Grant,
     Phase,
     Presence,
@@ -292,6 +293,27 @@ def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed,
     assert complete or all(not client.left for client in world.clients), "somebody waits for ever"
 
 
+def test_a_run_that_is_taken_up_again_goes_back_to_what_all_clients_hold():
+    world = World(2, clients=2)
+    world.coordinator = Coordinator(2, clients=2, meetings=world.meetings, first=8, kept=lambda: (3, 5, 7))
+    world.steps = [ReplicaSteps(words.append, meetings=world.meetings, first=8) for words in world.up]
+    for rank, held in enumerate([(3, 5, 7), (3, 5)]):
+        world.add(f"client{rank}", rank).stage = "enrolled"
+        world.steps[rank].enrol(f"client{rank}", f"client{rank}", held)
+        world.turn(rank)
+    for rank in (0, 1):
+        world.deliver(rank, up=True)
+    assert list(world.down[0]) == list(world.down[1]) == [GoBack(5)]
+    for rank in (0, 1):
+        world.steps[rank].hear(world.down[rank].popleft())
+        assert world.steps[rank].close() is None
+        assert world.steps[rank].common(()) == 5
+        world.steps[rank].go_back(6)  # as the keeper does
+        world.turn(rank)
+    world.settle()
+    assert [(client.stage, client.step) for client in world.clients] == [("in", 6), ("in", 6)]
+
+
 def test_words_survive_the_way():
     words = [
         State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4),
@@ -300,6 +322,7 @@ def test_words_survive_the_way():
         Grant(4),
         WaitedFor(),
         Close(5, True, {"a": 9}, 3),
+        GoBack(3),
         Drain(),
         Stop(),
         Bye(),

@@ -1,0 +1,70 @@
+"""Where replicas stand, which ports they take, and where clients go."""
+
+from __future__ import annotations
+
+import pytest
+
+from server_trunk.replicas.assignment import Assignment
+from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.place import Place
+from splitfl.config import build_config
+from splitfl.errors import ConfigError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"}
+
+
+def test_torchrun_says_where_a_process_stands():
+    assert Place.from_environment({}) is None
+    place = Place.from_environment(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert place == Place(5, 8, 1, 4, 1, 2)
+    assert (place.log_name, Place().log_name) == ("log-5.jsonl", "log.jsonl")
+    with pytest.raises(ConfigError, match="not to numbers"):
+        Place.from_environment({"RANK": "a", "WORLD_SIZE": "2"})
+
+
+def test_fixed_ports_lie_two_apart_and_free_ones_stay_free():
+    values = {"model": "m", "bind": "[::1]:7100", "data_port": 7101, "advertise": "trunk.example.org:7101", "metrics": "9100"}
+    settled = Place(5, 8, 1, 4).settle(build_config(values))
+    assert (settled.bind, settled.data_port) == ("[::1]:7102", 7103)
+    assert (settled.advertise, settled.metrics) == ("trunk.example.org:7103", "9101")
+    settled = Place(5, 8, 1, 4).settle(build_config({"model": "m", "metrics": "0.0.0.0:9100"}))
+    assert (settled.bind, settled.data_port, settled.metrics) == ("127.0.0.1:0", 0, "0.0.0.0:9101")
+    with pytest.raises(ConfigError, match="leaves no ports"):
+        Place(5, 8, 1, 4).settle(build_config({"model": "m", "bind": "127.0.0.1:65535"}))
+
+
+def test_a_client_goes_where_the_least_load_is_and_comes_back_there():
+    assignment = Assignment(2)
+    assert [assignment.place(name) for name in "abc"] == [0, 1, 0]
+    assignment.hear(0, {"a": 0.0, "c": 0.0})
+    assignment.hear(1, {"b": 0.0})
+    assert assignment.place("d") == 1
+    assignment.hear(1, {"b": 900.0, "d": 100.0})
+    assignment.hear(0, {"a": 50.0, "c": 50.0})
+    assert assignment.place("e") == 0  # 100 tokens a step against 1000
+    assignment.hear(0, {})
+    assert assignment.place("a") == 0
+    assert assignment.place("b") == 1
+    assignment.hear(1, {"b": 900.0, "f": 3.0})  # it dialled that replica by itself
+    assert assignment.place("f") == 1
+
+
+def test_replicas_meet_after_so_many_steps_and_at_the_end():
+    meetings = Meetings(every=4, last=10)
+    assert [step for step in range(10) if meetings.meets_at(step)] == [3, 7, 9]
+    assert [Meetings().last_of(step) for step in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"replicas": 2}, "replicas has no say"),
+        ({"mode": "async", "sync": "4"}, "sync has no say"),
+        ({"restarts": 1}, "restarts has no say"),
+        ({"mode": "hierarchical", "sync": "often"}, "must be step, or a number"),
+        ({"mode": "hierarchical", "adapters": "per-client"}, "does not go with --mode hierarchical"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_sentence(values, said):
+    with pytest.raises(ConfigError, match=said):
+        build_config({"model": "m"} | values)
