@@ -26,15 +26,14 @@ def run_ranks(work: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     (work / "cases.json").write_text(json.dumps(cases))
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.sharded_ranks"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ran = subprocess.run(
-        [sys.executable, *program, str(work / "cases.json"), str(work / "out.json")],
-        env=quiet,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    words = [sys.executable, *program, str(work / "cases.json"), str(work / "out.json")]
+    ranks = subprocess.Popen(words, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = ranks.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        ranks.terminate()  # torchrun then ends its own
+        raise AssertionError(f"the ranks hang: {ranks.communicate()[1][-4000:]}") from None
+    assert ranks.returncode == 0, said[-4000:]
     found: list[dict[str, Any]] = json.loads((work / "out.json").read_text())
     assert len(found) == len(cases)
     return found

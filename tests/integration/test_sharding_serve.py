@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,7 @@ class Served:
     def __init__(self, work: Path, model: str) -> None:
         self.work, self.model = work, model
         self.key = work / "client.key"
+        self.started: list[subprocess.Popen[str]] = []
         (work / "authorized_clients").write_text(f"{write_identity(self.key).public} client\n")
 
     def serve(self, name: str, *settings: object, ranks: bool = True) -> tuple[subprocess.Popen[str], str]:
@@ -47,7 +49,7 @@ class Served:
         )
         options = ("--authorized-clients", self.work / "authorized_clients", "--lr", "1e-2", "--eps", "1e-3", "--until-done")
         command = [sys.executable, *(RANKS if ranks else ("-m",)), *map(str, (*words, *options, *settings))]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        server = self._start(command)
         assert server.stdout is not None
         for line in server.stdout:
             if line.strip().startswith("splitfl://"):
@@ -63,7 +65,18 @@ class Served:
         command = ("train", "--trunk", join, "--identity", self.key, "--model", self.model, "--data", self.work / "rows.jsonl")
         more = ("--device", "cpu", "--out", self.work / name, "--max-length", 24, "--batch-size", 4, "--evaluate", 0)
         words = [sys.executable, "-m", "splitfl.cli", *map(str, (*command, *more, "--steps", steps))]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        return self._start(words)
+
+    def _start(self, words: list[str]) -> subprocess.Popen[str]:
+        self.started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT))
+        return self.started[-1]
+
+    def end(self) -> None:
+        """Whatever a test that failed has left; torchrun ends its own."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+                process.communicate()
 
     def events(self, name: str, kind: str) -> list[dict]:
         lines = (self.work / name / "log.jsonl").read_text().splitlines()
@@ -80,12 +93,14 @@ def losses(served: Served, name: str) -> list[float]:
 
 
 @pytest.fixture
-def served(tmp_path) -> Served:
+def served(tmp_path) -> Iterator[Served]:
     build_sample_model(tmp_path / "model", seed=0, hidden=32, blocks=4, heads=4)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
     rows = [{"text": " ".join(words[index % 5 :: 1 + index % 3])} for index in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return Served(tmp_path, str(tmp_path / "model"))
+    made = Served(tmp_path, str(tmp_path / "model"))
+    yield made
+    made.end()
 
 
 def test_a_client_is_served_as_by_one_process(served):
