@@ -7,7 +7,7 @@ Called from the trunk's thread. While a round is open no step opens.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server_trunk.averaging import Average, Averager, Done
@@ -51,9 +51,22 @@ class RoundKeeper:
     def is_open(self) -> bool:
         return self._rounds.is_open
 
-    def joins(self, session: str, *, goes_on: bool) -> None:
-        """A session takes part for the first time; see :meth:`server_trunk.rounds.Rounds.joins`."""
-        self._rounds.joins(session, goes_on=goes_on)
+    def joins(self, session: str, held: Sequence[int]) -> None:
+        """A session takes part for the first time; ``held`` are the steps after which its client can go on."""
+        client = self.names[session]
+        if self._rounds.waits_for(client):
+            weight = self._rounds.returns(session, client, holds=self._step in held)
+            if weight:
+                self._present = {one: name for one, name in self._present.items() if name != client or one in self.names}
+                self._present[session], self._asked[session] = client, weight
+                self._ask(session)
+            else:
+                self._left_out[client] = "lost"
+        self._rounds.joins(session, goes_on=bool(held))
+
+    def withdraw(self, session: str) -> None:
+        """The session takes no part in the next step."""
+        self._rounds.withdraw(session)
 
     def step_closed(self, ledger: Ledger) -> None:
         """A step has closed; where it was the last of a round, that is open now."""
@@ -64,11 +77,15 @@ class RoundKeeper:
         ended = [part for part in parts if part.done is not None and not part.withdrawn]
         self._present = {part.session: part.client for part in ended if part.session in self.names}
         self._step, self._began, self._closing = ledger.step, time.monotonic(), False
-        self._asked = self._rounds.open(ledger.step, self._present, self._began)
+        stay = [part.session for part in ended if part.done is not None and part.done.then == "continue"]
+        self._asked = self._rounds.open(ledger.step, self._present, self._began, stay=stay)
         self._whole, self._left_out = set(), {}
         for session in self._asked:
-            self._book.ask(session, self._rounds.number)
-            self._outlet.tell(session, RoundOpened(self._rounds.number))
+            self._ask(session)
+
+    def _ask(self, session: str) -> None:
+        self._book.ask(session, self._rounds.number)
+        self._outlet.tell(session, RoundOpened(self._rounds.number))
 
     def take_part(self, session: str, message: EndsPart, payload: Any) -> None:
         """A piece of a session's ends; of no use where the round has gone on without it."""
@@ -81,9 +98,12 @@ class RoundKeeper:
     def forget(self, session: str) -> None:
         """The session is gone."""
         self._given.pop(session, None)
+        self._rounds.lose(session, time.monotonic())
         if session in self._asked and session not in self._whole:
-            self._leave_out(session, "lost")
-        self._rounds.lose(session)
+            if self._rounds.waits_for(self._present[session]):
+                self._averager.discard(session)
+            else:
+                self._leave_out(session, "lost")
 
     def wake(self, now: float) -> float | None:
         return self._rounds.wake(now)
@@ -104,6 +124,8 @@ class RoundKeeper:
         for session in self._rounds.overdue(time.monotonic()):
             self._rounds.lose(session)
             self._leave_out(session, "late")
+        for client in self._rounds.give_up(time.monotonic()):
+            self._left_out[client] = "lost"
         if self._rounds.is_gathered:
             self._gather()
 

@@ -2,13 +2,14 @@
 
 The **members** of a round are the sessions that ended their part of its last step and are still there. Each counts by its target
 tokens that counted since the round before (FedAvg, McMahan et al., arXiv 1602.05629). A member that vanishes before its ends are
-whole is gone on without; so is one that others, whose ends are whole, have waited for as long as the deadline allows.
+whole is gone on without; so is one that others, whose ends are whole, have waited for as long as the deadline allows. Under
+``on_loss = "wait"`` one that vanishes is waited for, if it was to take part in the next step too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from server_trunk.ledger import Ledger
 
@@ -18,11 +19,11 @@ __all__ = ["Rounds"]
 class Rounds:
     """Every method is called from the trunk's thread; ``now`` is its clock, seconds."""
 
-    def __init__(self, *, steps: int, deadline: float = 0.0, alone: bool = True) -> None:
-        """``steps``: closed steps a round has. ``deadline``: seconds for which others wait for a member (0: no limit). ``alone``:
-        whether nobody waits on another replica.
+    def __init__(self, *, steps: int, deadline: float = 0.0, on_loss: str = "drop", alone: bool = True) -> None:
+        """``steps``: closed steps a round has. ``deadline``: seconds for which others wait for a member, or for the return of a
+        lost one (0: no limit). ``alone``: whether nobody waits on another replica.
         """
-        self._steps, self._deadline, self._alone = steps, deadline, alone
+        self._steps, self._deadline, self._alone, self._waits = steps, deadline, alone, on_loss == "wait"
         self._targets: Counter[str] = Counter()  # since the last round, by session
         self._clients: dict[str, str] = {}  # of those sessions
         self._carried: Counter[str] = Counter()  # the same, of sessions that are gone, by client
@@ -30,6 +31,9 @@ class Rounds:
         self._go_on: set[str] = set()  # sessions whose ends hold what their client did in one that is gone
         self._weights: dict[str, int] = {}  # of those asked for their ends, still there and in time
         self._awaited: set[str] = set()
+        self._present: dict[str, str] = {}  # clients by session that were there when the round opened
+        self._stay: set[str] = set()  # those of them that are to take part in the next step too
+        self._lost: dict[str, tuple[int, float]] = {}  # by client that is waited for: its weight, and since when
         self._since: float | None = None  # since when others wait: the first was whole
         self.number = -1  # the open round, or the newest
         self.is_open = False
@@ -57,10 +61,11 @@ class Rounds:
         """Whether ``step`` is the last of a round."""
         return (step + 1) % self._steps == 0
 
-    def open(self, step: int, present: Mapping[str, str], now: float = 0.0) -> dict[str, int]:
+    def open(self, step: int, present: Mapping[str, str], now: float = 0.0, *, stay: Iterable[str] = ()) -> dict[str, int]:
         """Open the round that ends with ``step``; returns the weights of those of ``present``, clients by session, that are to
-        send their ends.
+        send their ends. ``stay``: those that are to take part in the next step too.
         """
+        self._present, self._stay, self._lost = dict(present), set(stay), {}
         self.number, self.is_open, self._since = (step + 1) // self._steps - 1, True, None if self._alone else now
         for session in self._go_on & present.keys():
             self._targets[session] += self._carried.pop(present[session], 0)
@@ -101,14 +106,44 @@ class Rounds:
             self._awaited.discard(session)
             self._since = now if self._since is None else self._since
 
-    def lose(self, session: str) -> None:
-        """The session is gone, or late. Ends that are whole count."""
+    def withdraw(self, session: str) -> None:
+        """The session takes no part in the next step: should it be lost, nobody waits for its client."""
+        self._stay.discard(session)
+
+    def lose(self, session: str, now: float | None = None) -> None:
+        """The session is gone, ``now``, or late (None). Ends that are whole count."""
         if session in self._clients:
             self._carried[self._clients.pop(session)] += self._targets.pop(session)
         self._go_on.discard(session)
         if session in self._awaited:
             self._awaited.discard(session)
-            del self._weights[session]
+            weight = self._weights.pop(session)
+            if self._waits and now is not None and session in self._stay:
+                self._lost[self._present[session]] = weight, now
+
+    def waits_for(self, client: str) -> bool:
+        """Whether a client that was lost is waited for."""
+        return self.is_open and client in self._lost
+
+    def returns(self, session: str, client: str, *, holds: bool) -> int:
+        """A client that was waited for is back in another session. ``holds``: as it stood at the end of the round's last step.
+        Returns its weight if it is to send its ends, else 0: then it is gone on without.
+        """
+        weight, _ = self._lost.pop(client)
+        if not holds:
+            return 0
+        self._weights[session] = weight
+        self._awaited.add(session)
+        self._present[session] = client
+        self._stay.add(session)
+        return weight
+
+    def give_up(self, now: float) -> list[str]:
+        """The clients whose return others have waited for longer than the deadline allows: they are gone on without."""
+        late = [client for client, (_, since) in self._lost.items() if self._deadline and now - since >= self._deadline]
+        for client in late:
+            del self._lost[client]
+        return late
 
     def exclude(self, session: str) -> None:
         """Ends that are whole, but of no use."""
@@ -123,14 +158,16 @@ class Rounds:
 
     def wake(self, now: float) -> float | None:
         """Seconds until :meth:`overdue` is worth asking again though nothing has happened; None: no need."""
-        if not self._deadline or self._since is None or not self._awaited:
+        if not self._deadline:
             return None
-        return max(0.0, self._since + self._deadline - now)
+        times = [since for _, since in self._lost.values()]
+        times += [self._since] if self._since is not None and self._awaited else []
+        return max(0.0, min(times) + self._deadline - now) if times else None
 
     @property
     def is_gathered(self) -> bool:
         """Whether nobody's ends are awaited."""
-        return self.is_open and not self._awaited
+        return self.is_open and not self._awaited and not self._lost
 
     @property
     def weights(self) -> dict[str, int]:

@@ -132,7 +132,10 @@ class TrunkServer:
 
     def _make_rounds(self) -> RoundKeeper:
         averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake(), replicas=self._group)
-        rounds = Rounds(steps=self.config.round_steps, deadline=self.config.step_deadline, alone=self._group is None)
+        config = self.config
+        rounds = Rounds(
+            steps=config.round_steps, deadline=config.step_deadline, on_loss=config.on_loss, alone=self._group is None
+        )
         return RoundKeeper(rounds, averager, self._ends, self, self._log)
 
     def start(self) -> None:

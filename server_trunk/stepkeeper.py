@@ -80,7 +80,7 @@ class StepKeeper:
             return
         self._steps.enrol(session, self._names[session], message.held)
         if self._rounds is not None and session not in self._enrolments:
-            self._rounds.joins(session, goes_on=bool(message.held))
+            self._rounds.joins(session, message.held)
         self._enrolments[session] = self._enrolments.get(session, 0) + 1
 
     def done(self, session: str, message: StepDone) -> None:
@@ -91,6 +91,8 @@ class StepKeeper:
         """Pause or Leave."""
         if self._scheduler.waits(session):
             raise RemoteProtocolError("left the step while forwards of it are under way")
+        if self._rounds is not None:
+            self._rounds.withdraw(session)
         left = self._steps.pause(session)
         if left is not None:
             self._scheduler.abandon(session, left)

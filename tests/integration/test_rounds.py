@@ -19,6 +19,7 @@ from splitfl.channel.timing import Timing
 from splitfl.checkpoint import checkpoint_directory, load_checkpoint
 from splitfl.config import LoraSettings
 from splitfl.errors import ConfigError
+from splitfl.transport.memory import MemoryClientTransport
 from tests.integration.test_commands import Run, finish
 from tests.integration.test_equality import LOSS, TRUNK
 from tests.integration.test_lost import cut, is_lost, is_open, wait_for
@@ -144,6 +145,27 @@ def test_a_client_lost_amid_its_upload_leaves_nothing_and_returns_to_the_average
     assert list(first["members"]) == ["client0", "client1"]
     # What client 2 counted before it was lost weighs nothing.
     assert second["members"]["client2"] == count_targets(batch(2, 3))
+
+
+def test_under_wait_a_link_that_breaks_amid_an_upload_changes_nothing(tmp_path: Path, model: str) -> None:
+    world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, on_loss="wait", step_deadline=0.0, **TRUNK)
+    reference = Reference(world)
+    with running(world):
+        options = {"channel_options": {"transport": lambda: MemoryClientTransport(world.network)}}
+        trainers = {client: Trainer(world, client, **options) for client in range(2)}
+        Halted(trainers[1], 5)
+        for number in range(3):
+            assert all_step(trainers, number) == pytest.approx(reference.step(number, [0, 1]), rel=LOSS)
+            if number == 0:
+                wait_for(lambda: sorted(not upload.left for upload in uploads(world).values()) == [False, True])
+                del trainers[1].split.trunk.session.rounds._upload  # in the next session it sends all
+                cut(trainers[1].split)
+            reference.average([0, 1], [0, 1])
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
+    assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"]] * 3
+    assert len(world.events("joined")) == 3
 
 
 def test_a_client_away_for_a_round_takes_the_average_when_it_returns(tmp_path: Path, model: str) -> None:

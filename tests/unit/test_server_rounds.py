@@ -84,6 +84,50 @@ def test_what_a_lost_session_counted_is_its_clients_if_that_goes_on_from_it(goes
     assert rounds.targets == {}
 
 
+def test_under_wait_a_lost_member_is_waited_for_if_it_was_to_go_on():
+    rounds = Rounds(steps=1, deadline=5.0, on_loss="wait")
+    here = {"a1": "a", "b1": "b", "c1": "c"}
+
+    def lost() -> None:
+        rounds.count(ledger(0, a1=3, b1=2, c1=1), here)
+        rounds.open(0, here, 90.0, stay=["a1", "c1"])
+        rounds.withdraw("c1")
+        for session in here:
+            rounds.lose(session, 100.0)
+        assert rounds.waits_for("a")
+        assert not rounds.waits_for("b")
+        assert not rounds.waits_for("c")
+        assert not rounds.is_gathered
+        assert rounds.wake(101.0) == 4.0
+
+    lost()
+    assert rounds.give_up(104.0) == []
+    assert rounds.returns("a2", "a", holds=True) == 3
+    assert rounds.awaits("a2", 0)
+    rounds.whole("a2", 106.0)
+    assert rounds.is_gathered
+    assert rounds.weights == {"a2": 3}
+    lost()
+    assert rounds.returns("a2", "a", holds=False) == 0
+    assert rounds.is_gathered
+    assert rounds.weights == {}
+    lost()
+    assert rounds.give_up(105.0) == ["a"]
+    assert rounds.is_gathered
+
+
+def test_what_counted_on_another_replica_comes_along_with_its_client():
+    rounds = Rounds(steps=4)
+    rounds.count(ledger(0, a1=3), {"a1": "a"})  # amid a meeting of two steps
+    met = ledger(1, a1=4)
+    met.met = {"a": 7, "b": 9}
+    rounds.count(met, {"a1": "a"})
+    assert rounds.targets == {"a": 7, "b": 9}
+    rounds.joins("b5", goes_on=True)
+    rounds.count(ledger(3, b5=1), {"a1": "a", "b5": "b"})
+    assert rounds.open(3, {"a1": "a", "b5": "b"}) == {"a1": 7, "b5": 10}
+
+
 def test_targets_are_taken_up_again_with_the_run():
     rounds = Rounds(steps=2)
     rounds.joins("a9", goes_on=True)
