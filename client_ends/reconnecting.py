@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import random
 import threading
@@ -57,6 +58,11 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, SealError | ConnectError)
 
 
+def _pause(attempt: int) -> float:
+    """Seconds before an attempt to connect."""
+    return random.uniform(0, min(_MOST, _BASE * 2 ** min(attempt, 16)))
+
+
 class _Cut(Exception):
     """What was waited for will not come in this session."""
 
@@ -79,9 +85,18 @@ class Reconnecting(Participant):
 
     def _begin(self, open_channel: Callable[[str, OnLost], ClientChannel], reconnect: float, replaces: str) -> None:
         self._open_channel = open_channel
-        with self._lock:  # a link that breaks at once is heard of when all is in place
-            self._channel = self._connect(replaces)
-            self._reconnect = reconnect
+        # Who had a session before has been killed, and its server may have been too.
+        give_up = time.monotonic() + (reconnect if replaces else 0.0)
+        for attempt in itertools.count():
+            try:
+                with self._lock:  # a link that breaks at once is heard of when all is in place
+                    self._channel = self._connect(replaces)
+                    self._reconnect = reconnect
+                break
+            except SplitflError as error:
+                if not may_pass(error) or time.monotonic() >= give_up:
+                    raise
+                time.sleep(_pause(attempt))
             if reconnect and self._has_barrier:
                 self._journal = Journal()
 
@@ -162,7 +177,7 @@ class Reconnecting(Participant):
         self.on_link(f"{lost}; connecting again for up to {self._reconnect:g} s")
         while not self._closing:
             with self._lock:
-                self._lock.wait_for(lambda: self._closing, random.uniform(0, min(_MOST, _BASE * 2**attempt)))
+                self._lock.wait_for(lambda: self._closing, _pause(attempt))
                 self._broken = None
             try:
                 if not self._closing and self._take(self._connect(self.channel.opened.session)):

@@ -58,8 +58,9 @@ class TrunkSession(Reconnecting):
         """Connect and open a session. ``answer`` sees the run's terms and says what this client holds.
 
         ``reconnect``: seconds for which a link that was lost is tried to be had again (0: not at all). ``replaces``: a session
-        of this client's that was lost when its process was. ``channel_options``: further arguments of
-        :meth:`ClientChannel.open`, for tests and benchmarks; ``transport`` may be what makes one, as each serves one session.
+        of this client's that was lost when its process was; then the server is waited for as long, as it may be gone too.
+        ``channel_options``: further arguments of :meth:`ClientChannel.open`, for tests and benchmarks; ``transport`` may be
+        what makes one, as each serves one session.
 
         Raises:
             ConnectError, Refused: with one sentence that says why and what to do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,25 @@ class Client(threading.Thread):
         return self.result
 
 
-def crash_after(world: World, step: int) -> None:
-    """The trunk fails once it has made ``step``, before that is kept or said."""
+def before_it_is_kept(world: World, step: int, action: Callable[[], None]) -> None:
+    """``action()`` comes when the trunk has made ``step``, before that is kept or said."""
     keeper, made = world.server._keeper, world.server._keeper.made
 
-    def crash(ledger: Ledger) -> bool:
+    def watched(ledger: Ledger) -> bool:
         if ledger.step == step:
-            raise RuntimeError("power cut")
+            action()
         return made(ledger)
 
-    keeper.made = crash
+    keeper.made = watched
+
+
+def crash_after(world: World, step: int) -> None:
+    """The trunk fails once it has made ``step``."""
+
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    before_it_is_kept(world, step, crash)
 
 
 def kill(world: World) -> None:
@@ -191,10 +201,9 @@ def end_of(client: Client) -> BaseException:
 def test_a_client_that_starts_again_goes_on_with_its_ends(tmp_path, text, stories, undisturbed, every):
     """With a checkpoint of every step it repeats the very one that is held for it; else it goes on with what it has kept."""
     world = make(tmp_path / "run", stories, checkpoint_every=every)
+    before_it_is_kept(world, 4, lambda: cut(world, 1))
     with running(world):
         steady, doomed = Client(world, text, 0), Client(world, text, 1, reconnect=0.0)
-        wait_for(lambda: made(world, 3))
-        cut(world, 1)
         assert isinstance(end_of(doomed), SessionLost)
         with pytest.raises(ConfigError, match=r"nothing is left|holds no ends"):
             train(settings(world, text, 1, resume=True, steps=1), channel_options=transport_of(world))
