@@ -89,14 +89,17 @@ class Reconnecting(Participant):
         give_up = time.monotonic() + (reconnect if replaces else 0.0)
         for attempt in itertools.count():
             try:
-                with self._lock:  # a link that breaks at once is heard of when all is in place
-                    self._channel = self._connect(replaces)
-                    self._reconnect = reconnect
-                break
+                self._first(replaces, reconnect)
+                return
             except SplitflError as error:
                 if not may_pass(error) or time.monotonic() >= give_up:
                     raise
-                time.sleep(_pause(attempt))
+            time.sleep(_pause(attempt))
+
+    def _first(self, replaces: str, reconnect: float) -> None:
+        with self._lock:  # a link that breaks at once is heard of when all is in place
+            self._channel = self._connect(replaces)
+            self._reconnect = reconnect
             if reconnect and self._has_barrier:
                 self._journal = Journal()
 
