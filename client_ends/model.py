@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -301,10 +302,10 @@ def _observed(forward: Any) -> Any:
     return observed
 
 
-def _step_with(model: weakref.ref[Any]) -> Any:
+def _step_with(model: weakref.ref[Any]) -> _StepHook:
     """When an optimizer that holds parameters of the ends steps, the trunk's step ends."""
 
-    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def stepped(optimizer: torch.optim.Optimizer) -> None:
         ends = model()
         if ends is None or not ends._remote.session.contributed:
             return
@@ -312,4 +313,30 @@ def _step_with(model: weakref.ref[Any]) -> Any:
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             ends.step()
 
-    return register_optimizer_step_post_hook(stepped)
+    return _StepHook(stepped)
+
+
+class _StepHook:
+    """Hears of every optimizer step until it is removed. Torch's own table of such hooks must not change while an optimizer of
+    another thread goes through it, so one entry of it serves all, and the list behind that entry is replaced, never changed.
+    """
+
+    _all: ClassVar[tuple[_StepHook, ...]] = ()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, stepped: Callable[[torch.optim.Optimizer], None]) -> None:
+        self._stepped = stepped
+        with self._lock:
+            _StepHook._all = (*_StepHook._all, self)
+
+    def remove(self) -> None:
+        with self._lock:
+            _StepHook._all = tuple(each for each in _StepHook._all if each is not self)
+
+    @classmethod
+    def heard(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for hook in cls._all:
+            hook._stepped(optimizer)
+
+
+register_optimizer_step_post_hook(_StepHook.heard)
