@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from server_trunk.engine import Engine
 from server_trunk.keeping import RunKeeper
 from server_trunk.replicas.assignment import Assignment
@@ -78,7 +80,7 @@ class Replica:
             if isinstance(training, AveragedTraining):
                 # Amid a round each replica's weights are its own: what they have learned since is kept too.
                 training.average()
-                engine.closed = max(self._highest(engine.closed), -1)
+                engine.closed = self._furthest(engine.closed)
             self.stopped.set()
 
         config = self._config
@@ -104,9 +106,8 @@ class Replica:
         """What the trunk's loop keeps the run with."""
         return ReplicaRun(keeper, self.group, self.meetings)
 
-    def _highest(self, closed: int | None) -> int:
-        import torch
-
+    def _furthest(self, closed: int | None) -> int:
+        """The newest step that any replica has closed."""
         steps = torch.zeros(self.group.size, dtype=torch.int64)
         steps[self.group.rank] = -1 if closed is None else closed
         self.group.all_reduce_tensors([steps])
