@@ -189,22 +189,21 @@ def test_a_replica_that_is_killed_costs_no_step_and_no_client(tmp_path, data, st
         work.mkdir()
         plan = {"optimizer.steps": steps, "checkpoint_every": 5, "on_loss": "wait", "trainables": "full"}
         replicas = Replicas(work, stories, 2, clients, "--until-done", **plan, **TRUNK)
-        replicas.start()
-        runs = [
-            threading.Thread(target=train_ends, args=(settings(replicas, data, client, reconnect=120.0),), daemon=True)
-            for client in range(clients)
-        ]
-        for run in runs:
-            run.start()
-        if work is broken:
-            wait_until(lambda replicas=replicas: any(event["step"] >= 12 for event in replicas.events("step")), 120)
-            os.kill(processes(replicas)[killed], signal.SIGKILL)
-        for run in runs:
-            run.join(100)
-            assert not run.is_alive(), (work / "stderr").read_text()[-4000:]
-        assert replicas.process is not None
-        assert replicas.process.wait(60) == 0
-        replicas.stop()
+        with serving(replicas):
+            runs = [
+                threading.Thread(target=train_ends, args=(settings(replicas, data, client, reconnect=120.0),), daemon=True)
+                for client in range(clients)
+            ]
+            for run in runs:
+                run.start()
+            if work is broken:
+                wait_until(lambda replicas=replicas: any(event["step"] >= 12 for event in replicas.events("step")), 120)
+                os.kill(processes(replicas)[killed], signal.SIGKILL)
+            for run in runs:
+                run.join(100)
+                assert not run.is_alive(), (work / "stderr").read_text()[-4000:]
+            assert replicas.process is not None
+            assert replicas.process.wait(60) == 0
         _, _, extra = load_checkpoint(checkpoint_directory(replicas.out, steps - 1))
         ledger = RunLedger.from_state(unpack_state(extra["ledger"])).entries()
         assert [step for step, _ in ledger] == list(range(steps))
