@@ -33,6 +33,7 @@ class Replicas:
         (work / "authorized_clients").write_text("\n".join(lines) + "\n")
         self.settings = {
             "mode": "hierarchical",
+            "run": "trial",
             "replicas": replicas,
             "clients": clients,
             "out": str(self.out),

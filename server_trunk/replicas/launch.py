@@ -48,10 +48,12 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
         raise _MistakeError
 
     signal.signal(MISTAKEN, mistaken)
-    arguments = [*arguments, *_ports(config)]
     options = ["--standalone", "--nproc-per-node", str(config.replicas), "--max-restarts", str(config.restarts)]
+    asked = torchrun.parse_args([*options, "-m", "server_trunk"])
+    # Its parser would take flags of ours for its own: --run for the beginning of --run-path.
+    asked.training_script_args = [*arguments, *_ports(config)]
     try:
-        torchrun.run(torchrun.parse_args([*options, "-m", "server_trunk", *arguments]))
+        torchrun.run(asked)
     except _MistakeError:
         return 2
     except SignalException:
