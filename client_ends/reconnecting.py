@@ -256,7 +256,9 @@ class Reconnecting(Participant):
         """Learn which step this client is in, and bring the server what it has lost. The lock is held."""
         wanted = self._enrolled or self._enrolling
         last = self._journal.last if self._journal is not None else None
-        if last is not None and not wanted and stands > last.step:
+        # Whoever awaits the end of a round enrols once more: so it is given the average.
+        settled = self.rounds is None or self.rounds.is_over
+        if last is not None and not wanted and stands > last.step and settled:
             self._have_closed(last.step)
             last = None
         if not wanted and last is None:
@@ -270,6 +272,8 @@ class Reconnecting(Participant):
             return  # who waits for a step to open looks for itself
         if self._opened is None:
             self._enrolled = False
+            if last is not None:
+                self._have_closed(last.step)
             if self._forwards:
                 self._befalls(RunComplete("the run made its last step while the link was down"))
         elif self._journal is None:

@@ -63,6 +63,7 @@ class StepKeeper:
         self._rounds = rounds
         self._unsaid: tuple[Ledger, StepReport] | None = None  # a step whose round is not over
         self._enrolments: dict[str, int] = {}
+        self._too_late: list[str] = []  # sessions that enrolled after the last step, to be told so once that is said
         self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
         self._report = StepReport(0.0, None)  # of the newest step
         self._began = time.monotonic()
@@ -76,7 +77,9 @@ class StepKeeper:
 
     def enrol(self, session: str, message: Enrol) -> None:
         if self._steps.complete:
-            self._outlet.tell(session, _COMPLETE)
+            self._too_late.append(session)
+            if self._unsaid is None:
+                self._dismiss()
             return
         self._steps.enrol(session, self._names[session], message.held)
         if self._rounds is not None and session not in self._enrolments:
@@ -101,6 +104,7 @@ class StepKeeper:
         """The session is gone."""
         self._enrolments.pop(session, None)
         self._stale.pop(session, None)
+        self._too_late = [other for other in self._too_late if other != session]
         self._steps.lose(session, time.monotonic())
         if self._rounds is not None:
             self._rounds.forget(session)
@@ -271,6 +275,14 @@ class StepKeeper:
                 self._tell_closed(part, ledger.step, ledger.targets, ledger.participants, norm, kept=kept)
         if self._rounds is not None:
             self._rounds.tell()
-        for session in self._steps.dismiss():
+        self._too_late += self._steps.dismiss()
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """No step will open any more for those who wait for one; what they have missed is the newest average."""
+        late, self._too_late = self._too_late, []
+        for session in late:
             self._abandon_stale(session)
+            if self._rounds is not None:
+                self._rounds.bring_up(session)
             self._outlet.tell(session, _COMPLETE)

@@ -151,8 +151,7 @@ def test_under_wait_a_link_that_breaks_amid_an_upload_changes_nothing(tmp_path: 
     world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, on_loss="wait", step_deadline=0.0, **TRUNK)
     reference = Reference(world)
     with running(world):
-        options = {"channel_options": {"transport": lambda: MemoryClientTransport(world.network)}}
-        trainers = {client: Trainer(world, client, **options) for client in range(2)}
+        trainers = {client: Trainer(world, client, **again_by_itself(world)) for client in range(2)}
         Halted(trainers[1], 5)
         for number in range(3):
             assert all_step(trainers, number) == pytest.approx(reference.step(number, [0, 1]), rel=LOSS)
@@ -166,6 +165,34 @@ def test_under_wait_a_link_that_breaks_amid_an_upload_changes_nothing(tmp_path: 
         assert_equals(reference, world, {client: trainer.weights for client, trainer in trainers.items()})
     assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"]] * 3
     assert len(world.events("joined")) == 3
+
+
+@pytest.mark.parametrize("steps", [2, 0])
+def test_who_is_lost_amid_its_last_upload_is_given_the_average_all_the_same(tmp_path: Path, model: str, steps: int) -> None:
+    """The run ends with that round, or this client alone leaves with it."""
+    world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, **TRUNK | {"optimizer.steps": steps})
+    with running(world):
+        trainers = {client: Trainer(world, client, **again_by_itself(world)) for client in range(2)}
+        all_step(trainers, 0)
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        slow, lost = Halted(trainers[0], 3), trainers[1].split
+        Halted(trainers[1], 3)
+        all_step(trainers, 1)
+        lost.trunk.session.leave()
+        wait_for(lambda: len(uploads(world)) == 2)
+        cut(lost)
+        wait_for(lambda: len(world.events("joined")) == 3)
+        slow.release()
+        trainers[0].split.wait_step()
+        # In a thread of its own: a client that hangs is to fail this test, not to stop it.
+        side_by_side(1, lambda _: lost.wait_step())
+        assert all(torch.equal(trainers[1].weights[name], tensor) for name, tensor in trainers[0].weights.items())
+    assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"], ["client0"]]
+
+
+def again_by_itself(world: World) -> dict[str, Any]:
+    return {"channel_options": {"transport": lambda: MemoryClientTransport(world.network), "timing": QUICK}}
 
 
 def test_a_client_away_for_a_round_takes_the_average_when_it_returns(tmp_path: Path, model: str) -> None:
