@@ -217,28 +217,32 @@ class Reconnecting(Participant):
 
     def _take(self, channel: ClientChannel) -> bool:
         """Go on in a new session; False where it was lost before all was in place."""
-        if self._closing or self._broken is not None:
-            channel.close(leave=False)
-            return False
         with self._lock:
-            before = self.channel
-            self._bytes = self._bytes[0] + before.bytes_sent, self._bytes[1] + before.bytes_received
-            self._channel, self._up = channel, True
-            self._heard.clear()
-            self._repeated.clear()
-            self._unanswered.clear()
-            if self.rounds is not None:
-                self.rounds.begin_session()
-            try:
-                self._ask_again(channel.opened.step)
-                self._place(channel.opened.step)
-            except (_Cut, SessionLost):
-                late = self._dropped is not None and self._broken is None and not self._closing and self._lost is None
-                if not late:
-                    return False
-            self._placed, self._restorer = True, None
-            self._lock.notify_all()
-            return True
+            if not self._closing and self._broken is None:
+                return self._go_on_in(channel)
+        channel.close(leave=False)
+        return False
+
+    def _go_on_in(self, channel: ClientChannel) -> bool:
+        """As :meth:`_take`, of a session that stands. The lock is held."""
+        before = self.channel
+        self._bytes = self._bytes[0] + before.bytes_sent, self._bytes[1] + before.bytes_received
+        self._channel, self._up = channel, True
+        self._heard.clear()
+        self._repeated.clear()
+        self._unanswered.clear()
+        if self.rounds is not None:
+            self.rounds.begin_session()
+        try:
+            self._ask_again(channel.opened.step)
+            self._place(channel.opened.step)
+        except (_Cut, SessionLost):
+            late = self._dropped is not None and self._broken is None and not self._closing and self._lost is None
+            if not late:
+                return False
+        self._placed, self._restorer = True, None
+        self._lock.notify_all()
+        return True
 
     def _ask_again(self, stands: int) -> None:
         """Evaluation: on the weights as they are, should the run have gone back."""
@@ -335,13 +339,16 @@ class Reconnecting(Participant):
             self._closed = StepClosed(step, 0, 0, 0.0, None)
 
     def _repeat(self, part: PartSent | None) -> None:
-        """Send a part again, in the order and at the pace in which it was sent: what a client may have under way is bounded."""
+        """Send a part again, in the order in which it was sent.
+
+        Each forward is answered before the next message leaves. The trunk would else run several in one batch whose
+        backward waits for all their gradients, where this client awaits the first before it computes the second.
+        """
         if part is None:
             return
         owed: list[tuple[int, bool]] = []
         for number, is_backward in part.order:
             if is_backward:
-                self._until(functools.partial(self._heard.__contains__, (number, True)))
                 message, payload = part.backwards[number]
                 if message.want_grad:
                     owed.append((number, False))
@@ -352,6 +359,7 @@ class Reconnecting(Participant):
                 self._repeated.add(number)
                 self._unanswered.add(number)
                 self.channel.send(forward, byte_view(hidden))
+                self._until(functools.partial(self._heard.__contains__, (number, True)))
         if part.done is not None:
             self.channel.tell(part.done)
 
