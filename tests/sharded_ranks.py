@@ -36,6 +36,10 @@ OPTIMIZER = {"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 0.1, "op
 TARGETS = {"a": 28, "b": 21, "c": 17}
 
 
+#: The number of a forward that fails on the followers alone, at its end.
+ALONE = 6
+
+
 def batch_of(segments: dict[str, tuple[tuple[int, int], ...]], seed: int) -> list[Member]:
     draw = torch.Generator().manual_seed(seed)
     members = []
@@ -68,11 +72,18 @@ def worked(engine: Engine, steps: int = 2) -> tuple[dict[str, torch.Tensor], Any
 
 
 def failing(engine: Engine) -> str:
-    """A batch that no rank can run, one that waits for its backward meanwhile, and what is said of the first."""
+    """A batch that a follower alone cannot run, and one that no rank can, while one waits for its backward; returns what is said
+    of the second.
+    """
     waiting = batch_of(BATCHES[0], 7)
     _, kept = engine.forward(ForwardBatch(7, waiting, True))
     (odd,) = batch_of({"a": ((6, 0),)}, 8)
     odd.hidden = odd.hidden[:, 1:].contiguous()
+    try:
+        engine.forward(ForwardBatch(ALONE, batch_of(BATCHES[0], ALONE), True))
+        return "nothing"
+    except RuntimeError:
+        engine.discard(ALONE)
     try:
         engine.forward(ForwardBatch(8, [odd], True))
     except Exception as error:
@@ -112,9 +123,22 @@ def run_case(values: dict[str, Any]) -> dict[str, Any]:
     held[group.rank] = bytes_of(trunk.model)
     bytes_held = group.sum(torch.tensor(held)).tolist()
     if not group.leads:
+        _fail_alone(trunk.engine)
         follow(trunk.engine, trunk.model, group)
         return {}
     return _compare(trunk, group, bytes_held, build_config(base | {"shard": "none", "shard_size": 1}))
+
+
+def _fail_alone(engine: Engine) -> None:
+    forward = engine.forward
+
+    def failing_once(batch: ForwardBatch) -> Any:
+        ran = forward(batch)
+        if batch.number == ALONE:
+            raise RuntimeError("no memory for the answer")
+        return ran
+
+    engine.forward = failing_once  # type: ignore[method-assign]
 
 
 def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any) -> dict[str, Any]:

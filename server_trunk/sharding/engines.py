@@ -1,8 +1,9 @@
 """The engine of a trunk on several ranks: the leader's tells the others what it runs, and a follower runs what it is told.
 
 All ranks run the same operations in the same order, since their models wait for each other inside them; afterwards each says
-whether it went well. A forward that fails has failed on all; anything that only some have done ends the group, as their sums of
-gradients differ from then on. No rank makes a batch smaller by itself: being out of memory fails the batch.
+whether it went well. A forward that fails on one has failed on all, and is discarded; anything else that only some have done
+ends the group, as their sums of gradients differ from then on. No rank makes a batch smaller by itself: being out of memory fails
+the batch.
 """
 
 from __future__ import annotations
@@ -103,9 +104,8 @@ class LeadingEngine(Engine):
             result = work()
         except Exception as failure:
             error = failure
-            forget_run(self._trunk)
         try:
-            _settle(what, self._group.vote(error is None), error, self.is_atomic)
+            error = _settle(self._group, self._trunk, what, error, self.is_atomic)
         except GroupLost:
             self._give_up()
             raise
@@ -118,13 +118,21 @@ class LeadingEngine(Engine):
         self._lost, self.closed = True, None
 
 
-def _settle(what: str, votes: list[bool], own: Exception | None, atomic: bool) -> None:
-    """Raises GroupLost, once all have said how it went, where they can no longer be of one state."""
-    if all(votes) or what == "forward" or (what == "backward" and atomic and not any(votes)):
-        return
+def _settle(group: ShardGroup, trunk: Any, what: str, own: Exception | None, atomic: bool) -> Exception | None:
+    """Once all have said how it went: the failure, of this rank or of another, after which all are of one state again.
+
+    Raises GroupLost where they can no longer be.
+    """
+    votes = group.vote(own is None)
+    if all(votes):
+        return None
+    forget_run(trunk)  # on those too for whom it went well: what FSDP gathers ahead follows from what it has run
     failed = [rank for rank, well in enumerate(votes) if not well]
     said = f" ({type(own).__name__}: {str(own).splitlines()[0][:200]})" if own is not None and str(own) else ""
-    raise GroupLost(f"rank {failed[0]} of this trunk could not run a {what}{said}: start the group again") from own
+    text = f"rank {failed[0]} of this trunk could not run a {what}{said}"
+    if what == "forward" or (what == "backward" and atomic and not any(votes)):
+        return own or RuntimeError(text)
+    raise GroupLost(f"{text}: start the group again") from own
 
 
 def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
@@ -161,5 +169,4 @@ def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
             run(command, tensors)
         except Exception as failure:
             error = failure
-            forget_run(trunk)
-        _settle(what, group.vote(error is None), error, engine.is_atomic)
+        _settle(group, trunk, what, error, engine.is_atomic)
