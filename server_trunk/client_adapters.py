@@ -43,12 +43,19 @@ class ClientAdapter:
 
 
 class ClientTraining:
-    """Each client trains its own adapter. An adapter stays when its client leaves, and waits for it."""
+    """Each client trains its own adapter. An adapter stays when its client leaves, and waits for it.
+
+    ``elsewhere``: by client, the step of a checkpoint that holds its adapter, where it is not this process's to keep.
+    """
+
+    #: Whether every adapter of the run is held here, and not only those of clients who have come.
+    holds_all = True
 
     def __init__(self, model: Any, config: RunConfig, book: AdapterBook) -> None:
         self.loras = ClientLoras(model, config.lora, seed=config.seed)
         self.loras.try_out(model)
         self.adapters: dict[str, ClientAdapter] = {}
+        self.elsewhere: dict[str, int] = {}
         self._settings, self._book = config.optimizer, book
         self._moved = False
 
@@ -126,12 +133,17 @@ class ClientTraining:
         plain = {"client": client, "adapter": self._book.plain(client), "made": adapter.made}
         return tensors, {"optimizer": adapter.optimizer.state_dict()}, plain
 
+    def recall(self, client: str, plain: Mapping[str, Any]) -> None:
+        """What the adapter of a client is like, of the values that :meth:`state_of` gave."""
+        self._book.restore(client, plain["adapter"])
+
     def load_client(
         self, client: str, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any], plain: Mapping[str, Any], step: int
     ) -> None:
-        """Take back what :meth:`state_of` gave at ``step``. Raises CheckpointError where it is another model's."""
-        self._book.restore(client, plain["adapter"])
-        self.joined(client)
+        """Take back what :meth:`state_of` gave at ``step``, its settings having been taken back by :meth:`recall`. Raises
+        CheckpointError where it is another model's.
+        """
+        ClientTraining.joined(self, client)
         adapter = self.adapters[client]
         copy_into(adapter.parameters, tensors)
         adapter.optimizer.load_state_dict(extra["optimizer"])

@@ -26,6 +26,7 @@ from splitfl.checkpoint import (
     checkpoint_steps,
     client_directory,
     load_checkpoint,
+    load_meta,
     prune_checkpoints,
     prune_client_checkpoints,
     save_checkpoint,
@@ -53,10 +54,15 @@ class RunKeeper:
         engine: Engine,
         log: RunLog,
         rounds: RoundKeeper | None = None,
+        *,
+        leads: bool = True,
     ) -> None:
-        """``rounds``: where the run averages the clients' ends; a checkpoint has the newest average."""
+        """``rounds``: where the run averages the clients' ends; a checkpoint has the newest average. ``leads``: whether this
+        process writes the run's checkpoints, and puts damaged ones aside.
+        """
         self._config, self._model, self._identity, self._engine, self._log = config, model, identity, engine, log
-        self._rounds = rounds
+        self._rounds, self._leads = rounds, leads
+        self.training = engine.training
         self.saved = -1  # the step of the newest checkpoint
         self.ledger = RunLedger()
 
@@ -85,9 +91,8 @@ class RunKeeper:
         """
         main, clients = self._read(step)
         self._load(main, clients)
-        training = self._engine.training
-        if isinstance(training, ClientTraining):
-            training.begin_anew([client for client in training.adapters if client not in clients])
+        if isinstance(self.training, ClientTraining):
+            self.training.begin_anew([client for client in self.training.adapters if client not in clients])
         for newer in [each for each in self.kept() if each > step]:
             directory = checkpoint_directory(self._config.out_dir, newer)
             os.replace(directory, _aside(directory, "undone"))
@@ -98,14 +103,14 @@ class RunKeeper:
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
-        config, training = self._config, self._engine.training
+        config, training = self._config, self.training
         tensors, extra = self._engine.state()
         extra |= {"ledger": self.ledger.state()}
         if self._rounds is not None:
             extra |= self._rounds.state()
         meta = self._describe(step, config.lora)
         if isinstance(training, ClientTraining):
-            meta["clients"] = self._save_clients(training)
+            meta["clients"] = self.save_clients(training) | training.elsewhere
         directory = checkpoint_directory(config.out_dir, step)
         save_checkpoint(directory, tensors, meta, extra)
         prune_checkpoints(config.out_dir, config.checkpoint_keep)
@@ -114,11 +119,13 @@ class RunKeeper:
         self._log.write("checkpoint", step=step, directory=str(directory))
         return directory
 
-    def _save_clients(self, training: ClientTraining) -> dict[str, int]:
-        """Write each adapter that has moved since it was written last; returns the step of each client's checkpoint."""
+    def save_clients(self, training: ClientTraining) -> dict[str, int]:
+        """Write each adapter that has moved since it was written last; returns the step of each client's checkpoint. Those that
+        are elsewhere are not this process's to write.
+        """
         written: dict[str, int] = {}
         for client, adapter in training.adapters.items():
-            if adapter.step < 0:
+            if adapter.step < 0 or client in training.elsewhere:
                 continue  # it is as it would start anew
             written[client] = adapter.step
             directory = checkpoint_directory(client_directory(self._config.out_dir, client), adapter.step)
@@ -166,6 +173,10 @@ class RunKeeper:
             try:
                 main, clients = self._read(step)
             except CheckpointError as error:
+                if not self._leads:
+                    raise CheckpointError(
+                        f"{error} Replica 0 could read it: give all replicas the run's directory, shared or copied"
+                    ) from None
                 aside = _aside(directory, "damaged")
                 os.replace(directory, aside)
                 self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
@@ -181,8 +192,19 @@ class RunKeeper:
         out = self._config.out_dir
         main = load_checkpoint(checkpoint_directory(out, step))
         named: Mapping[str, int] = main[1].get("clients") or {}
-        folders = {client: client_directory(out, client) for client in named}
-        return main, {client: load_checkpoint(checkpoint_directory(folders[client], own)) for client, own in named.items()}
+        return main, {client: self._read_client(client, own) for client, own in named.items()}
+
+    def _read_client(self, client: str, step: int) -> Checkpoint:
+        """Without weights and state where they are not wanted here now; then they are read to prove that they are whole."""
+        directory = checkpoint_directory(client_directory(self._config.out_dir, client), step)
+        if self._holds(client):
+            return load_checkpoint(directory)
+        return {}, load_checkpoint(directory)[1] if self._leads else load_meta(directory), {}
+
+    def _holds(self, client: str) -> bool:
+        """Whether this process is to have the client's adapter, now that the run goes on."""
+        training = self.training
+        return isinstance(training, ClientTraining) and (training.holds_all or client in training.adapters)
 
     def _check(self, directory: Path, meta: Mapping[str, Any]) -> None:
         """Raises CheckpointError where the checkpoint is not of this config's training."""
@@ -206,7 +228,7 @@ class RunKeeper:
             raise CheckpointError(f"{directory} was written with adapters = {kind}: resume with the same")
 
     def _load(self, main: Checkpoint, clients: Mapping[str, Checkpoint]) -> None:
-        training = self._engine.training
+        training = self.training
         tensors, _, extra = main
         state = {name: unpack_state(content) for name, content in extra.items()}
         self.ledger = RunLedger.from_state(state["ledger"]) if "ledger" in state else RunLedger()
@@ -216,9 +238,12 @@ class RunKeeper:
             self._rounds.load(state)
         for client, (weights, meta, files) in clients.items():
             assert isinstance(training, ClientTraining), "checked before"
-            training.load_client(
-                client, weights, {name: unpack_state(content) for name, content in files.items()}, meta, meta["step"]
-            )
+            training.recall(client, meta)
+            if self._holds(client):
+                own = {name: unpack_state(content) for name, content in files.items()}
+                training.load_client(client, weights, own, meta, meta["step"])
+        if isinstance(training, ClientTraining) and not training.holds_all:
+            training.elsewhere = {client: meta["step"] for client, (_, meta, _) in clients.items()}
 
 
 def _aside(directory: Path, why: str) -> Path:

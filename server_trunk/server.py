@@ -8,6 +8,7 @@ print(server.join)
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 from pathlib import Path
@@ -99,7 +100,7 @@ class TrunkServer:
             self._device,
             self._book,
             shards,
-            training_of=self._replica.training_of if self._replica is not None else None,
+            training_of=functools.partial(self._replica.training_of, book=self._book) if self._replica is not None else None,
             log=self._log.write,
         )
         self._model, self._training, self._engine = trunk.model, trunk.training, trunk.engine
@@ -108,7 +109,9 @@ class TrunkServer:
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._ends = EndsBook(averaged=config.round_steps > 0, part_bytes=part_bytes_for(config.window))
         self._rounds = self._make_rounds() if config.round_steps else None
-        self._keeper = RunKeeper(config, self._model, self._model_identity, self._engine, self._log, self._rounds)
+        self._keeper = RunKeeper(
+            config, self._model, self._model_identity, self._engine, self._log, self._rounds, leads=self._is_first
+        )
         self._first = 0
         if resume:
             self._first = in_turn(group, self._keeper.resume)

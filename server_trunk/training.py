@@ -41,7 +41,9 @@ class Training(Protocol):
     """Called from the trunk's thread only. ``owners`` and ``clients`` are names from the operator's list."""
 
     def joined(self, client: str) -> None:
-        """A session of this client has opened: what it trains must be there before any of its rows run."""
+        """A session of this client has opened: what it trains must be there before any of its rows run. Raises CheckpointError
+        where that was kept and cannot be read.
+        """
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         """The parameters that rows of these clients have a gradient for."""

@@ -25,7 +25,7 @@ from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Schedule
 from server_trunk.stepkeeper import Run, StepKeeper
 from server_trunk.steps import Steps
 from server_trunk.transfers import Landing, Mailer
-from splitfl.errors import RemoteProtocolError
+from splitfl.errors import CheckpointError, RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,
     EndsPart,
@@ -220,7 +220,11 @@ class TrunkLoop:
                 if self._names.get(event.replaces) == event.name:
                     self._end(event.replaces, "replaced", "another session of this client has taken its place")
                 self._names[session] = event.name
-                self._engine.training.joined(event.name)
+                try:
+                    self._engine.training.joined(event.name)
+                except CheckpointError as error:
+                    self._log.write("adapter-unreadable", client=event.name, error=str(error))
+                    self._end(session, "adapter", "your adapter cannot be read: ask the operator to look at the log")
             else:
                 self._forget(session)
             return

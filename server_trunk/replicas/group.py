@@ -77,6 +77,17 @@ class Group:
             theirs, mine = ({key: each.get(key) for key in odd} for each in (first, terms))
             raise ConfigError(f"replica {self.rank} was started with {mine}, replica 0 with {theirs}: start all alike")
 
+    def exchange(self, value: _T) -> list[_T]:
+        """As :meth:`gather`, at any time; from the thread of :meth:`all_reduce_tensors`, in order with it. Raises SplitflError
+        where a replica is gone.
+        """
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, group=self._host)
+        except RuntimeError as error:
+            raise SplitflError(f"another replica is gone: {str(error).splitlines()[0]}") from error
+        return found
+
     def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors in host memory over all replicas, in place: each ends up equal everywhere, to the bit.
 

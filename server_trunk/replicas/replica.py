@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from server_trunk.adapter_book import AdapterBook
 from server_trunk.engine import Engine
 from server_trunk.keeping import RunKeeper
 from server_trunk.replicas.assignment import Assignment
+from server_trunk.replicas.client_adapters import SpreadTraining
 from server_trunk.replicas.control import Control
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.group import Group
@@ -61,8 +63,10 @@ class Replica:
 
     # --- what a server is made of -----------------------------------------------------------------------------------------------
 
-    def training_of(self, model: Any) -> ReducedTraining | AveragedTraining:
+    def training_of(self, model: Any, book: AdapterBook) -> ReducedTraining | AveragedTraining | SpreadTraining:
         settings = self._config.optimizer
+        if self._config.adapters == "per-client":
+            return SpreadTraining(model, self._config, book, self.group)
         if self._config.sync == "step":
             return ReducedTraining(model, settings, self.group)
         return AveragedTraining(model, settings, self.group, self.meetings)
@@ -81,6 +85,7 @@ class Replica:
                 # Amid a round each replica's weights are its own: what they have learned since is kept too.
                 training.average()
                 engine.closed = self._furthest(engine.closed)
+            self._run.keep_adapters()
             self.stopped.set()
 
         config = self._config
@@ -104,7 +109,8 @@ class Replica:
 
     def run_of(self, keeper: RunKeeper) -> ReplicaRun:
         """What the trunk's loop keeps the run with."""
-        return ReplicaRun(keeper, self.group, self.meetings)
+        self._run = ReplicaRun(keeper, self.group, self.meetings)
+        return self._run
 
     def _furthest(self, closed: int | None) -> int:
         """The newest step that any replica has closed."""

@@ -1,4 +1,4 @@
-"""What is kept of a run of several replicas: rank 0 writes, and all say so together."""
+"""What is kept of a run of several replicas: rank 0 writes, behind the adapters that each has, and all say so together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from server_trunk.keeping import RunKeeper
 from server_trunk.ledger import Ledger
+from server_trunk.replicas.client_adapters import SpreadTraining
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
 
@@ -35,10 +36,22 @@ class ReplicaRun:
 
     def save(self, step: int) -> None:
         """Rank 0 writes the checkpoint; the others wait for it, as it must be there before anybody is told."""
+        self.keep_adapters()
         if self._group.is_first:
             self._keeper.save(step)
         self._group.all_reduce_tensors([torch.zeros(1)])
         self._keeper.saved = step
+
+    def keep_adapters(self) -> None:
+        """Where each client has an adapter: every replica but rank 0 writes those that are its own to keep, and rank 0 knows
+        of them. All do so together; the checkpoint that names them comes after.
+        """
+        training = self._keeper.training
+        if isinstance(training, SpreadTraining):
+            training.share()
+            if not self._group.is_first:
+                self._keeper.save_clients(training)
+            self._group.exchange(None)
 
     def kept(self) -> Sequence[int]:
         return self._keeper.kept()

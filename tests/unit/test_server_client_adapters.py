@@ -134,6 +134,7 @@ def test_one_adapters_state_comes_back_whole(model):
     made.close(4, {"ada": 1})
     tensors, extra, plain = made.state_of("ada")
     other, others_book = training(model)
+    other.recall("ada", plain)
     other.load_client("ada", tensors, unpack_state(pack_state(extra)), plain, 4)
     for each in (made, other):
         give(each, "ada", 2.0)
