@@ -24,7 +24,7 @@ from splitfl.parts.dropout import install_keyed_dropout
 from splitfl.parts.loading import load_trunk
 from splitfl.parts.packed import drops, why_not_keyed, why_not_packed
 from splitfl.parts.packing_rule import layout_rule
-from splitfl.parts.quantized import check_quantized, quantization_options
+from splitfl.parts.quantized import check_quantized, keep_layout, quantization_options
 from splitfl.tensors import DTYPES, resolve_device
 
 __all__ = ["Trunk", "follow_leader", "load_run_trunk", "run_device"]
@@ -119,6 +119,7 @@ def load_run_trunk(config: RunConfig, device: torch.device, shards: ShardGroup |
     )
     if config.quantize != "none":
         check_quantized(model)
+        keep_layout(model)
     if config.adapters == "per-client":
         return model  # what its training puts into it is each client's
     if config.trainables == "lora":

@@ -14,7 +14,7 @@ from torch import nn
 
 from splitfl.errors import ConfigError, ModelError
 
-__all__ = ["check_quantized", "quantization_options"]
+__all__ = ["check_quantized", "keep_layout", "quantization_options"]
 
 
 def quantization_options(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -42,3 +42,14 @@ def check_quantized(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} has no linear layers that could be held in fewer bits: leave quantize out, or use --shard"
         )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Leave 4-bit weights as they were loaded.
+
+    On a CPU with AVX-512 BF16 bitsandbytes lays them out anew at the first forward without a graph, for a kernel that rounds to
+    bfloat16 and has no backward: gradients would be others from then on, and a width that is no multiple of 64 is an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -60,6 +60,36 @@ def test_a_trunk_in_fewer_bits_learns_about_as_well_in_less_memory(tmp_path, qua
     assert whole / held >= smaller
 
 
+@installed
+@pytest.mark.parametrize("adapters", ["shared", "per-client"])
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_evaluation_in_between_leaves_training_as_it_is(tmp_path, quantize, adapters):
+    """Also where widths are no multiple of a quantised block."""
+    build_sample_model(tmp_path / "model", seed=0, hidden=64, blocks=4, heads=4, tied=True)
+    losses: dict[bool, list[float]] = {}
+    rows = (torch.arange(24) * 5 + torch.arange(4)[:, None]) % 200 + 20
+    for evaluated in (False, True):
+        (tmp_path / str(evaluated)).mkdir()
+        settings = {"quantize": quantize, "adapters": adapters, "optimizer.learning_rate": 3e-3}
+        world = World(tmp_path / str(evaluated), str(tmp_path / "model"), 1, **settings)
+        with running(world):
+            client = world.join_as(0).train()
+            seen = losses[evaluated] = []
+            for _ in range(3):
+                loss = client(input_ids=rows, labels=rows).loss
+                loss.backward()
+                client.step()
+                seen.append(float(loss.detach()))
+                client.wait_step()
+                if evaluated:
+                    client.eval()
+                    with torch.no_grad():
+                        client(input_ids=rows, labels=rows)
+                    client.train()
+            client.close()
+    assert losses[True] == losses[False]
+
+
 def test_what_cannot_be_is_refused_with_the_mend(monkeypatch):
     for values, said in (
         ({"quantize": "4bit", "trainables": "full"}, "use --trainables lora"),
