@@ -260,6 +260,8 @@ class Reconnecting(Participant):
         """Learn which step this client is in, and bring the server what it has lost. The lock is held."""
         wanted = self._enrolled or self._enrolling
         last = self._journal.last if self._journal is not None else None
+        if self._journal is None:
+            self._have_closed(self.step - 1)  # the server tells nobody but the session that is gone
         # Whoever awaits the end of a round enrols once more: so it is given the average.
         settled = self.rounds is None or self.rounds.is_over
         if last is not None and not wanted and stands > last.step and settled:
@@ -317,6 +319,8 @@ class Reconnecting(Participant):
             self._journal.closed(max(opened, self.step))
         if self._has_barrier:
             self._have_closed(opened - 1)
+        else:
+            self._closed = StepClosed(opened - 1, 0, 0, 0.0, None)  # each session numbers its own
         self.step = opened
 
     def _befalls(self, fate: SplitflError) -> None:

@@ -226,8 +226,10 @@ class TrunkSession(Reconnecting):
         if micro is None:
             return  # forgotten meanwhile: a forward whose loss was thrown away
         future = micro.y if isinstance(message, Hidden) else micro.dh
-        if future.done():
-            if again or isinstance(future.exception(), StepMissed):
-                return  # answered before the link broke; or the word that its step is over has overtaken it
-            raise RemoteProtocolError(f"a second answer to micro-batch {message.micro}")
-        future.set_result(payload)
+        with self._lock:  # whoever gives the link up fails what is not answered
+            if not future.done():
+                future.set_result(payload)
+                return
+        if again or self._lost is not None or isinstance(future.exception(), StepMissed):
+            return  # answered before the link broke; or the word that its step is over has overtaken it
+        raise RemoteProtocolError(f"a second answer to micro-batch {message.micro}")

@@ -237,10 +237,10 @@ class TrunkServer:
 
     # --- the run's life ---------------------------------------------------------------------------------------------------------
 
-    def _on_presence(self, sessions: int, trained: bool) -> None:
+    def _on_presence(self, clients: int, trained: bool) -> None:
         if self._replica is not None:
-            self._replica.present(sessions, trained)
-        elif self.config.until_done and trained and not sessions:
+            self._replica.present(clients, trained)
+        elif self.config.until_done and trained and not clients:
             self._done.set()
 
     def wait(self, timeout: float | None = None) -> bool:

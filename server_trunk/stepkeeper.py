@@ -109,6 +109,10 @@ class StepKeeper:
         if self._rounds is not None:
             self._rounds.forget(session)
 
+    def present(self) -> int:
+        """Clients that are here, or are waited for."""
+        return len(self._names) + self._steps.away(time.monotonic())
+
     @property
     def is_amid_step(self) -> bool:
         """Whether a step is open, or made and not said."""

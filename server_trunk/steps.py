@@ -34,6 +34,7 @@ class Steps:
         self._enrolled: dict[str, str] = {}  # clients by session, in the order of enrolling
         self._ahead: dict[str, int] = {}  # forwards for the next step that have arrived
         self._awaited: dict[str, str] = {}  # clients by lost session, for whose return the next step will be held
+        self._awaited_since: dict[str, float] = {}
         self._missed: dict[str, int] = {}  # by session: the newest step that did not wait for it
         self._ledger = Ledger(first)
         self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
@@ -54,7 +55,7 @@ class Steps:
         self._held[session] = held
         returned = next((lost for lost, name in self._awaited.items() if name == client), None)
         if returned is not None:
-            del self._awaited[returned]
+            del self._awaited[returned], self._awaited_since[returned]
 
     def pause(self, session: str) -> int | None:
         """Withdraw from the next step, and from the open one where this part of it is not done.
@@ -88,7 +89,14 @@ class Steps:
         elif part is not None and underway:
             part.dropped, part.why = True, LOST
         elif client is not None and self._waits:
-            self._awaited[session] = client
+            self._awaited[session], self._awaited_since[session] = client, now
+
+    def away(self, now: float) -> int:
+        """Lost clients whose return is waited for: in the open step, or for the next, and then for as long."""
+        parts = self._ledger.parts.values() if self.is_open else ()
+        held = sum(part.lost_at is not None and not part.dropped for part in parts)
+        awaited = () if self.complete else self._awaited_since.values()
+        return held + sum(not self._deadline or now - since < self._deadline for since in awaited)
 
     def overdue(self, now: float, *, idle: bool = True) -> list[str]:
         """The sessions that others have waited for longer than the deadline allows.
@@ -106,10 +114,13 @@ class Steps:
         return [part.session for part in parts if part.is_overdue(now, self._deadline)]
 
     def wake(self, now: float) -> float | None:
-        """Seconds until :meth:`overdue` is worth asking again though nothing has happened; None: no need."""
-        if not self.is_open or not self._deadline:
+        """Seconds until :meth:`overdue` or :meth:`away` is worth asking again though nothing has happened; None: no need."""
+        if not self._deadline:
             return None
-        return earliest((part for part in self._ledger.parts.values() if not part.dropped), now, self._deadline)
+        if self.is_open:
+            return earliest((part for part in self._ledger.parts.values() if not part.dropped), now, self._deadline)
+        rests = [since + self._deadline - now for since in self._awaited_since.values()]
+        return min((rest for rest in rests if rest > 0), default=None)
 
     def drop(self, session: str) -> int:
         """Wait no longer for this session's part of the open step; returns that step. A silent one has to enrol again."""
@@ -169,6 +180,7 @@ class Steps:
         for session, client in self._awaited.items():
             self._holders[session] = Part(session, client, self.number, lost_at=now)
         self._awaited.clear()
+        self._awaited_since.clear()
         self._ledger = Ledger(self.number, dict(self._holders))
         return [(session, self.number) for session in self._enrolled]
 

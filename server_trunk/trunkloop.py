@@ -78,7 +78,7 @@ _Reply = tuple[str, Any, Any]
 
 class TrunkLoop:
     """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints, and
-    ``on_presence(sessions, trained)`` of each change: how many sessions are open, and whether a step has closed.
+    ``on_presence(clients, trained)`` of each change: how many are here or waited for, and whether a step has closed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrunkLoop:
         meter: Meter | None = None,
         run: Run | None = None,
         rounds: RoundKeeper | None = None,
-        on_presence: Callable[[int, bool], None] = lambda sessions, trained: None,
+        on_presence: Callable[[int, bool], None] = lambda clients, trained: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log = outlet, log
@@ -178,7 +178,7 @@ class TrunkLoop:
         self._keeper.turn()
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
-        presence = len(self._names), self._keeper.trained
+        presence = self._keeper.present(), self._keeper.trained
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)

@@ -193,7 +193,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("client_tokens", int, "most tokens whose graph the trunk keeps for one client", _at_least(1)),
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
-    Setting("until_done", bool, "end when clients have trained and all have left"),
+    Setting("until_done", bool, "end when clients have trained and all have left, or are lost and not waited for"),
     Setting("status_every", float, "seconds between status lines in the log (0: none)", _seconds),
     Setting("metrics", str, "HOST:PORT, or a port of loopback, that serves live numbers to Prometheus", _port_or_address),
 )

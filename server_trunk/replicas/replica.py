@@ -52,7 +52,7 @@ class Replica:
         self._control = Control(group, self._take, self._lost)
         self._lock = threading.Lock()
         self._assignment = Assignment(group.size)
-        self._sessions, self._trained = 0, False
+        self._clients, self._trained = 0, False
         self._present: list[Presence] = [Presence()] * group.size
         self._reported = 0.0
         self._addresses: list[tuple[int, str, int]] = []
@@ -142,14 +142,14 @@ class Replica:
         machine, host, port = self._addresses[rank]
         return Redirect("" if machine == self.group.place.machine else host, port)
 
-    def present(self, sessions: int, trained: bool) -> None:
-        """So many sessions are open here now; from the trunk's thread."""
-        self._sessions, self._trained = sessions, trained
+    def present(self, clients: int, trained: bool) -> None:
+        """So many clients are here now, or waited for; from the trunk's thread."""
+        self._clients, self._trained = clients, trained
         self._report()
 
     def _report(self) -> None:
         self._reported = time.monotonic()
-        self._tell_first(Presence(self._loads(), self._sessions, self._trained))
+        self._tell_first(Presence(self._loads(), self._clients, self._trained))
 
     # --- words ------------------------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Replica:
         if isinstance(word, Presence):
             self._assignment.hear(rank, word.tokens)
             self._present[rank] = word
-            done = any(each.trained for each in self._present) and not any(each.sessions for each in self._present)
+            done = any(each.trained for each in self._present) and not any(each.clients for each in self._present)
             return self._coordinator.stop() if done and self._config.until_done else []
         if not isinstance(word, StopAsked):
             return []

@@ -65,12 +65,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``sessions``: open ones; ``trained``:
-    whether a step has closed.
+    """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``clients``: how many are there or waited
+    for; ``trained``: whether a step has closed.
     """
 
     tokens: dict[str, float] = field(default_factory=dict)
-    sessions: int = 0
+    clients: int = 0
     trained: bool = False
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from client_ends.reconnecting import may_pass
+from client_ends.session import TrunkSession
 from splitfl.errors import ConnectError, Refused, SealError, SessionLost, StepMissed
+from splitfl.protocol.messages import StepClosed
 from splitfl.transport.memory import MemoryClientTransport
 from tests.integration.test_lost import (
     FLIGHTY,
@@ -203,3 +206,74 @@ def test_a_link_that_cannot_be_had_again_is_given_up(tmp_path, model):
 )
 def test_what_may_pass(error, passes):
     assert may_pass(error) == passes
+
+
+def test_the_run_ends_while_the_link_is_had_again(tmp_path, model):
+    """The last part is whole at the server, and the word that its step has closed goes to a session that is gone."""
+    world = World(
+        tmp_path, model, 2, trainables="full", timing=QUICK, on_loss="wait", step_deadline=0.0, **TRUNK | {"optimizer.steps": 2}
+    )
+    with running(world):
+        steady, flighty = join(world, 0), join(world, 1)
+        enrol(steady, flighty)
+        step(steady, STEADY[0])
+        go_until("done", world, flighty)
+        cut(flighty)
+        wait_for(lambda: len(world.server._loop._steps._enrolled) == 2)
+        step(steady, STEADY[1])
+        waiting = threading.Thread(target=flighty.wait_step, daemon=True)
+        waiting.start()
+        waiting.join(10)
+        assert not waiting.is_alive(), "it waits for ever"
+        flighty.close()
+
+
+def test_a_run_whose_only_client_has_lost_its_link_is_not_done(tmp_path, model):
+    world = World(
+        tmp_path, model, 1, trainables="full", timing=QUICK, on_loss="wait", step_deadline=0.0, until_done=True, **TRUNK
+    )
+    with running(world):
+        split = join(world, 0)
+        left = go_until("one backward", world, split)
+        cut(split)
+        finish("one backward", split, left)
+        split.wait_step()
+        assert not world.server._done.is_set()
+        split.close()
+        assert world.server.wait(10)
+
+
+def test_an_asynchronous_part_whose_end_was_not_heard_is_not_waited_for(tmp_path, model):
+    world = World(tmp_path, model, 1, trainables="full", timing=QUICK, mode="async", **TRUNK)
+    with running(world):
+        split = join(world, 0)
+        tell = world.server.tell
+        world.server.tell = lambda session, message: None if isinstance(message, StepClosed) else tell(session, message)
+        for one in FLIGHTY[0]:
+            split(**one).loss.backward()
+        split.step("leave")
+        wait_for(lambda: world.events("step"))
+        cut(split)
+        waiting = threading.Thread(target=split.wait_step, daemon=True)
+        waiting.start()
+        waiting.join(10)
+        assert not waiting.is_alive(), "it waits for ever"
+
+
+def test_a_link_that_breaks_as_it_is_taken_is_no_link():
+    class Breaking(threading.Condition):
+        """The loss of the link comes first to the lock."""
+
+        def __enter__(self) -> bool:
+            session._broken = SessionLost("the link broke")
+            return super().__enter__()
+
+    session = TrunkSession()
+    closed: list[bool] = []
+    channel: Any = SimpleNamespace(
+        opened=SimpleNamespace(step=0), welcome=SimpleNamespace(config={"mode": "sync"}), bytes_sent=0, bytes_received=0
+    )
+    channel.close = lambda leave: closed.append(leave)
+    session._channel, session._lock = channel, Breaking()
+    assert not session._take(channel)
+    assert closed == [False]

@@ -371,3 +371,18 @@ def test_a_run_goes_back_before_its_first_step_only_and_with_everybody_there():
     contribute(steps, "b", 1)
     assert steps.close() is not None
     assert steps.common([5, 7]) is None
+
+
+def test_who_is_lost_while_it_waits_for_a_step_is_away_for_as_long_as_a_step_would_wait():
+    steps = Steps(clients=1, on_loss="wait", deadline=5.0)
+    steps.enrol("s1", "anna")
+    steps.lose("s1", now=10.0)
+    assert (steps.away(12.0), steps.wake(12.0)) == (1, 3.0)
+    assert (steps.away(15.0), steps.wake(15.0)) == (0, None)
+    steps.enrol("s2", "anna")
+    steps.openings(16.0)
+    assert steps.away(16.0) == 0
+    steps.lose("s2", now=17.0)
+    assert steps.away(18.0) == 1
+    steps.drop("s2")
+    assert steps.away(18.0) == 0
