@@ -136,7 +136,7 @@ def test_weights_averaged_now_and_then_equal_federated_averaging(tmp_path, data,
     ("flags", "said"),
     [
         (["--sync", "0"], "must be step, or a number of steps"),
-        (["--adapters", "per-client", "--sync", "2"], "leave sync at step"),
+        (["--adapters", "per-client", "--sync", "2"], "leave it at step"),
         (["--authorized-clients", "nowhere"], "does not exist"),
         pytest.param(["--cut", "9:9"], "cut", marks=pytest.mark.slow),
     ],

@@ -62,7 +62,7 @@ def test_replicas_meet_after_so_many_steps_and_at_the_end():
         ({"mode": "async", "sync": "4"}, "sync has no say"),
         ({"restarts": 1}, "restarts has no say"),
         ({"mode": "hierarchical", "sync": "often"}, "must be step, or a number"),
-        ({"mode": "hierarchical", "adapters": "per-client"}, "does not go with --mode hierarchical"),
+        ({"mode": "hierarchical", "adapters": "per-client", "sync": "2"}, "leave it at step"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_sentence(values, said):
