@@ -272,6 +272,7 @@ class TrunkServer:
         replica, whole = self._replica, True
         if replica is not None:
             whole = self._loop.failure is None and replica.await_stop(patience)
+            back = back or replica.back
         elif patience:
             self._loop.finish_step(patience)
         if whole:  # else the trunk's thread may wait for a replica that is gone

@@ -75,7 +75,8 @@ class Coordinator:
         if self._stopped:
             return []
         self._stopped = True
-        return [(rank, Stop()) for rank in range(len(self._replicas))]
+        # Only a server that means to be back lets the open step come to its end.
+        return [(rank, Stop(self._draining)) for rank in range(len(self._replicas))]
 
     def _grant(self) -> list[Told]:
         """Let those in who have participants. Nobody comes in once a part is whole: the others would wait for all of theirs."""

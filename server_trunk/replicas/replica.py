@@ -48,6 +48,7 @@ class Replica:
         self.group, self._config = group, config
         self.meetings = Meetings.of(config)
         self.stopped = threading.Event()
+        self.back = False  # whether the server means to start again, as whichever replica was asked to end has heard it
         self.failure: SplitflError | None = None
         self._control = Control(group, self._take, self._lost)
         self._lock = threading.Lock()
@@ -80,7 +81,8 @@ class Replica:
             if time.monotonic() - self._reported >= _REPORT_EVERY:
                 self._report()
 
-        def on_stop() -> None:
+        def on_stop(back: bool) -> None:
+            self.back = back
             if isinstance(training, AveragedTraining):
                 # Amid a round each replica's weights are its own: what they have learned since is kept too.
                 training.average()

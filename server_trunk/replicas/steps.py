@@ -30,10 +30,10 @@ class ReplicaSteps(Steps):
         on_loss: str = "drop",
         deadline: float = 0.0,
         on_whole: Callable[[int], None] = lambda targets: None,
-        on_stop: Callable[[], None] = lambda: None,
+        on_stop: Callable[[bool], None] = lambda back: None,
     ) -> None:
         """``say``: sends a report to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
-        closes the round. ``on_stop``: no step closes any more.
+        closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again.
         """
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
@@ -92,7 +92,7 @@ class ReplicaSteps(Steps):
                 self._draining = True
             else:
                 self._stopped = True
-                self._on_stop()
+                self._on_stop(word.back)
         if self._stopped or self._phase is Phase.WHOLE or not self._is_settled:
             return None
         if self._is_void or not self._meetings.meets_at(self.number):

@@ -121,7 +121,9 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """From rank 0: no step closes any more."""
+    """From rank 0: no step closes any more. ``back``: the server means to start again, so that clients wait for it."""
+
+    back: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,3 +211,16 @@ def test_a_replica_that_is_killed_costs_no_step_and_no_client(tmp_path, data, st
         ends.append(replicas.weights())
     for name, weights in ends[0].items():
         torch.testing.assert_close(ends[1][name], weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_where_one_replica_is_asked_to_end_the_clients_of_all_wait_for_the_next_server(tmp_path, stories):
+    """As on several machines, each of which ends its own."""
+    replicas = Replicas(tmp_path, stories, 2, 2)
+    with serving(replicas):
+        sessions = [replicas.join_as(client, reconnect=0).trunk.session for client in range(2)]
+        os.kill(processes(replicas)[1], signal.SIGTERM)
+        wait_until(lambda: all(session._lost is not None for session in sessions), 60)
+        assert [session._lost.code for session in sessions] == ["restarting", "restarting"]
+        assert replicas.process is not None
+        assert replicas.process.wait(60) == 0

@@ -314,6 +314,26 @@ def test_a_run_that_is_taken_up_again_goes_back_to_what_all_clients_hold():
     assert [(client.stage, client.step) for client in world.clients] == [("in", 6), ("in", 6)]
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_all_replicas_hear_whether_the_server_means_to_be_back(back):
+    world = World(2, clients=2)
+    heard: list[bool] = []
+    world.steps[1] = ReplicaSteps(world.up[1].append, meetings=world.meetings, on_stop=heard.append)
+    first, second = world.add("a", 0), world.add("b", 1)
+    for client in (first, second):
+        client.act(STEADY)
+    world.settle()
+    for told, word in world.coordinator.drain() if back else world.coordinator.stop():
+        world.down[told].append(word)
+    world.settle()
+    assert heard == ([] if back else [False])
+    for client in (first, second):
+        client.act(STEADY)
+    world.settle()
+    assert heard == [back]
+    assert len(world.closed[1]) == back
+
+
 def test_words_survive_the_way():
     words = [
         State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4),
@@ -324,7 +344,7 @@ def test_words_survive_the_way():
         Close(5, True, {"a": 9}, 3),
         GoBack(3),
         Drain(),
-        Stop(),
+        Stop(True),
         Bye(),
     ]
     assert [decode(encode(word)) for word in words] == words
