@@ -215,7 +215,8 @@ class Participant:
             self._lock.wait_for(lambda: rounds.is_settled or self._lost is not None)
             if not rounds.is_settled:
                 self._check()
-        rounds.load()
+            # Under the lock: another session that begins meanwhile forgets what came in this one.
+            rounds.load()
 
     # --- a step that went on without this client --------------------------------------------------------------------------------
 
@@ -239,6 +240,8 @@ class Participant:
         with self._lock:
             self._dropped = None
             self._enrolled = False
+            if self.rounds is not None:
+                self.rounds.excuse()
             self._clear_step()
 
     def _hears_of_drop(self) -> bool:

@@ -7,6 +7,7 @@ leaves nothing behind. Everything runs in a thread of its own, in order; the tru
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import tempfile
@@ -86,7 +87,7 @@ class Done:
 
 @dataclass
 class _Upload:
-    file: BinaryIO
+    file: BinaryIO | None
     left: int
     why: str = ""
 
@@ -172,26 +173,29 @@ class Averager:
         self._tell()
 
     def _write(self, session: str, layout: Layout, part: EndsPart, payload: torch.Tensor) -> None:
-        upload = self._uploads.get(session)
-        if upload is None:
-            upload = self._uploads[session] = _Upload(self._file(), layout.bytes)
+        upload = self._uploads.setdefault(session, _Upload(None, layout.bytes))
         spec = layout.tensors[part.tensor]
+        upload.left -= part.size
         try:
+            if upload.file is None:
+                upload.file = self._file()
             upload.file.seek(layout.offsets[part.tensor] + part.offset)
             upload.file.write(byte_view(payload))
+            if not upload.left:
+                upload.file.flush()  # that it does not fit is to be known before it is a member's
         except OSError as error:  # a full disk, say, which is no reason to end the run
             upload.why = upload.why or f"not kept: {error.strerror}"
         if not torch.isfinite(payload.view(DTYPES[spec.dtype])).all():
             upload.why = upload.why or "not finite"
-        upload.left -= part.size
         self._credit(session, part.size)
         if not upload.left:
             self._say(Whole(session, upload.why))
 
     def _forget(self, session: str) -> None:
         upload = self._uploads.pop(session, None)
-        if upload is not None:
-            upload.file.close()
+        if upload is not None and upload.file is not None:
+            with contextlib.suppress(OSError):  # of what it has yet to write
+                upload.file.close()
 
     def _sum(self, tensor: torch.Tensor) -> None:
         """Over all replicas, in place."""
@@ -218,7 +222,7 @@ class Averager:
     def _average(self, number: int, layout: Layout | None, weights: dict[str, int]) -> None:
         agreed = self._agree(layout)
         fits = layout is None or layout == agreed
-        members = [(self._uploads[session].file, weight) for session, weight in weights.items()] if fits else []
+        members = [(_whole(self._uploads[session]), weight) for session, weight in weights.items()] if fits else []
         total = torch.tensor([sum(weight for _, weight in members), len(members)], dtype=torch.int64)
         self._sum(total)
         targets, count = total.tolist()
@@ -267,3 +271,8 @@ class Averager:
 
     def _file(self) -> BinaryIO:
         return tempfile.TemporaryFile(dir=self._directory)
+
+
+def _whole(upload: _Upload) -> BinaryIO:
+    assert upload.file is not None
+    return upload.file

@@ -25,8 +25,9 @@ class EndsBook:
         self.averaged, self.part_bytes = averaged, part_bytes
         self.layout: Layout | None = None  # of the run
         self._kept = False  # whether an average of it is kept
+        self._held = False  # whether a round is open
         self._said: dict[str, list[Ends]] = {}  # by session that has yet to say more
-        self._declared: set[str] = set()
+        self._declared: dict[str, Layout] = {}  # by session
         self._asked: dict[str, deque[tuple[int, PartCursor]]] = {}
         self._lock = threading.Lock()
 
@@ -56,7 +57,7 @@ class EndsBook:
                     f"this run averages ends trained as {self.layout.describe()}, and yours are {theirs.describe()}: "
                     f"{difference}; use the same --ends as the other clients",
                 )
-            self._declared.add(session)
+            self._declared[session] = self.layout
 
     def check_enrol(self, session: str) -> None:
         """Raises RemoteProtocolError where a session that takes part has not said what it trains."""
@@ -64,10 +65,24 @@ class EndsBook:
             if self.averaged and session not in self._declared:
                 raise RemoteProtocolError("Enrol before Ends, in a run that averages the ends")
 
-    def keep(self, layout: Layout) -> None:
-        """An average is kept: the layout of the run's ends is settled."""
+    def hold(self) -> None:
+        """A round is open: what is on its way is of this layout, though everybody leave meanwhile."""
         with self._lock:
-            self.layout, self._kept = layout, True
+            self._held = True
+
+    def let_go(self) -> None:
+        """The round is over, and nothing was averaged."""
+        with self._lock:
+            self._held = False
+            self._forget_if_unused()
+
+    def keep(self, layout: Layout) -> list[str]:
+        """An average is kept: the layout of the run's ends is settled. Returns the sessions that have said another: the average
+        was first made on another replica, whose clients were first.
+        """
+        with self._lock:
+            self.layout, self._kept, self._held = layout, True, False
+            return [session for session, theirs in self._declared.items() if theirs != layout]
 
     def ask(self, session: str, number: int) -> None:
         """From now on the session may send its ends for round ``number``."""
@@ -91,6 +106,9 @@ class EndsBook:
         with self._lock:
             self._said.pop(session, None)
             self._asked.pop(session, None)
-            self._declared.discard(session)
-            if not self._declared and not self._kept:
-                self.layout = None
+            self._declared.pop(session, None)
+            self._forget_if_unused()
+
+    def _forget_if_unused(self) -> None:
+        if not self._declared and not self._kept and not self._held:
+            self.layout = None

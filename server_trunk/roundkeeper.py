@@ -55,7 +55,7 @@ class RoundKeeper:
         """A session takes part for the first time; ``held`` are the steps after which its client can go on."""
         client = self.names[session]
         if self._rounds.waits_for(client):
-            weight = self._rounds.returns(session, client, holds=self._step in held)
+            weight = self._rounds.returns(session, client, time.monotonic(), holds=self._step in held)
             if weight:
                 self._present = {one: name for one, name in self._present.items() if name != client or one in self.names}
                 self._present[session], self._asked[session] = client, weight
@@ -80,6 +80,7 @@ class RoundKeeper:
         stay = [part.session for part in ended if part.done is not None and part.done.then == "continue"]
         self._asked = self._rounds.open(ledger.step, self._present, self._began, stay=stay)
         self._whole, self._left_out = set(), {}
+        self._book.hold()
         for session in self._asked:
             self._ask(session)
 
@@ -144,11 +145,11 @@ class RoundKeeper:
         weights, average = self._rounds.weights if done.fits else {}, done.average
         self._rounds.close()
         closed = RoundClosed(self._rounds.number, done.members, done.targets)
-        if not done.fits:
-            self._expel(average)
         if average is not None:
             self.average, self._closed = average, closed
-            self._book.keep(average.layout)
+            self._expel(self._book.keep(average.layout), average)
+        else:
+            self._book.let_go()
         self._over = closed, average
         size = average.layout.bytes if average is not None else 0
         self._log.write(
@@ -163,13 +164,12 @@ class RoundKeeper:
             seconds=round(time.monotonic() - self._began, 4),
         )
 
-    def _expel(self, average: Average | None) -> None:
-        """The clients of this replica train other ends than those of the others, which were first."""
-        theirs = average.layout.describe() if average is not None else "others"
+    def _expel(self, sessions: Sequence[str], average: Average) -> None:
+        """These clients of this replica train other ends than those of the others, which were first."""
+        theirs = average.layout.describe()
         text = f"this run averages ends trained as {theirs}, which yours are not; use the same --ends as the other clients"
-        for session in self._present:
-            if session in self.names:
-                self._outlet.end(session, Fault(RefusalCode.ENDS, text))
+        for session in sessions:
+            self._outlet.end(session, Fault(RefusalCode.ENDS, text))
 
     def tell(self) -> None:
         """Tell those that await the end of a round of it, and give them the average."""

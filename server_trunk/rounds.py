@@ -125,7 +125,7 @@ class Rounds:
         """Whether a client that was lost is waited for."""
         return self.is_open and client in self._lost
 
-    def returns(self, session: str, client: str, *, holds: bool) -> int:
+    def returns(self, session: str, client: str, now: float = 0.0, *, holds: bool) -> int:
         """A client that was waited for is back in another session. ``holds``: as it stood at the end of the round's last step.
         Returns its weight if it is to send its ends, else 0: then it is gone on without.
         """
@@ -136,6 +136,7 @@ class Rounds:
         self._awaited.add(session)
         self._present[session] = client
         self._stay.add(session)
+        self._since = None if self._since is None else now  # it has yet to begin
         return weight
 
     def give_up(self, now: float) -> list[str]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from client_ends.participant import Participant
 from client_ends.rounds import EndsRounds
 from splitfl.errors import ConfigError, RemoteProtocolError, SessionLost
-from splitfl.protocol.messages import AveragePart, EndsPart, RoundClosed, RoundOpened
+from splitfl.protocol.messages import AveragePart, EndsPart, RoundClosed, RoundOpened, StepClosed
 
 
 def made(steps: int = 2) -> tuple[EndsRounds, dict[str, Parameter]]:
@@ -146,3 +147,12 @@ def test_what_a_server_must_not_do_is_an_error():
 def test_frozen_ends_have_nothing_to_average():
     with pytest.raises(ConfigError, match="use --ends lora or full"):
         EndsRounds(1, 8, dict).declare()
+
+
+def test_who_pauses_when_the_run_went_on_without_it_awaits_no_round():
+    client = Participant()
+    client.rounds, _ = made(steps=1)
+    client.rounds.step_ended(0)
+    client._dropped = StepClosed(0, 5, 1, 0.1, None, dropped=True)  # it crossed this client's StepDone
+    client.pause()
+    assert client.rounds.is_over

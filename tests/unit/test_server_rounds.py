@@ -13,10 +13,11 @@ import torch
 from server_trunk.averaging import Averager, Done, Whole
 from server_trunk.ends_book import EndsBook
 from server_trunk.ledger import Ledger, Part
+from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.rounds import Rounds
 from splitfl.adapters.layout import Layout, PartCursor, part_bytes_for
 from splitfl.errors import Refused, RemoteProtocolError
-from splitfl.protocol.messages import Ends, EndsPart
+from splitfl.protocol.messages import Ends, EndsPart, Fault, StepDone
 from splitfl.tensors import byte_view
 from tests.integration.test_lost import wait_for
 
@@ -192,6 +193,66 @@ def test_the_first_client_says_what_all_train_until_nobody_is_left():
         made.declare("one", layout_of(a=(4,)).messages()[0])
 
 
+def test_what_is_on_its_way_in_a_round_is_of_one_layout_though_all_leave():
+    made = book(a=(4,))
+    made.hold()
+    made.left("one")
+    with pytest.raises(Refused):
+        made.declare("two", layout_of(a=(5,)).messages()[0])
+    made.let_go()
+    made.declare("two", layout_of(a=(5,)).messages()[0])
+    made.hold()
+    made.let_go()
+    assert made.layout == layout_of(a=(5,))
+
+
+class Told:
+    """An outlet, an averager and a log in one: what they are told is kept."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+        self.news: list[Whole | Done] = []
+
+    def end(self, session: str, fault: Fault) -> None:
+        assert "use the same --ends" in fault.text
+        self.ended.append(session)
+
+    def take(self) -> list[Whole | Done]:
+        news, self.news = self.news, []
+        return news
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **fields: None
+
+
+def test_all_who_train_other_ends_than_another_replica_hear_it_in_words(tmp_path):
+    """Also those who came after the round's last step: the average would break their session otherwise."""
+    made, told = book(a=(4,)), Told()
+    made.declare("late", layout_of(a=(4,)).messages()[0])
+    keeper = RoundKeeper(Rounds(steps=1), told, made, told, told)  # type: ignore[arg-type]
+    keeper.names = {"one": "first", "late": "second"}
+    part = Part("one", "first", targets=3)
+    part.done = StepDone(0, 1, 1, "continue")
+    keeper.step_closed(Ledger(0, {"one": part}))
+    averager = Averager(tmp_path, credit=lambda session, size: None, tell=lambda: None)
+    told.news = [Done(averager.restore(0, {"a": torch.zeros(5)}), 1, 7, fits=False)]
+    keeper.turn()
+    assert sorted(told.ended) == ["late", "one"]
+    averager.close()
+
+
+def test_who_returns_to_a_round_has_the_whole_deadline_again():
+    rounds = Rounds(steps=1, deadline=5.0, on_loss="wait")
+    here = {"a1": "a", "b1": "b"}
+    rounds.count(ledger(0, a1=1, b1=1), here)
+    rounds.open(0, here, stay=here)
+    rounds.whole("b1", 0.0)
+    rounds.lose("a1", 3.0)
+    assert rounds.returns("a2", "a", 6.0, holds=True) == 1
+    assert rounds.overdue(10.0) == []
+    assert rounds.overdue(11.0) == ["a2"]
+
+
 def test_what_nobody_asked_for_ends_the_session():
     made = book(a=(4,))
     with pytest.raises(RemoteProtocolError, match="nobody asked"):
@@ -346,6 +407,30 @@ def test_a_disk_that_is_full_leaves_that_client_out(tmp_path, monkeypatch):
     sums.send("x", ends(0))
     (whole,) = sums.news(1)
     assert whole == Whole("x", "not kept: No space left on device")
+    sums.averager.close()
+
+
+def test_a_disk_that_is_full_by_the_last_part_is_noticed_before_the_average(tmp_path, monkeypatch):
+    sums = Sums(tmp_path)
+
+    class FullAtLast:
+        def seek(self, offset: int) -> None:
+            pass
+
+        def write(self, content: memoryview) -> None:
+            pass
+
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+        close = flush
+
+    monkeypatch.setattr(sums.averager, "_file", FullAtLast)
+    sums.send("x", ends(0))
+    assert sums.news(1) == [Whole("x", "not kept: No space left on device")]
+    sums.averager.discard("x")
+    sums.averager.average(0, None, {})
+    assert sums.news(1) == [Done(None, 0, 0)]
     sums.averager.close()
 
 
