@@ -78,7 +78,7 @@ class RunKeeper:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint of ``step`` is to be written: one is due since the newest, or it is the run's last step."""
-        every, last = self._config.checkpoint_every, self._config.optimizer.steps
+        every, last = self._config.kept_every, self._config.optimizer.steps
         return bool(every and (step + 1) // every > (self.saved + 1) // every) or step + 1 == last
 
     def kept(self) -> Sequence[int]:

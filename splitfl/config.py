@@ -130,6 +130,11 @@ class RunConfig:
         return 1 if self.sync == "step" else int(self.sync)
 
     @property
+    def kept_every(self) -> int:
+        """Steps between checkpoints, of both sides: ``checkpoint_every``, rounded up to where all replicas meet."""
+        return -(-self.checkpoint_every // self.local_steps) * self.local_steps
+
+    @property
     def out_dir(self) -> Path:
         return Path(self.out or Path("runs") / self.run)
 
@@ -147,7 +152,7 @@ class RunConfig:
             "clients": self.clients,
             "mode": self.mode,
             "on_loss": self.on_loss,
-            "checkpoint_every": self.checkpoint_every,
+            "checkpoint_every": self.kept_every,
             "checkpoint_keep": self.checkpoint_keep,
             "round_steps": self.round_steps,
             "trainables": self.trainables,

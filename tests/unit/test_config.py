@@ -111,3 +111,11 @@ def test_processes_that_are_not_there_are_asked_for_by_their_command(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="3 processes were started"):
         join_shards(config)
+
+
+@pytest.mark.parametrize(
+    ("sync", "every", "kept"), [("step", 10, 10), ("4", 10, 12), ("5", 10, 10), ("100", 10, 100), ("4", 0, 0)]
+)
+def test_both_sides_keep_checkpoints_where_replicas_meet(sync, every, kept):
+    config = build_config({"model": "m", "mode": "hierarchical", "sync": sync, "checkpoint_every": every})
+    assert config.kept_every == config.terms()["checkpoint_every"] == kept
