@@ -90,15 +90,15 @@ class Trunk:
         return True
 
 
-def follow_leader(config: RunConfig, shards: ShardGroup) -> None:
-    """The work of a rank that clients do not talk to: returns when the leader stops.
+def follow_leader(config: RunConfig, shards: ShardGroup, *, training_of: Callable[[Any], Training] | None = None) -> None:
+    """The work of a rank that clients do not talk to: returns when the leader stops. ``training_of``: as of :class:`Trunk`.
 
     Raises:
         GroupLost: another rank is gone. ModelError, ConfigError: as the leader.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    trunk = Trunk(config, shards.device, AdapterBook(config), shards)
+    trunk = Trunk(config, shards.device, AdapterBook(config), shards, training_of=training_of)
     follow(trunk.engine, trunk.model, shards)
 
 

@@ -14,8 +14,7 @@ from splitfl.errors import ConfigError
 from splitfl.settings import SETTINGS
 
 if TYPE_CHECKING:
-    from server_trunk.replicas.group import Group
-    from server_trunk.sharding.group import ShardGroup
+    from server_trunk.replicas.process import Joined
 
 __all__ = ["add_arguments", "config_from", "run"]
 
@@ -60,48 +59,40 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    if config.mode == "hierarchical":
-        return _run_replicas(config, args)
-    from server_trunk.sharding.group import join_shards
-
-    shards = join_shards(config)
-    if shards is not None and not shards.leads:
-        _follow(config, shards)
-    else:
-        _serve(config, args, shards=shards)
-    if shards is not None:
-        shards.leave()
-    return 0
-
-
-def _follow(config: RunConfig, shards: ShardGroup) -> None:
-    """Be a rank of a trunk that clients do not talk to."""
-    from server_trunk.building import follow_leader
-    from splitfl.libraries import quiet_libraries
-
-    quiet_libraries()
-    # Ctrl-C and a polite end come to every rank alike: the leader says when it is over.
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    follow_leader(config, shards)
-
-
-def _run_replicas(config: RunConfig, args: argparse.Namespace) -> int:
-    """Be one of the replicas that torchrun has started, or start them."""
+    if config.mode != "hierarchical" and config.ranks == 1:
+        _serve(config, args)
+        return 0
     from server_trunk.replicas.place import Place
 
     place = Place.from_environment()
     if place is not None:
-        from server_trunk.replicas.process import run_replica
+        from server_trunk.replicas.process import run_process
 
-        run_replica(config, place, lambda own, group: _serve(own, args, group))
-    if not config.replicas:
+        run_process(config, place, lambda own, joined: _serve(own, args, joined) if joined.leads else _follow(own, joined))
+    if config.mode == "hierarchical" and not config.replicas:
         raise ConfigError("how many replicas? --replicas N starts N of them on this machine, torchrun on several machines")
     from server_trunk.replicas.launch import launch
     from server_trunk.server import check_before
 
     check_before(config, resume=args.resume or args.resume_if_any)
     return launch(config, _arguments(args))
+
+
+def _follow(config: RunConfig, joined: Joined) -> None:
+    """Be a rank of a trunk that clients do not talk to."""
+    from server_trunk.building import follow_leader
+    from server_trunk.replicas.training import replica_training
+    from splitfl.libraries import quiet_libraries
+
+    quiet_libraries()
+    # Ctrl-C and a polite end come to every rank alike: the leader says when it is over.
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    group, shards = joined.group, joined.shards
+    assert shards is not None
+    follow_leader(
+        config, shards, training_of=None if group is None else lambda model: replica_training(config, model, group, shards)
+    )
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:
@@ -116,16 +107,17 @@ def _arguments(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _serve(config: RunConfig, args: argparse.Namespace, group: Group | None = None, shards: ShardGroup | None = None) -> None:
+def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = None) -> None:
     from server_trunk.server import TrunkServer
     from splitfl.checkpoint import checkpoint_steps
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
-    first = group is None or group.is_first
+    group, shards = (joined.group, joined.shards) if joined is not None else (None, None)
+    first = joined is None or joined.place.is_first
     if first:
         print(f"loading the trunk of {config.model}", file=sys.stderr)
-    started_again = group is not None and group.place.restarts > 0
+    started_again = joined is not None and joined.place.restarts > 0
     resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
     if group is not None:
         resume = group.gather(resume)[0]

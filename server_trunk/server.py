@@ -94,7 +94,7 @@ class TrunkServer:
         self._log = RunLog(out / ("log.jsonl" if group is None else group.place.log_name), echo=echo)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._book = AdapterBook(config)
-        self._replica = Replica(config, group) if group is not None else None
+        self._replica = Replica(config, group, shards) if group is not None else None
         trunk = Trunk(
             config,
             self._device,
@@ -271,7 +271,7 @@ class TrunkServer:
             return
         replica, whole = self._replica, True
         if replica is not None:
-            whole = self._loop.failure is None and replica.await_stop(patience)
+            whole = self._loop.failure is None and replica.await_stop(patience, lambda: self._loop.failure is not None)
             back = back or replica.back
         elif patience:
             self._loop.finish_step(patience)
@@ -287,7 +287,7 @@ class TrunkServer:
         finally:
             if replica is not None and whole:
                 replica.halt()
-            if isinstance(self._engine, LeadingEngine):
+            if isinstance(self._engine, LeadingEngine) and whole:
                 self._engine.stop()
             if self._rounds is not None:
                 self._rounds.close()

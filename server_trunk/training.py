@@ -68,16 +68,21 @@ class SharedTraining:
         self.trainables = named_trainables(model)
         self._settings = settings
         self._parameters = list(self.trainables.values())
-        self.optimizer = build_optimizer(self._held(), settings) if self._parameters else None
+        self._stepped = self._held()
+        self.optimizer = build_optimizer(self._stepped, settings) if self._parameters else None
         self._moved = False
 
     def _held(self) -> list[Parameter]:
         """What the optimizer of this process steps."""
         return self._parameters
 
+    def _bring(self) -> None:
+        """See to it that the gradients there are of the step lie in what is stepped."""
+
     def _collected(self) -> list[torch.Tensor]:
-        """The step's summed gradients of that."""
-        return [p.grad for p in self._parameters if p.grad is not None]
+        """The step's summed gradients, of what is stepped."""
+        self._bring()
+        return [p.grad for p in self._stepped if p.grad is not None]
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
         return float(torch.nn.utils.get_total_norm(gradients))

@@ -135,6 +135,11 @@ class RunConfig:
         return -(-self.checkpoint_every // self.local_steps) * self.local_steps
 
     @property
+    def ranks(self) -> int:
+        """Processes that hold one trunk together."""
+        return self.shard_size if self.shard in ("tensor", "fsdp") else 1
+
+    @property
     def out_dir(self) -> Path:
         return Path(self.out or Path("runs") / self.run)
 
@@ -233,9 +238,9 @@ def _check_shard(config: RunConfig) -> None:
         return
     if config.shard_size < 2:
         raise ConfigError(f"shard = {config.shard} needs two or more to spread the trunk over: give --shard-size")
-    if config.mode == "hierarchical":
-        raise ConfigError(f"shard = {config.shard} and several replicas do not go together yet: leave one of them out")
     if config.shard == "layers":
+        if config.mode == "hierarchical":
+            raise ConfigError("shard = layers and several replicas do not go together yet: use --shard tensor or fsdp")
         return
     contradictions = {
         "mode": (config.mode == "async", "every rank takes each step with the others: use --mode sync, or --shard layers"),
@@ -305,7 +310,7 @@ def _check_replicas(config: RunConfig) -> None:
     if config.mode != "hierarchical":
         defaults = RunConfig(model="")
         for key in ("replicas", "sync", "restarts"):
-            if getattr(config, key) != getattr(defaults, key):
+            if getattr(config, key) != getattr(defaults, key) and not (key == "restarts" and config.ranks > 1):
                 raise ConfigError(f"{key} has no say where there are no replicas: use --mode hierarchical, or leave {key} out")
     elif config.round_steps % config.local_steps:
         raise ConfigError(

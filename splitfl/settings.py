@@ -90,7 +90,13 @@ SETTINGS: tuple[Setting, ...] = (
         "hierarchical: step sums the replicas' gradients at each step; K averages their weights after K steps of each's own",
         _step_or_count,
     ),
-    Setting("restarts", int, "hierarchical: how often the replicas start again after one has died", _at_least(0), "max-restarts"),
+    Setting(
+        "restarts",
+        int,
+        "several processes, of replicas or shards: how often all start again after one has died",
+        _at_least(0),
+        "max-restarts",
+    ),
     Setting("async_contributions", int, "async: finished parts of clients that make an optimizer step", _at_least(1)),
     Setting(
         "max_staleness",

@@ -61,8 +61,8 @@ class Control:
             peer, word = item
             content = torch.frombuffer(bytearray(encode(word)), dtype=torch.uint8)
             try:
-                dist.send(torch.tensor([len(content)]), peer, group=self._group.control)
-                dist.send(content, peer, group=self._group.control)
+                dist.send(torch.tensor([len(content)]), group_dst=peer, group=self._group.control)
+                dist.send(content, group_dst=peer, group=self._group.control)
             except RuntimeError as error:
                 if not isinstance(word, Bye):
                     self._lost(peer, error)
@@ -72,12 +72,12 @@ class Control:
         length = torch.zeros(1, dtype=torch.int64)
         try:
             while True:
-                dist.recv(length, peer, group=self._group.control)
+                dist.recv(length, group_src=peer, group=self._group.control)
                 size = int(length)
                 if not 0 < size <= _MAX_BYTES:
                     raise SplitflError(f"a word of {size} bytes from replica {peer}")
                 content = torch.empty(size, dtype=torch.uint8)
-                dist.recv(content, peer, group=self._group.control)
+                dist.recv(content, group_src=peer, group=self._group.control)
                 word = decode(content.numpy().tobytes())
                 if isinstance(word, Bye):
                     return

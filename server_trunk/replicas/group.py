@@ -1,5 +1,8 @@
 """The replicas of one server, joined by torch.distributed: who is there, and sums and averages over all of them.
 
+Where a replica is several ranks, the world is replicas times ranks. Each rank has a group with its *counterparts*, which hold
+the same shard in the other replicas: its gradients are summed there. The group of those that lead carries the words.
+
 Three process groups, as each carries one thread's traffic in an order of its own: *gradients* (NCCL where each has a GPU of
 its own, else gloo) is the trunk's thread's; *host* (gloo) is for tensors in host memory that are summed beside it; the *control*
 group (gloo) carries small words. A replica that dies breaks its connections, which ends the others.
@@ -28,11 +31,13 @@ _T = TypeVar("_T")
 
 
 class Group:
-    """All replicas. ``rank`` and ``size`` count replicas. Made by :meth:`join`, in every process at the same point."""
+    """This process and its counterparts, one a replica: ``rank`` and ``size`` count replicas. Made by :meth:`join`, in every
+    process at the same point.
+    """
 
     @classmethod
-    def join(cls, place: Place, device: torch.device) -> Group:
-        """Meet the other processes that torchrun has started.
+    def join(cls, place: Place, device: torch.device, ranks: int = 1) -> Group:
+        """Meet the other processes that torchrun has started; ``ranks`` of them, neighbours, are one replica.
 
         Raises:
             SplitflError: the group cannot be formed.
@@ -43,21 +48,26 @@ class Group:
             store, rank, size = next(rendezvous("env://", place.rank, place.size))
             # torchrun keeps the store when it starts the group anew; what the one before has left there is of dead processes.
             store = dist.PrefixStore(f"splitfl-{place.restarts}", store)  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+            # Ranks of one trunk lay a mesh over the world, which needs what their devices speak.
+            backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise SplitflError(f"the replicas cannot meet ({str(error).splitlines()[0][:200]})") from None
-        return cls(place, device)
+        return cls(place, device, ranks)
 
-    def __init__(self, place: Place, device: torch.device) -> None:
-        self.place = place
-        self.rank, self.size = place.rank, place.size
-        self.control = dist.group.WORLD
-        where = self.gather((place.machine, str(device)))
+    def __init__(self, place: Place, device: torch.device, ranks: int = 1) -> None:
+        self.place = place.among_replicas(ranks)
+        self.rank, self.size = self.place.rank, self.place.size
+        where: list[Any] = [None] * place.size
+        dist.all_gather_object(where, (place.machine, str(device)))
         # NCCL refuses two ranks on one device.
-        apart = device.type == "cuda" and len(set(where)) == self.size and dist.is_nccl_available()
+        apart = device.type == "cuda" and len(set(where)) == place.size and dist.is_nccl_available()
         self.backend = "nccl" if apart else "gloo"
-        self.gradients = dist.new_group(backend=self.backend, timeout=_PATIENCE)
-        self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        counterparts = [list(range(first, place.size, ranks)) for first in range(ranks)]
+        self.control, self.gradients, self._host = (
+            dist.new_subgroups_by_enumeration(counterparts, timeout=_PATIENCE, backend=backend)[0]
+            for backend in ("gloo", self.backend, "gloo")
+        )
 
     @property
     def is_first(self) -> bool:
@@ -66,7 +76,7 @@ class Group:
     def gather(self, value: _T) -> list[_T]:
         """The plain value of every replica, by rank. All must call it; only before the control group carries words."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.control)
         return found
 
     def agree(self, terms: dict[str, Any]) -> None:
@@ -106,5 +116,5 @@ def in_turn(group: Group | None, work: Callable[[], _T]) -> _T:
     if group is None:
         return work()
     result = [work()] if group.is_first else []
-    dist.barrier()
+    dist.barrier(group.control)
     return result[0] if group.is_first else work()

@@ -1,4 +1,4 @@
-"""``--replicas N``: this process becomes torchrun's agent for N replicas on this machine.
+"""``--replicas N``, ``--shard tensor | fsdp``: this process becomes torchrun's agent for all processes on this machine.
 
 The agent starts them, starts all again when one dies, and passes SIGINT and SIGTERM on. Imports torch only once it starts.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterable, Sequence
@@ -23,21 +24,25 @@ AGENT, MISTAKEN = "SPLITFL_AGENT", signal.SIGUSR1
 #: Seconds that replicas have to write a checkpoint and say goodbye before they are killed.
 _GRACE = 60
 _TRIES = 50
+#: Below those that systems give to outgoing connections, of which the processes open many before they listen.
+_PORTS = range(16384, 32000)
 
 
 class _MistakeError(Exception):
-    """A replica has found a mistake of the user's, and said it."""
+    """A process has found a mistake of the user's, and said it."""
 
 
 def launch(config: RunConfig, arguments: Sequence[str]) -> int:
-    """Run ``config.replicas`` replicas, each as ``python -m server_trunk *arguments``; returns the exit code."""
+    """Run all processes that the config asks for, each ``python -m server_trunk *arguments``; returns the exit code."""
+    replicas = config.replicas or 1
+    processes = replicas * config.ranks
     # Each event of the agent is a line or ten; what a replica failed of, it has said itself.
     logging.disable()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
-    # Replicas share the cores; left alone, torchrun would set one thread, and say so.
+    # Processes share the cores; left alone, torchrun would set one thread, and say so.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or max(1, cores // config.replicas)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or max(1, cores // processes)))
     os.environ[AGENT] = str(os.getpid())
 
     from torch.distributed import run as torchrun
@@ -48,10 +53,10 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
         raise _MistakeError
 
     signal.signal(MISTAKEN, mistaken)
-    options = ["--standalone", "--nproc-per-node", str(config.replicas), "--max-restarts", str(config.restarts)]
+    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(config.restarts)]
     asked = torchrun.parse_args([*options, "-m", "server_trunk"])
     # Its parser would take flags of ours for its own: --run for the beginning of --run-path.
-    asked.training_script_args = [*arguments, *_ports(config)]
+    asked.training_script_args = [*arguments, *_ports(config, replicas)]
     try:
         torchrun.run(asked)
     except _MistakeError:
@@ -63,22 +68,22 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _ports(config: RunConfig) -> list[str]:
-    """Where any port will do: free ones, that replicas which start again will have again, so that clients find them."""
+def _ports(config: RunConfig, replicas: int) -> list[str]:
+    """Where any port will do: free ones, that a server which starts again will have again, so that clients find it."""
     host, port = config.address
     if port or config.data_port:
         return []
-    count = 2 * config.replicas
+    count = 2 * replicas
     for _ in range(_TRIES):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = _bound(stack, host, 0)
-            if all(_bound(stack, host, first + further) for further in range(1, count)):
+            first = random.choice(_PORTS)
+            if all(_bound(stack, host, first + further) for further in range(count)):
                 return [f"--bind={config.bind.rpartition(':')[0]}:{first}", f"--data-port={first + 1}"]
-    raise ConfigError(f"no {count} free ports side by side for {config.replicas} replicas: choose the first by --bind HOST:PORT")
+    raise ConfigError(f"no {count} free ports side by side for {replicas} replicas: choose the first by --bind HOST:PORT")
 
 
 def _bound(stack: contextlib.ExitStack, host: str, port: int) -> int:
-    """Hold a port for now; 0 is any. Returns it. Raises OSError where it is taken."""
+    """Hold a port for now; returns it. Raises OSError where it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = stack.enter_context(socket.socket(family))
     held.bind(("" if host == "*" else host, port))
@@ -88,4 +93,4 @@ def _bound(stack: contextlib.ExitStack, host: str, port: int) -> int:
 def _failure(codes: Iterable[int]) -> SplitflError:
     signals = sorted({signal.Signals(-code).name for code in codes if code < 0})
     because = f", {' and '.join(signals)}" if signals else ""
-    return SplitflError(f"the replicas have failed too often{because}: the lines above and the run's logs say why")
+    return SplitflError(f"the server's processes have failed too often{because}: the lines above and the run's logs say why")

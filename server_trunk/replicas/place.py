@@ -38,6 +38,16 @@ class Place:
         except ValueError:
             raise ConfigError("RANK and WORLD_SIZE are set, but not to numbers: start the replicas by torchrun") from None
 
+    def among_replicas(self, ranks: int) -> Place:
+        """Where this process's replica stands, each being ``ranks`` neighbouring processes: counts replicas."""
+        return dataclasses.replace(
+            self,
+            rank=self.rank // ranks,
+            size=self.size // ranks,
+            local_rank=self.local_rank // ranks,
+            local_size=max(1, self.local_size // ranks),
+        )
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0

@@ -1,4 +1,4 @@
-"""The process of one replica, from torchrun's environment to its end."""
+"""One process of a server of several, from torchrun's environment to its end: a replica, or a rank of a replica's trunk."""
 
 from __future__ import annotations
 
@@ -8,33 +8,49 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
+
+import torch
 
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.launch import AGENT, MISTAKEN
 from server_trunk.replicas.place import Place
+from server_trunk.sharding.group import ShardGroup, check_ranks, join_shards, own_device
 from splitfl.config import RunConfig
-from splitfl.errors import ConfigError, SplitflError, UserError
+from splitfl.errors import GroupLost, SplitflError, UserError
 from splitfl.tensors import resolve_device
 
-__all__ = ["run_replica"]
+__all__ = ["Joined", "run_process"]
 
 #: A mistake in what all were given is found by all: rank 0 says it, and has this long, seconds.
 _FIRST_SPEAKS = 3.0
 
 
-def run_replica(config: RunConfig, place: Place, serve: Callable[[RunConfig, Group], None]) -> NoReturn:
-    """Join the other replicas, ``serve`` and end this process: a group of which one is gone can be left in no other way."""
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What a process is part of. ``group``: the replicas, where there are several; ``shards``: the ranks of its trunk."""
+
+    place: Place
+    group: Group | None
+    shards: ShardGroup | None
+
+    @property
+    def leads(self) -> bool:
+        """Whether clients talk to this process."""
+        return self.shards is None or self.shards.leads
+
+
+def run_process(config: RunConfig, place: Place, work: Callable[[RunConfig, Joined], None]) -> NoReturn:
+    """Join the other processes, do the ``work`` and end: a group of which one is gone can be left in no other way."""
     code = 1
     try:
-        if config.replicas not in (0, place.size):
-            raise ConfigError(f"--replicas {config.replicas}, where torchrun has started {place.size}: leave --replicas out")
-        config = dataclasses.replace(config, replicas=place.size, device=_device(config.device, place))
-        serve(config, Group.join(place, resolve_device(config.device)))
+        work(*_joined(config, place))
         code = 0
     except (SplitflError, ValueError) as error:
         code = 2 if isinstance(error, UserError | ValueError) else 1
-        if code == 2 and not place.is_first:
+        # So has what a rank learns from another's end.
+        if not place.is_first and (code == 2 or isinstance(error, GroupLost)):
             time.sleep(_FIRST_SPEAKS)
         print(f"splitfl serve: {error}", file=sys.stderr)
         if code == 2 and os.environ.get(AGENT) == str(os.getppid()):
@@ -43,14 +59,26 @@ def run_replica(config: RunConfig, place: Place, serve: Callable[[RunConfig, Gro
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A collective that waits for a replica that is gone would hold up the interpreter's own end.
+    # A collective that waits for a process that is gone would hold up the interpreter's own end.
     os._exit(code)
+
+
+def _joined(config: RunConfig, place: Place) -> tuple[RunConfig, Joined]:
+    check_ranks(config, place.size)
+    if config.ranks > 1:
+        device = own_device(config)
+    else:
+        config = dataclasses.replace(config, device=_device(config.device, place))
+        device = resolve_device(config.device)
+    group = None
+    if config.mode == "hierarchical":
+        config = dataclasses.replace(config, replicas=place.size // config.ranks)
+        group = Group.join(place, device, config.ranks)
+    return config, Joined(place, group, join_shards(config))
 
 
 def _device(device: str, place: Place) -> str:
     """``auto`` and ``cuda``: a GPU of this replica's own, or shared where there are fewer than replicas."""
-    import torch
-
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     return f"cuda:{place.local_rank % torch.cuda.device_count()}"

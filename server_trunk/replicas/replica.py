@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.run import ReplicaRun
 from server_trunk.replicas.steps import ReplicaSteps
-from server_trunk.replicas.training import AveragedTraining, ReducedTraining
+from server_trunk.replicas.training import AveragedTraining, ReducedTraining, replica_training
 from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Presence, State, Stop, StopAsked, WaitedFor, Word
+from server_trunk.sharding.engines import LeadingEngine
+from server_trunk.sharding.group import ShardGroup
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig
 from splitfl.errors import SplitflError
@@ -44,8 +47,9 @@ _OPENING = 60.0
 class Replica:
     """``stopped`` is set once no step closes any more, on any replica; ``failure`` once another replica is gone."""
 
-    def __init__(self, config: RunConfig, group: Group) -> None:
-        self.group, self._config = group, config
+    def __init__(self, config: RunConfig, group: Group, shards: ShardGroup | None = None) -> None:
+        """``shards``: the ranks this replica's trunk lies on, of which this one leads."""
+        self.group, self._config, self._shards = group, config, shards
         self.meetings = Meetings.of(config)
         self.stopped = threading.Event()
         self.back = False  # whether the server means to start again, as whichever replica was asked to end has heard it
@@ -65,16 +69,19 @@ class Replica:
     # --- what a server is made of -----------------------------------------------------------------------------------------------
 
     def training_of(self, model: Any, book: AdapterBook) -> ReducedTraining | AveragedTraining | SpreadTraining:
-        settings = self._config.optimizer
         if self._config.adapters == "per-client":
             return SpreadTraining(model, self._config, book, self.group)
-        if self._config.sync == "step":
-            return ReducedTraining(model, settings, self.group)
-        return AveragedTraining(model, settings, self.group, self.meetings)
+        return replica_training(self._config, model, self.group, self._shards)
 
     def steps_of(self, engine: Engine, *, first: int) -> ReplicaSteps:
         """The steps of this replica, over ``engine``, whose training is that of :meth:`training_of`."""
         training = engine.training
+
+        def on_all_ranks(what: str, *values: Any) -> None:
+            if isinstance(engine, LeadingEngine):
+                engine.train(what, *values)
+            else:
+                getattr(training, what)(*values)
 
         def say(state: State) -> None:
             self._tell_first(state)
@@ -85,7 +92,7 @@ class Replica:
             self.back = back
             if isinstance(training, AveragedTraining):
                 # Amid a round each replica's weights are its own: what they have learned since is kept too.
-                training.average()
+                on_all_ranks("average")
                 engine.closed = self._furthest(engine.closed)
             self._run.keep_adapters()
             self.stopped.set()
@@ -104,7 +111,7 @@ class Replica:
             first=first,
             on_loss=config.on_loss,
             deadline=config.step_deadline,
-            on_whole=training.begin if isinstance(training, ReducedTraining) else lambda targets: None,
+            on_whole=partial(on_all_ranks, "begin") if isinstance(training, ReducedTraining) else lambda targets: None,
             on_stop=on_stop,
         )
         return self._steps
@@ -199,13 +206,13 @@ class Replica:
 
     # --- the end ----------------------------------------------------------------------------------------------------------------
 
-    def await_stop(self, patience: float) -> bool:
+    def await_stop(self, patience: float, has_failed: Callable[[], bool] = lambda: False) -> bool:
         """Let the open step come to its end, for at most so many seconds, and wait until all replicas stand still.
 
-        Returns False where one is gone.
+        ``has_failed``: whether the trunk's thread has. Returns False where it has, or a replica is gone.
         """
         self._tell_first(StopAsked(patience))
-        while self.failure is None:
+        while self.failure is None and not has_failed():
             if self.stopped.wait(0.05):
                 return self.failure is None
         return False

@@ -8,37 +8,41 @@ Stich, arXiv 1805.09767; FL-GLM's server-hierarchical, arXiv 2406.14898, section
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch.nn import Module
 
 from server_trunk.replicas.buckets import Averages, Sums
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
+from server_trunk.sharding.group import ShardGroup
+from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import SharedTraining, StepReport
-from splitfl.config import OptimizerSettings
+from splitfl.config import OptimizerSettings, RunConfig
 
-__all__ = ["AveragedTraining", "ReducedTraining"]
+__all__ = ["AveragedTraining", "ReducedTraining", "replica_training"]
 
 
 class ReducedTraining(SharedTraining):
     """``sync: step``. Every replica calls the same sums in the same order, once a step, whatever it has contributed."""
 
-    def __init__(self, model: Module, settings: OptimizerSettings, group: Group) -> None:
-        super().__init__(model, settings)
-        self._sums = Sums(self._parameters, group.gradients) if self._parameters else None
+    def __init__(self, model: Module, settings: OptimizerSettings, group: Group, *more: Any) -> None:
+        super().__init__(model, settings, *more)
+        self._sums = Sums(self._stepped, group.gradients) if self._parameters else None
 
     def begin(self, targets: int) -> None:
         """Nothing more of this replica counts towards the step, of ``targets`` target tokens: its gradients leave now, while
         others are still at work.
         """
         if self._sums is not None:
+            self._bring()
             self._sums.begin(targets)
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         counted = sum(targets.values())
         if self._sums is not None:
             if not self._sums.has_begun:
-                self._sums.begin(counted)
+                self.begin(counted)
             counted = self._sums.finish()
         return self._step(step, counted)
 
@@ -48,10 +52,10 @@ class AveragedTraining(SharedTraining):
     the average. The optimizer's state stays each replica's own.
     """
 
-    def __init__(self, model: Module, settings: OptimizerSettings, group: Group, meetings: Meetings) -> None:
-        super().__init__(model, settings)
+    def __init__(self, model: Module, settings: OptimizerSettings, group: Group, meetings: Meetings, *more: Any) -> None:
+        super().__init__(model, settings, *more)
         self._meetings = meetings
-        self._averages = Averages(self._parameters, group.gradients) if self._parameters else None
+        self._averages = Averages(self._stepped, group.gradients) if self._parameters else None
         self._counted = 0  # target tokens since the last average
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
@@ -65,5 +69,24 @@ class AveragedTraining(SharedTraining):
         """All replicas must call it at the same point. Raises SplitflError where one is gone."""
         if self._averages is not None:
             self._moved = True
+            self._bring()
             self._averages.take(self._counted)
         self._counted = 0
+
+
+class _ReducedShards(ReducedTraining, ShardedTraining):
+    """Each rank sums its own part with those that hold the same part in the other replicas."""
+
+
+class _AveragedShards(AveragedTraining, ShardedTraining):
+    """Each rank averages its own part with those that hold the same part in the other replicas."""
+
+
+def replica_training(
+    config: RunConfig, model: Module, group: Group, shards: ShardGroup | None = None
+) -> ReducedTraining | AveragedTraining:
+    """The training of one replica, or of one rank of it: every process of all replicas makes one."""
+    more = () if shards is None else (shards,)
+    if config.sync == "step":
+        return (_ReducedShards if shards else ReducedTraining)(model, config.optimizer, group, *more)
+    return (_AveragedShards if shards else AveragedTraining)(model, config.optimizer, group, Meetings.of(config), *more)

@@ -75,6 +75,11 @@ class LeadingEngine(Engine):
         self._send({"do": "close", "step": step, "targets": dict(targets)})
         return self._together("close", lambda: super(LeadingEngine, self).close_step(step, targets))
 
+    def train(self, what: str, *values: Any) -> None:
+        """Call a method of the training, on all ranks; ``values`` are plain."""
+        self._send({"do": "train", "what": what, "values": values})
+        self._together(what, lambda: getattr(self.training, what)(*values))
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         self._send({"do": "state"})
         return self._together("state", super().state)
@@ -150,6 +155,8 @@ def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
                 engine.backward(read_backward(command, tensors))
             case "close":
                 engine.close_step(command["step"], command["targets"])
+            case "train":
+                getattr(training, command["what"])(*command["values"])
             case "state":
                 engine.state()
             case "load":

@@ -22,7 +22,7 @@ from splitfl.errors import ConfigError, GroupLost
 from splitfl.parts.sharded import MESH_AXES, Sharding
 from splitfl.tensors import DTYPES, dtype_name, resolve_device
 
-__all__ = ["ShardGroup", "join_shards"]
+__all__ = ["ShardGroup", "check_ranks", "join_shards", "own_device"]
 
 # A follower hears nothing while clients are silent; that its leader has died it learns from the connection.
 _FOR_EVER = timedelta(days=365)
@@ -35,6 +35,8 @@ class ShardGroup:
     def __init__(self, kind: str, size: int, device: torch.device) -> None:
         """Joins the world (unless it is joined) and makes the ways of all its groups; ``kind``: tensor or fsdp."""
         if not dist.is_initialized():
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it need leave this machine
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         replicas = dist.get_world_size() // size
         shape = (replicas, 1, 1, 1, size) if kind == "tensor" else (replicas, 1, 1, size, 1)
@@ -114,11 +116,6 @@ class ShardGroup:
             if rank and tensor is not None:
                 _guarded(lambda tensor=tensor, rank=rank: dist.recv(tensor, self._first + rank, group=self.mesh_group))
 
-    def leave(self) -> None:
-        """Let go of the others, once nothing is under way any more."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def _guarded(work: Any) -> None:
     try:
@@ -135,18 +132,24 @@ def join_shards(config: RunConfig) -> ShardGroup | None:
     """
     if config.shard not in ("tensor", "fsdp"):
         return None
-    size = config.shard_size
-    example = f"torchrun --nproc-per-node {size} -m -- server_trunk serve MODEL --shard {config.shard} --shard-size {size} ..."
-    if not dist.is_initialized() and "RANK" not in os.environ:
-        raise ConfigError(f"shard = {config.shard} takes {size} processes: start them by `{example}`")
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if world != size:
-        raise ConfigError(f"{world} processes were started for a trunk of shard_size = {size}: start as many, by `{example}`")
-    return ShardGroup(config.shard, size, _own_device(config))
+    check_ranks(config, dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1)))
+    return ShardGroup(config.shard, config.ranks, own_device(config))
 
 
-def _own_device(config: RunConfig) -> torch.device:
-    """``auto`` or ``cuda``: the GPU of this process, by its number on the machine."""
+def check_ranks(config: RunConfig, world: int) -> None:
+    """Raises ConfigError where ``world`` processes are not what the config asks for."""
+    replicas = world // config.ranks
+    several = config.mode == "hierarchical"
+    if world % config.ranks or (replicas != 1 and not several) or (several and config.replicas not in (0, replicas)):
+        asked = f"{config.replicas or 'some'} replicas of {config.ranks}" if several else f"{config.ranks}"
+        raise ConfigError(f"{world} processes were started, where the config asks for {asked}: start as many, by torchrun")
+
+
+def own_device(config: RunConfig) -> torch.device:
+    """``auto`` or ``cuda``: the GPU of this process, by its number on the machine.
+
+    Raises ConfigError where it has none of its own.
+    """
     try:
         device = resolve_device(config.device)
     except ValueError as error:

@@ -53,25 +53,25 @@ class ShardedTraining(SharedTraining):
     # --- the step ---------------------------------------------------------------------------------------------------------------
 
     def _held(self) -> list[Parameter]:
-        self._own = [p if local_of(p) is p else Parameter(local_of(p).detach()) for p in self._parameters]
-        return self._own
+        return [p if local_of(p) is p else Parameter(local_of(p).detach()) for p in self._parameters]
+
+    def _bring(self) -> None:
+        for parameter, own in zip(self._parameters, self._stepped, strict=True):
+            if own is parameter:
+                continue
+            own.data = local_of(parameter).detach()  # FSDP may have laid it elsewhere in its first run
+            if parameter.grad is not None:
+                gradient = local_of(parameter.grad)
+                # Laid out as its parameter: the fused AdamW of a CPU takes that for granted.
+                own.grad = gradient if gradient.stride() == own.stride() else torch.empty_like(own).copy_(gradient)
+                parameter.grad = None
 
     def _collected(self) -> list[torch.Tensor]:
-        whole: list[torch.Tensor] = []
-        for parameter, own in zip(self._parameters, self._own, strict=True):
-            if own is not parameter:
-                own.data = local_of(parameter).detach()  # FSDP may have laid it elsewhere in its first run
-            if parameter.grad is None:
-                own.grad = None
-                continue
-            gradient = local_of(parameter.grad)
-            # Laid out as its parameter: the fused AdamW of a CPU takes that for granted.
-            own.grad = gradient if gradient.stride() == own.stride() else torch.empty_like(own).copy_(gradient)
-            if not in_shards(parameter):
-                whole.append(own.grad)
+        gradients = super()._collected()
         if self._group.sharding.kind == "fsdp":
-            self._sum_over_ranks(whole)
-        return [own.grad for own in self._own if own.grad is not None]
+            pairs = zip(self._parameters, self._stepped, strict=True)
+            self._sum_over_ranks([own.grad for p, own in pairs if own.grad is not None and not in_shards(p)])
+        return gradients
 
     def _sum_over_ranks(self, gradients: list[torch.Tensor]) -> None:
         """Of parameters that every rank holds whole, each has the gradient of its own rows."""
@@ -83,7 +83,8 @@ class ShardedTraining(SharedTraining):
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
         # What all hold alike counts once, by the leader's reckoning: every rank must come to the same number, to the bit.
-        shared = [not in_shards(p) for p in self._parameters if p.grad is not None]
+        pairs = zip(self._parameters, self._stepped, strict=True)
+        shared = [not in_shards(p) for p, own in pairs if own.grad is not None]
         counted = [g for g, alike in zip(gradients, shared, strict=True) if self._group.leads or not alike]
         squares = [norm.double().square() for norm in torch._foreach_norm(counted)] if counted else []
         mine = torch.stack(squares).sum().cpu() if squares else torch.zeros((), dtype=torch.float64)
@@ -117,7 +118,7 @@ class ShardedTraining(SharedTraining):
     def _in_order(self) -> list[Parameter]:
         """The parameters by their numbers in the optimizer's state."""
         assert self.optimizer is not None
-        origin = {id(own): parameter for own, parameter in zip(self._own, self._parameters, strict=True)}
+        origin = {id(own): parameter for own, parameter in zip(self._stepped, self._parameters, strict=True)}
         return [origin[id(own)] for group in self.optimizer.param_groups for own in group["params"]]
 
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:

@@ -182,12 +182,17 @@ def processes(replicas: Replicas) -> dict[int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_replica_that_is_killed_costs_no_step_and_no_client(tmp_path, data, stories, killed):
+    check_killed(tmp_path, data, stories, killed)
+
+
+def check_killed(tmp_path, data, stories, killed: int, **spread) -> None:
+    """One run that nothing happens to, one in which the process of rank ``killed`` is killed: the same training."""
     steps, clients = 30, 3
     whole, broken = (tmp_path / name for name in ("whole", "broken"))
     ends = []
     for work in (whole, broken):
         work.mkdir()
-        plan = {"optimizer.steps": steps, "checkpoint_every": 5, "on_loss": "wait", "trainables": "full"}
+        plan = {"optimizer.steps": steps, "checkpoint_every": 5, "on_loss": "wait", "trainables": "full"} | spread
         replicas = Replicas(work, stories, 2, clients, "--until-done", **plan, **TRUNK)
         with serving(replicas):
             runs = [

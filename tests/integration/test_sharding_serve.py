@@ -1,4 +1,4 @@
-"""`serve` under torchrun with one trunk on two ranks: a real client trains, the run goes on otherwise spread, a rank dies."""
+"""`serve` with one trunk on two ranks: a real client trains, the run goes on otherwise spread, a rank dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Served:
         (work / "authorized_clients").write_text(f"{write_identity(self.key).public} client\n")
 
     def serve(self, name: str, *settings: object, ranks: bool = True) -> tuple[subprocess.Popen[str], str]:
-        """The server, and its join string once it serves."""
+        """The server, and its join string once it serves; ``ranks``: under a torchrun of the operator's."""
         words = (
             "server_trunk",
             "serve",
@@ -104,7 +104,7 @@ def served(tmp_path) -> Iterator[Served]:
 
 
 def test_a_client_is_served_as_by_one_process(served):
-    server, join = served.serve("sharded", "--shard", "tensor", "--shard-size", 2)
+    server, join = served.serve("sharded", "--shard", "tensor", "--shard-size", 2, ranks=False)
     served.train(join, "ends", 2)
     assert finish(server)[0] == 0
     alone, join = served.serve("alone", ranks=False)

@@ -89,7 +89,7 @@ def test_a_client_is_not_told_where_on_the_servers_disk_the_model_lies(tmp_path)
         ({"shard_size": 2}, "say how, with --shard"),
         ({"shard": "tensor"}, "give --shard-size"),
         ({"shard": "fsdp", "shard_size": 2, "mode": "async"}, "use --mode sync"),
-        ({"shard": "fsdp", "shard_size": 2, "mode": "hierarchical"}, "leave one of them out"),
+        ({"shard": "layers", "shard_size": 2, "mode": "hierarchical"}, "use --shard tensor or fsdp"),
         ({"shard": "fsdp", "shard_size": 2, "adapters": "per-client"}, "use --adapters shared"),
         ({"shard": "tensor", "shard_size": 2, "lanes": 2}, "leave lanes at 0"),
         ({"shard": "tensor", "shard_size": 2, "lora.dropout": 0.1}, "set --lora-dropout 0"),
@@ -101,16 +101,20 @@ def test_a_trunk_that_cannot_be_spread_so_is_refused_with_the_mend(values, said)
 
 
 def test_processes_that_are_not_there_are_asked_for_by_their_command(monkeypatch):
-    from server_trunk.sharding.group import join_shards
+    from server_trunk.sharding.group import check_ranks, join_shards
 
-    config = build_config({"model": "m", "shard": "tensor", "shard_size": 2})
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="start them by `torchrun --nproc-per-node 2"):
+    spread = {"shard": "tensor", "shard_size": 2}
+    config = build_config({"model": "m"} | spread)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="1 processes were started, where the config asks for 2"):
         join_shards(config)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="3 processes were started"):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes were started"):
         join_shards(config)
+    for replicas in (2, 0):
+        check_ranks(build_config({"model": "m", **spread, "mode": "hierarchical", "replicas": replicas}), 4)
+    with pytest.raises(ConfigError, match="asks for 4 replicas of 2"):
+        check_ranks(build_config({"model": "m", **spread, "mode": "hierarchical", "replicas": 4}), 4)
 
 
 @pytest.mark.parametrize(
