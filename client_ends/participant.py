@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from client_ends.journal import Journal
+from client_ends.micro import Micro, missed
 from client_ends.rounds import EndsRounds
 from splitfl.channel.client import ClientChannel
 from splitfl.errors import (
@@ -23,40 +20,15 @@ from splitfl.errors import (
     RunWentBack,
     SessionLost,
     SplitflError,
-    StepMissed,
     UserError,
 )
 from splitfl.protocol.control import MAX_HELD
 from splitfl.protocol.messages import Enrol, Fault, Leave, Pause, RoundClosed, RoundOpened, StepClosed, StepDone, StepOpened
 
-__all__ = ["Micro", "Participant", "missed"]
+__all__ = ["Participant"]
 
 #: The word that a step has closed changes the channel's state a moment before it is heard here, seconds.
 _HEARD_SOON = 5.0
-
-
-@dataclass(slots=True)
-class Micro:
-    """One micro-batch under way: ``rows`` tokens went out, as many come back, twice."""
-
-    step: int
-    rows: int
-    hidden: int
-    dtype: str
-    train: bool
-    y: Future[torch.Tensor] = field(default_factory=Future)
-    dh: Future[torch.Tensor] = field(default_factory=Future)
-
-    def fail(self, error: SplitflError) -> None:
-        """What has not been answered never will be."""
-        for future in (self.y, self.dh):
-            if not future.done():
-                future.set_exception(error)
-
-
-def missed(step: int, why: str = "was late") -> StepMissed:
-    """The error of a step that did not wait for this client."""
-    return StepMissed(f"step {step} went on without this client, which {why}: go on with the next batch")
 
 
 class Participant:

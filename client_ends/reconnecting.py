@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from client_ends.journal import Journal, PartSent
-from client_ends.participant import Participant, missed
+from client_ends.micro import missed
+from client_ends.participant import Participant
 from splitfl.channel.client import ClientChannel, OnLost
 from splitfl.errors import (
     ConfigError,

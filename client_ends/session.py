@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from client_ends.participant import Micro
+from client_ends.micro import Micro
 from client_ends.reconnecting import Reconnecting
 from splitfl.channel.client import ClientChannel, OnLost, OpenTerms
 from splitfl.errors import (

@@ -1,0 +1,36 @@
+"""One micro-batch under way, and the error of one whose step did not wait for it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from splitfl.errors import SplitflError, StepMissed
+
+__all__ = ["Micro", "missed"]
+
+
+@dataclass(slots=True)
+class Micro:
+    """One micro-batch under way: ``rows`` tokens went out, as many come back, twice."""
+
+    step: int
+    rows: int
+    hidden: int
+    dtype: str
+    train: bool
+    y: Future[torch.Tensor] = field(default_factory=Future)
+    dh: Future[torch.Tensor] = field(default_factory=Future)
+
+    def fail(self, error: SplitflError) -> None:
+        """What has not been answered never will be."""
+        for future in (self.y, self.dh):
+            if not future.done():
+                future.set_exception(error)
+
+
+def missed(step: int, why: str = "was late") -> StepMissed:
+    """The error of a step that did not wait for this client."""
+    return StepMissed(f"step {step} went on without this client, which {why}: go on with the next batch")
