@@ -101,7 +101,7 @@ class _Sink:
     def on_refused(self, who: str, code: str, text: str) -> None:
         return None
 
-    def on_closed(self, session: str, reason: str) -> None:
+    def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
         return None
 
 

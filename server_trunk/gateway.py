@@ -125,13 +125,13 @@ class Gateway:
     def on_refused(self, who: str, code: str, text: str) -> None:
         self._log.write("refused", who=who, code=code, why=text)
 
-    def on_closed(self, session: str, reason: str) -> None:
+    def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
         self._book.left(session)
         self._ends.left(session)
         self._log.write("left", session=session[:8], why=reason)
         self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
-        self._inbox.put(Event(session))
+        self._inbox.put(Event(session, lost=lost))
 
     # --- messages ---------------------------------------------------------------------------------------------------------------
 

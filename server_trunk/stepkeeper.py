@@ -22,7 +22,7 @@ from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Enrol, Fault, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 
-__all__ = ["Run", "StepKeeper"]
+__all__ = ["NotKept", "Run", "StepKeeper"]
 
 _COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
 _STALE = "the step this belongs to has gone on without it"
@@ -39,6 +39,19 @@ class Run(Protocol):
 
     def go_back(self, step: int) -> None:
         """Take the run up again after ``step``."""
+
+
+class NotKept:
+    """A run of which nothing is kept."""
+
+    def made(self, ledger: Ledger) -> bool:
+        return False
+
+    def kept(self) -> Sequence[int]:
+        return ()
+
+    def go_back(self, step: int) -> None:
+        raise AssertionError("nothing is kept")
 
 
 class StepKeeper:

@@ -11,18 +11,18 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from server_trunk.absent import Absent
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
-from server_trunk.ledger import Ledger
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
-from server_trunk.stepkeeper import Run, StepKeeper
+from server_trunk.stepkeeper import NotKept, Run, StepKeeper
 from server_trunk.steps import Steps
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import CheckpointError, RemoteProtocolError
@@ -53,20 +53,8 @@ class Event:
     opened: bool = False
     name: str = ""
     replaces: str = ""  # a lost session of the same client
+    lost: bool = False  # gone, and neither side has ended it
     at: float = field(default_factory=time.monotonic)  # when it came
-
-
-class _NotKept:
-    """A run of which nothing is kept."""
-
-    def made(self, ledger: Ledger) -> bool:
-        return False
-
-    def kept(self) -> Sequence[int]:
-        return ()
-
-    def go_back(self, step: int) -> None:
-        raise AssertionError("nothing is kept")
 
 
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
@@ -78,7 +66,8 @@ _Reply = tuple[str, Any, Any]
 
 class TrunkLoop:
     """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints, and
-    ``on_presence(clients, trained)`` of each change: how many are here or waited for, and whether a step has closed.
+    ``on_presence(clients, trained)`` of each change: how many are here or waited for, and whether a step has closed, or
+    none will.
     """
 
     def __init__(
@@ -105,7 +94,10 @@ class TrunkLoop:
         self._presence = (0, False)
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or _NotKept(), rounds)
+        self._absent = Absent()
+        if steps.complete:  # taken up again at its end, which clients may not have heard of
+            self._absent.lost("", time.monotonic())
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
         self._rounds = rounds
         if rounds is not None:
             rounds.names = self._names
@@ -178,7 +170,8 @@ class TrunkLoop:
         self._keeper.turn()
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
-        presence = self._keeper.present(), self._keeper.trained
+        clients = self._keeper.present() + self._absent.count(time.monotonic())
+        presence = clients, self._keeper.trained or self._steps.complete
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)
@@ -186,10 +179,7 @@ class TrunkLoop:
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
         block, now = not self._has_work(), time.monotonic()
-        patience = self._keeper.wake(now) if block else None
-        if block and self._scheduler.due is not None:
-            rest = max(0.0, self._scheduler.due - now)
-            patience = rest if patience is None else min(patience, rest)
+        patience = self._patience(now) if block else None
         while True:
             try:
                 event = self.inbox.get(block=block, timeout=patience)
@@ -202,6 +192,11 @@ class TrunkLoop:
                 self._process(event)
             except RemoteProtocolError as error:
                 self._end(event.session, "protocol", str(error))
+
+    def _patience(self, now: float) -> float | None:
+        """Seconds until something is due though nothing comes; None: nothing is."""
+        batch = None if self._scheduler.due is None else max(0.0, self._scheduler.due - now)
+        return min((due for due in (self._keeper.wake(now), batch, self._absent.wake(now)) if due is not None), default=None)
 
     def _has_work(self) -> bool:
         return self._scheduler.has_work(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
@@ -220,13 +215,14 @@ class TrunkLoop:
                 if self._names.get(event.replaces) == event.name:
                     self._end(event.replaces, "replaced", "another session of this client has taken its place")
                 self._names[session] = event.name
+                self._absent.back(event.name)
                 try:
                     self._engine.training.joined(event.name)
                 except CheckpointError as error:
                     self._log.write("adapter-unreadable", client=event.name, error=str(error))
                     self._end(session, "adapter", "your adapter cannot be read: ask the operator to look at the log")
             else:
-                self._forget(session)
+                self._forget(session, lost=event.lost)
             return
         if session not in self._names:
             return  # ended meanwhile; what was still on its way is dropped
@@ -295,10 +291,14 @@ class TrunkLoop:
         self._outlet.end(session, Fault(code, text, True, None))
         self._forget(session)
 
-    def _forget(self, session: str) -> None:
-        if self._names.pop(session, None) is not None:
-            self._scheduler.forget(session)
-            self._keeper.forget(session)
+    def _forget(self, session: str, *, lost: bool = False) -> None:
+        client = self._names.pop(session, None)
+        if client is None:
+            return
+        self._scheduler.forget(session)
+        self._keeper.forget(session)
+        if lost and client not in self._names.values():
+            self._absent.lost(client, time.monotonic())
 
     # --- compute and reply ------------------------------------------------------------------------------------------------------
 

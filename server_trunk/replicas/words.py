@@ -66,7 +66,7 @@ class State:
 @dataclass(frozen=True, slots=True)
 class Presence:
     """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``clients``: how many are there or waited
-    for; ``trained``: whether a step has closed.
+    for; ``trained``: whether a step has closed, or none will.
     """
 
     tokens: dict[str, float] = field(default_factory=dict)

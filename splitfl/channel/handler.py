@@ -66,5 +66,7 @@ class ServerHandler(Protocol):
     def on_refused(self, who: str, code: str, text: str) -> None:
         """Somebody was not let in. For the log."""
 
-    def on_closed(self, session: str, reason: str) -> None:
-        """The session is over; nothing more comes from it and nothing more goes to it."""
+    def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
+        """The session is over; nothing more comes from it and nothing more goes to it. ``lost``: neither side has ended it, so
+        its client may come again.
+        """

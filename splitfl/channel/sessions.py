@@ -305,7 +305,7 @@ class Sessions:
         with self.lock:
             frame = link.session.send(Closing("goodbye"))
         self._send(link, frame or b"")
-        self.drop(link, "the client said goodbye")
+        self.drop(link, "the client said goodbye", lost=False)
 
     def _take_message(self, link: Link, message: DataMessage, target: Any) -> None:
         if not isinstance(message, Attach):
@@ -343,17 +343,17 @@ class Sessions:
         text = presentable(text, _TEXT_BYTES)
         if link.control_peer in self._links:
             self._send(link, encode(Fault(code, text, True, micro)))
-        self.drop(link, f"{code}: {text}")
+        self.drop(link, f"{code}: {text}", lost=code == RefusalCode.SEAL)
 
-    def drop(self, link: Link, reason: str) -> None:
-        """Forgets a session without a word to its client."""
+    def drop(self, link: Link, reason: str, *, lost: bool = True) -> None:
+        """Forgets a session without a word to its client. ``lost``: neither side has ended it."""
         if not self._forget(link):
             return
         if not link.attached:
             self.refusal(link.peer.who, "lost", f"gone before its session was open: {reason}")
             return
         try:
-            self._handler.on_closed(link.id, reason)
+            self._handler.on_closed(link.id, reason, lost=lost)
         except Exception:
             _log.exception("on_closed failed")
 
@@ -369,7 +369,7 @@ class Sessions:
         text = presentable(text, _TEXT_BYTES)
         for link in list(self._links.values()):
             self._send(link, encode(Closing(text, back)))
-            self.drop(link, text)
+            self.drop(link, text, lost=False)
 
     def tick(self) -> None:
         """What time brings: heartbeats, silence, handshakes that take too long, keys that were taken off the list."""

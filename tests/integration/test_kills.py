@@ -1,4 +1,4 @@
-"""Real processes killed at random moments: the run ends with the weights of the undisturbed one.
+"""Real processes killed, and links cut, at random moments: the run ends with the weights of the undisturbed one.
 
 The moments are drawn by seed; what the machine makes of them differs each time. Every run has to end as the undisturbed one.
 """
@@ -26,7 +26,7 @@ STEPS = 25
 
 
 class Killed(Run):
-    """A run that can be killed and started again at its ports; clients come through a link."""
+    """A run that can be killed and started again at its ports; clients come through a link that can be cut."""
 
     def __init__(self, work: Path, model: str, text: Path, *settings: object) -> None:
         work.mkdir(exist_ok=True)
@@ -51,6 +51,11 @@ class Killed(Run):
 
     def train(self, index: int, *options: object) -> subprocess.Popen[str]:
         return self.client(index, self.text, "--evaluate", 0, "--seed", index, "--ends", "full", "--steps", STEPS, *options)
+
+    def cut(self) -> None:
+        self.link.close()
+        control, data, near_control, near_data = self.ports
+        self.link = Link({near_control: control, near_data: data})
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 120
@@ -98,7 +103,7 @@ def assert_as_undisturbed(work: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("what", ["server", "server asked", "client", "client and server"])
+@pytest.mark.parametrize("what", ["server", "server asked", "client", "client and server", "link"])
 def test_whatever_is_killed_the_run_ends_as_the_undisturbed_one(tmp_path, stories, text, undisturbed, what, seed):
     moments = random.Random(f"{what}{seed}")
     run = Killed(tmp_path / "run", stories, text, "--on-loss", "wait", "--until-done")
@@ -120,6 +125,8 @@ def test_whatever_is_killed_the_run_ends_as_the_undisturbed_one(tmp_path, storie
                 clients[1] = run.train(1, "--resume")
             if "server" in what:
                 run.serve_again()
+            if what == "link":
+                run.cut()
         for client in clients:
             code, _, err = finish(client, 180)
             assert code == 0, err

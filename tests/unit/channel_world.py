@@ -100,7 +100,7 @@ class Handler:
     def on_refused(self, who: str, code: str, text: str) -> None:
         self.refused.append((who, code, text))
 
-    def on_closed(self, session: str, reason: str) -> None:
+    def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
         self.closed.append((session, reason))
 
 

@@ -60,27 +60,30 @@ def model(tmp_path_factory):
 class Desk:
     """A loop that runs only when told to."""
 
-    def __init__(self, model, work, *, clients=1, last=0, deadline=0.0, client_tokens=4096, **settings):
+    def __init__(self, model, work, *, clients=1, last=0, first=0, deadline=0.0, client_tokens=4096, **settings):
         self.trunk = load_trunk(model, (1, 1))
         set_trainable(self.trunk, "full")
         training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
         self.engine = Engine(self.trunk, training, torch.device("cpu"), in_place=True)
         self.outlet, self.log = Outlet(), work / "log.jsonl"
+        self.presence: list[tuple[int, bool]] = []
         self.loop = TrunkLoop(
             self.engine,
-            Steps(clients=clients, last=last, deadline=deadline),
+            Steps(clients=clients, last=last, first=first, deadline=deadline),
             Scheduler(1024),
             self.outlet,
             RunLog(self.log, echo=None),
             client_tokens=client_tokens,
             payload_of=lambda tensor: tensor,
+            on_presence=lambda *presence: self.presence.append(presence),
         )
 
     def take(self, *events: tuple[str, object]) -> None:
-        """Put ``(session, message)`` in; a forward or backward gets its tensor; "open" and None open and lose a session."""
+        """Put ``(session, message)`` in; a forward or backward gets its tensor; "open" and None open and end a session,
+        "lost" loses it."""
         for session, message in events:
-            if message is None or message == "open":
-                self.loop.inbox.put(Event(session, opened=message is not None, name=session))
+            if message is None or message in ("open", "lost"):
+                self.loop.inbox.put(Event(session, opened=message == "open", name=session, lost=message == "lost"))
             elif isinstance(message, str):  # a new session of the same client in place of ``message``
                 self.loop.inbox.put(Event(session, opened=True, name=message, replaces=message))
             else:

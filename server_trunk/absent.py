@@ -1,0 +1,32 @@
+"""Clients whose session was lost, not ended: they connect again by themselves, so a run is not over while one may. Pure
+bookkeeping; no clock of its own.
+"""
+
+from __future__ import annotations
+
+__all__ = ["RETURN", "Absent"]
+
+#: Seconds for which a client that said no goodbye is taken to come again, though no step is held for it: several of its attempts.
+RETURN = 120.0
+
+
+class Absent:
+    """By client, until when its return is waited for; ``now`` is the caller's clock, seconds."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def lost(self, client: str, now: float) -> None:
+        self._until[client] = now + RETURN
+
+    def back(self, client: str) -> None:
+        self._until.pop(client, None)
+
+    def count(self, now: float) -> int:
+        """How many may still come back."""
+        return sum(until > now for until in self._until.values())
+
+    def wake(self, now: float) -> float | None:
+        """Seconds until :meth:`count` next changes by itself; None: it will not."""
+        left = [until - now for until in self._until.values() if until > now]
+        return min(left, default=None)

@@ -1,0 +1,57 @@
+"""Who was lost and may come again: a run that ends with its clients is not over before."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from server_trunk import absent
+from server_trunk.absent import RETURN, Absent
+from tests.unit.test_server_trunkloop import Desk, forward, honest
+from tests.world import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def test_a_return_is_waited_for_so_long_and_no_longer():
+    away = Absent()
+    assert (away.count(0.0), away.wake(0.0)) == (0, None)
+    away.lost("a", 10.0)
+    away.lost("b", 20.0)
+    away.lost("c", 30.0)
+    assert (away.count(30.0), away.wake(30.0)) == (3, RETURN - 20.0)
+    away.back("a")
+    assert (away.count(30.0), away.wake(30.0)) == (2, RETURN - 10.0)
+    assert (away.count(20.0 + RETURN), away.wake(20.0 + RETURN)) == (1, 10.0)
+    away.back("c")
+    assert (away.count(20.0 + RETURN), away.wake(20.0 + RETURN)) == (0, None)
+
+
+def test_the_loop_counts_whom_it_has_lost_until_they_come_again_or_it_is_too_late(model, tmp_path, monkeypatch):
+    desk = Desk(model, tmp_path)
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    desk.run(*honest("a"))
+    assert desk.presence[-1] == (1, True)
+    desk.run(("a", "lost"))
+    assert desk.presence[-1] == (1, True)
+    desk.run(("a", "open"))
+    desk.run(("a", None))
+    assert desk.presence[-1] == (0, True)
+    monkeypatch.setattr(absent, "RETURN", 0.05)
+    desk.run(("a", "open"), ("a", "lost"))
+    assert desk.presence[-1] == (1, True)
+    deadline = time.monotonic() + 10
+    while desk.presence[-1] != (0, True):
+        assert time.monotonic() < deadline
+        desk.loop._turn()  # sleeps until it is due
+
+
+def test_a_run_taken_up_at_its_end_waits_for_those_who_have_not_heard(model, tmp_path):
+    desk = Desk(model, tmp_path, last=1, first=1)
+    desk.run(("a", "open"), ("a", None))
+    assert desk.presence[-1] == (1, True)
