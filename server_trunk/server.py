@@ -291,7 +291,7 @@ class TrunkServer:
                 self._engine.stop()
             if self._rounds is not None:
                 self._rounds.close()
-            self._channel.stop(text, back=back or not whole)
+            self._channel.stop(text if whole else "the server is starting again", back=back or not whole)
             self._channel = None
             self._live.stop()
             self._log.write("stopped", why=text)

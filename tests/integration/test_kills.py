@@ -68,11 +68,16 @@ class Killed(Run):
         self.link.close()
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory, data) -> Path:
-    file = tmp_path_factory.mktemp("text") / "short.txt"
+def short_text(directory: Path, data: Path) -> Path:
+    """A text that is read and tokenised at once."""
+    file = directory / "short.txt"
     file.write_text((data / "text" / "tinyshakespeare" / "input.txt").read_text()[:20000])
     return file
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, data) -> Path:
+    return short_text(tmp_path_factory.mktemp("text"), data)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""A server of several replicas and its clients, killed at random moments: the run ends as the undisturbed one, and by itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from server_trunk.run_ledger import RunLedger
+from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from tests.integration.test_commands import finish, splitfl
+from tests.integration.test_equality import TRUNK, assert_equal, story_batches, train_central
+from tests.integration.test_kills import short_text
+from tests.integration.test_replicas import processes, train
+from tests.replicas import Replicas
+from tests.unit.channel_world import wait_until
+
+CLIENTS, STEPS = 3, 20
+KEPT = {"checkpoint_every": 1, "on_loss": "wait", "step_deadline": 0.0}
+VICTIMS = ("replica 0", "replica 1", "client")
+
+
+def ledger_of(directory: Path) -> list[tuple[int, dict[str, int]]]:
+    """What the newest checkpoint says of every step: number, and counted targets by client."""
+    return RunLedger.from_state(unpack_state(load_checkpoint(newest_checkpoint(directory))[2]["ledger"])).entries()
+
+
+def wait_for_step(replicas: Replicas, step: int) -> None:
+    """Until all have kept it."""
+    log = replicas.out / "log.jsonl"
+    wait_until(lambda: log.exists() and any(event["step"] >= step for event in replicas.events("checkpoint")), 120)
+
+
+def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories):
+    steps = 6
+    batches = story_batches(data, CLIENTS, steps=steps)
+    replicas = Replicas(tmp_path, stories, 2, CLIENTS, trainables="lora", **KEPT, **TRUNK)
+
+    def kill() -> None:
+        wait_for_step(replicas, 1)
+        os.kill(processes(replicas)[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    mine = train(replicas, batches)
+    killer.join()
+    start, theirs = train_central(replicas, batches, "lora")
+    assert_equal(mine, theirs, start)
+    assert len(replicas.events("resumed")) == 1
+    ledger = ledger_of(replicas.out)
+    assert [step for step, _ in ledger] == list(range(steps))
+    targets = [sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step) for step in batches]
+    assert [sum(given.values()) for _, given in ledger] == targets
+
+
+class Killed(Replicas):
+    """Two replicas and three clients, each a process."""
+
+    def __init__(self, work: Path, model: str, text: Path) -> None:
+        work.mkdir()
+        plan = {"optimizer.steps": STEPS, "trainables": "full", **KEPT, **TRUNK}
+        super().__init__(work, model, 2, CLIENTS, "--until-done", **plan)
+        self.text = text
+        self.clients: list[subprocess.Popen[str]] = []
+
+    def run(self) -> None:
+        self.start()
+        self.clients = [self.client(index) for index in range(CLIENTS)]
+
+    def client(self, index: int, *options: object) -> subprocess.Popen[str]:
+        return splitfl(
+            *("train", "--trunk", self.join, "--identity", self.keys[index], "--model", self.model, "--data", self.text),
+            *("--device", "cpu", "--out", self.work / f"ends{index}", "--max-length", 64, "--batch-size", 2 + index),
+            *("--evaluate", 0, "--seed", index, "--ends", "full", "--steps", STEPS, *options),
+        )
+
+    def kill(self, victim: str, index: int) -> None:
+        if victim == "client":
+            self.clients[index].kill()
+            self.clients[index].communicate()
+            self.clients[index] = self.client(index, "--resume")
+        else:
+            os.kill(processes(self)[int(victim[-1])], signal.SIGKILL)
+
+    def finish(self) -> None:
+        """All end by themselves, and well."""
+        try:
+            for client in self.clients:
+                code, _, err = finish(client, 240)
+                assert code == 0, err
+            assert self.process is not None
+            assert self.process.wait(60) == 0
+        finally:
+            for client in self.clients:
+                client.kill()
+            self.stop()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, data) -> Path:
+    return short_text(tmp_path_factory.mktemp("text"), data)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, stories, text) -> Killed:
+    run = Killed(tmp_path_factory.mktemp("undisturbed") / "run", stories, text)
+    run.run()
+    run.finish()
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_whoever_is_killed_the_run_ends_as_the_undisturbed_one(tmp_path, stories, text, undisturbed, seed):
+    moments = random.Random(seed)
+    victim, index = VICTIMS[seed % 3], moments.randrange(CLIENTS)
+    run = Killed(tmp_path / "run", stories, text)
+    began = time.monotonic()
+    run.run()
+    try:
+        step = moments.randrange(STEPS - 5)
+        wait_for_step(run, step)
+        time.sleep(moments.uniform(0, 0.2))
+        run.kill(victim, index)
+    finally:
+        run.finish()
+    worst = 0.0
+    for side in ("server", *(f"ends{client}" for client in range(CLIENTS))):
+        mine, theirs = (load_checkpoint(newest_checkpoint(each.work / side)) for each in (run, undisturbed))
+        assert mine[1]["step"] == theirs[1]["step"] == STEPS - 1
+        worst = max(worst, *(float((mine[0][name] - theirs[0][name]).abs().max()) for name in theirs[0]))
+        for name in theirs[0]:
+            torch.testing.assert_close(mine[0][name], theirs[0][name], rtol=1e-5, atol=1e-5)
+    assert ledger_of(run.out) == ledger_of(undisturbed.out)
+    assert [step for step, _ in ledger_of(run.out)] == list(range(STEPS))
+    who = f"client {index}" if victim == "client" else victim
+    print(f"seed {seed:2}  {who:9}  after step {step:2}  {time.monotonic() - began:5.1f} s  largest difference {worst:.1e}")
