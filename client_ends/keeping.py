@@ -18,6 +18,7 @@ from splitfl.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
     prune_checkpoints,
+    put_aside,
     save_checkpoint,
     unpack_state,
 )
@@ -90,8 +91,17 @@ class EndsKeeper:
         """The newest step before ``step`` that there is a checkpoint of."""
         return max((each for each in self.held() if each < step), default=None)
 
+    def go_back(self, step: int) -> dict[str, Any]:
+        """As :meth:`load`, where the run has undone what came later: those checkpoints are renamed, so that nobody takes them
+        for states of the run as it goes on.
+        """
+        place = self.load(step)
+        for newer in [each for each in self.held() if each > step]:
+            put_aside(checkpoint_directory(self.out, newer), "undone")
+        return place
+
     def load(self, step: int) -> dict[str, Any]:
-        """The ends are as they were after ``step``; returns their place. Later checkpoints stay until they are written over.
+        """The ends are as they were after ``step``; returns their place.
 
         Raises:
             CheckpointError: it is damaged, or of other ends.

@@ -342,7 +342,8 @@ class _Run:
 
     def _resume(self) -> None:
         """Go on from what an earlier process kept: enrol, hear which step that means, and stand before it."""
-        self._load(self.keeper.held()[-1])
+        newest = self.keeper.held()[-1]
+        self._stand_at(newest, self.keeper.load(newest))
         if self.made >= self.total_steps:
             raise ConfigError(
                 f"the ends in {self.keeper.out} have made all their {self.made} steps: nothing is left to go on with"
@@ -363,12 +364,12 @@ class _Run:
             raise CheckpointError(
                 f"the run goes on from step {step}, before which nothing of these ends was kept: begin anew, with another --out"
             )
-        self._load(before)
+        self._stand_at(before, self.keeper.go_back(before))
         self.progress.say(f"note: the run goes on from step {step}; the ends stand after step {before} again")
 
-    def _load(self, step: int) -> None:
+    def _stand_at(self, step: int, place: dict[str, Any]) -> None:
+        """The ends are as they were after ``step``, and so is all else."""
         gone = self.made
-        place = self.keeper.load(step)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         self.batches.load_state_dict(place["batches"])

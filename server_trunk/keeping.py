@@ -7,8 +7,6 @@ with that adapter and its optimizer, ``M`` being the newest step that the client
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from splitfl.checkpoint import (
     load_meta,
     prune_checkpoints,
     prune_client_checkpoints,
+    put_aside,
     save_checkpoint,
     unpack_state,
 )
@@ -94,8 +93,7 @@ class RunKeeper:
         if isinstance(self.training, ClientTraining):
             self.training.begin_anew([client for client in self.training.adapters if client not in clients])
         for newer in [each for each in self.kept() if each > step]:
-            directory = checkpoint_directory(self._config.out_dir, newer)
-            os.replace(directory, _aside(directory, "undone"))
+            put_aside(checkpoint_directory(self._config.out_dir, newer), "undone")
         self.saved = self._engine.closed = step
         self._log.write("went-back", step=step)
 
@@ -177,8 +175,7 @@ class RunKeeper:
                     raise CheckpointError(
                         f"{error} Replica 0 could read it: give all replicas the run's directory, shared or copied"
                     ) from None
-                aside = _aside(directory, "damaged")
-                os.replace(directory, aside)
+                aside = put_aside(directory, "damaged")
                 self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
                 continue
             self._check(directory, main[1])
@@ -244,10 +241,3 @@ class RunKeeper:
                 training.load_client(client, weights, own, meta, meta["step"])
         if isinstance(training, ClientTraining) and not training.holds_all:
             training.elsewhere = {client: meta["step"] for client, (_, meta, _) in clients.items()}
-
-
-def _aside(directory: Path, why: str) -> Path:
-    """Where a checkpoint goes that the run does not go on from; one that was put there before is deleted."""
-    place = directory.with_name(f"{why}-{directory.name}")
-    shutil.rmtree(place, ignore_errors=True)
-    return place

@@ -187,6 +187,14 @@ def checkpoint_directory(run_dir: str | os.PathLike[str], step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
+def put_aside(directory: Path, why: str) -> Path:
+    """Rename a checkpoint that nothing is to go on from; returns its place. One that was put there before is deleted."""
+    place = directory.with_name(f"{why}-{directory.name}")
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(directory, place)
+    return place
+
+
 def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
     """The steps a run has checkpoints of, ascending; empty where it has none."""
     folder = Path(run_dir) / "checkpoints"
@@ -362,6 +370,7 @@ __all__ = [
     "pack_state",
     "prune_checkpoints",
     "prune_client_checkpoints",
+    "put_aside",
     "save_checkpoint",
     "save_tensors",
     "unpack_state",

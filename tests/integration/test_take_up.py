@@ -243,6 +243,8 @@ def test_a_run_goes_back_to_the_newest_step_that_all_hold(tmp_path, text, storie
         client.end()
     world.server.stop()
     assert [event["step"] for event in world.events("went-back")] == [3]
+    undone = sorted(each.name for each in (world.work / "ends0" / "checkpoints").glob("undone-*"))
+    assert undone == ["undone-step-00000004", "undone-step-00000005"]
     assert_as_undisturbed(world, undisturbed)
 
 
