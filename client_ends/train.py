@@ -149,6 +149,7 @@ class _Run:
         self.missed = 0
         self.made = 0  # steps of this client, those that it missed included
         self.last_step = -1  # the run's number of the newest step the ends have made
+        self.kept_average = -1  # the round whose average the newest checkpoint has
         out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
         self.keeper = EndsKeeper(
             out,
@@ -338,7 +339,11 @@ class _Run:
         checkpoint of the same step.
         """
         directory = checkpoint_directory(self.keeper.out, self.last_step)
-        return directory if self.keeper.newest == directory else self.keeper.save(self.last_step, self.stood or self._place())
+        average = -1 if self.session.rounds is None else self.session.rounds.loaded
+        if self.keeper.newest == directory and self.kept_average == average:
+            return directory
+        self.kept_average = average  # a round may have ended with a step that is kept already
+        return self.keeper.save(self.last_step, self.stood or self._place())
 
     def _resume(self) -> None:
         """Go on from what an earlier process kept: enrol, hear which step that means, and stand before it."""
@@ -374,7 +379,7 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
         self.batches.load_state_dict(place["batches"])
         if self.session.rounds is not None:
-            self.session.rounds.loaded = place["average"]
+            self.session.rounds.loaded = self.kept_average = place["average"]
         self.made, self.missed, self.last_step, self.stood = place["made"], place["missed"], step, None
         self.losses = self.losses[: max(0, len(self.losses) - max(0, gone - self.made))]
         self.log.write("resumed", quiet=True, step=step, made=self.made)
