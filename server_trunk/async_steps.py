@@ -66,7 +66,7 @@ class AsyncSteps:
         steps of the run (0: no end). ``deadline``: seconds for which a part may hold back an optimizer step (0: no limit).
         """
         self.number = first  # optimizer steps made
-        self._needed = clients
+        self._needed = 0 if first else clients  # a run that is taken up again began long ago
         self._contributions, self._max_staleness = contributions, max_staleness
         self._last, self._deadline = last, deadline
         self._sessions: dict[str, _Presence] = {}

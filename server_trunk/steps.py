@@ -40,6 +40,7 @@ class Steps:
         self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
         self._held: dict[str, tuple[int, ...]] = {}  # by session: steps after which its client can go on
         self._first = first
+        self._company: float | None = None  # since when somebody waits for the others of a run that was taken up again
 
     @property
     def complete(self) -> bool:
@@ -104,6 +105,7 @@ class Steps:
         A participant is waited for while nothing of it is here to be run and somebody else's part is done, or is held up: is
         here although the trunk is ``idle``, which means that nothing can run.
         """
+        self._await_company(now)
         if not self.is_open or not self._deadline:
             return []
         parts = [part for part in self._ledger.parts.values() if not part.dropped]
@@ -119,8 +121,18 @@ class Steps:
             return None
         if self.is_open:
             return earliest((part for part in self._ledger.parts.values() if not part.dropped), now, self._deadline)
-        rests = [since + self._deadline - now for since in self._awaited_since.values()]
+        begun = [*self._awaited_since.values(), *([] if self._company is None else [self._company])]
+        rests = [since + self._deadline - now for since in begun]
         return min((rest for rest in rests if rest > 0), default=None)
+
+    def _await_company(self, now: float) -> None:
+        """A run that was taken up again waits for all of its clients no longer than for one in a step: some may have finished."""
+        if self.is_open or not self._first or self._needed <= 1 or not self._enrolled:
+            self._company = None
+        elif self._company is None:
+            self._company = now
+        elif self._deadline and now - self._company >= self._deadline:
+            self._needed, self._company = 1, None
 
     def drop(self, session: str) -> int:
         """Wait no longer for this session's part of the open step; returns that step. A silent one has to enrol again."""

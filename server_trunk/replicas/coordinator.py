@@ -59,6 +59,13 @@ class Coordinator:
             return self._grant() + self._stop_if_drained()
         return self._remind() if Phase.IN in phases else self._close() + self._stop_if_drained()
 
+    def begin(self) -> list[Told]:
+        """Wait for no further clients before the first step."""
+        if self._stopped or self._needed <= 1:
+            return []
+        self._needed = 1
+        return self._grant()
+
     def drain(self) -> list[Told]:
         """No step opens any more; once the open ones are over, none closes either."""
         if self._draining or self._stopped:

@@ -59,6 +59,8 @@ class Replica:
         self._assignment = Assignment(group.size)
         self._clients, self._trained = 0, False
         self._present: list[Presence] = [Presence()] * group.size
+        self._company: threading.Timer | None = None  # at rank 0: ends the wait for all clients of a run that was taken up again
+        self._first = 0
         self._reported = 0.0
         self._addresses: list[tuple[int, str, int]] = []
         self._met = threading.Event()
@@ -97,7 +99,7 @@ class Replica:
             self._run.keep_adapters()
             self.stopped.set()
 
-        config = self._config
+        config, self._first = self._config, first
         self._coordinator = Coordinator(
             self.group.size,
             clients=config.clients,
@@ -186,6 +188,7 @@ class Replica:
     def _answers(self, rank: int, word: Word) -> list[tuple[int, Word]]:
         """At rank 0: what follows from a word."""
         if isinstance(word, State):
+            self._await_company(word)
             return self._coordinator.hear(rank, word)
         if isinstance(word, Presence):
             self._assignment.hear(rank, word.tokens)
@@ -198,6 +201,19 @@ class Replica:
             threading.Timer(word.patience, self._take, (0, StopAsked())).start()
             return self._coordinator.drain()
         return self._coordinator.stop()
+
+    def _await_company(self, state: State) -> None:
+        """As one server does (:class:`server_trunk.steps.Steps`): a run that was taken up again waits no longer than a step."""
+        patience = self._config.step_deadline
+        if self._company is None and self._first and state.enrolled and patience:
+            self._company = threading.Timer(patience, self._begin)
+            self._company.daemon = True
+            self._company.start()
+
+    def _begin(self) -> None:
+        with self._lock:
+            for told, word in self._coordinator.begin():
+                self._tell(told, word)
 
     def _lost(self, rank: int, error: Exception) -> None:
         if not self._halting and self.failure is None:

@@ -314,6 +314,18 @@ def test_a_run_that_is_taken_up_again_goes_back_to_what_all_clients_hold():
     assert [(client.stage, client.step) for client in world.clients] == [("in", 6), ("in", 6)]
 
 
+def test_a_first_step_for_which_no_further_clients_are_awaited_opens_for_those_who_are_there():
+    world = World(2, clients=3)
+    for name, rank in (("a", 0), ("b", 1)):
+        world.add(name, rank).act(STEADY)
+    world.settle()
+    for rank, word in world.coordinator.begin():
+        world.down[rank].append(word)
+    world.settle()
+    assert [client.stage for client in world.clients] == ["in", "in"]
+    assert world.coordinator.begin() == []
+
+
 @pytest.mark.parametrize("back", [True, False])
 def test_all_replicas_hear_whether_the_server_means_to_be_back(back):
     world = World(2, clients=2)

@@ -386,3 +386,27 @@ def test_who_is_lost_while_it_waits_for_a_step_is_away_for_as_long_as_a_step_wou
     assert steps.away(18.0) == 1
     steps.drop("s2")
     assert steps.away(18.0) == 0
+
+
+def test_a_run_taken_up_again_waits_for_all_its_clients_no_longer_than_for_one_in_a_step():
+    steps = Steps(clients=2, first=8, deadline=60.0)
+    assert (steps.overdue(0.0), steps.wake(0.0)) == ([], None)
+    steps.enrol("a")
+    steps.overdue(10.0)
+    assert (steps.openings(10.0), steps.wake(10.0)) == ([], 60.0)
+    steps.lose("a")
+    steps.overdue(40.0)
+    steps.enrol("b")
+    steps.overdue(50.0)
+    assert (steps.openings(109.0), steps.wake(109.0)) == ([], 1.0)
+    steps.overdue(110.0)
+    assert steps.openings(110.0) == [("b", 8)]
+
+
+@pytest.mark.parametrize("settings", [{"first": 8}, {"deadline": 60.0}])
+def test_a_run_that_begins_or_has_no_deadline_waits_for_all_its_clients(settings):
+    steps = Steps(clients=2, **settings)
+    steps.enrol("a")
+    for now in (0.0, 1000.0):
+        steps.overdue(now)
+        assert (steps.openings(now), steps.wake(now)) == ([], None)
