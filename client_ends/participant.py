@@ -102,7 +102,7 @@ class Participant:
         last = self._journal.last if self._journal is not None else None
         able = {self.step - 1} if last is None else {last.step, last.step - 1}
         steps = sorted({*able, *self._held()}, reverse=True)
-        return Enrol(tuple(step for step in steps if step >= 0)[:MAX_HELD])
+        return Enrol(tuple(step for step in steps if step >= 0)[:MAX_HELD], moves=self._journal is not None)
 
     # --- steps ------------------------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 _BASE, _MOST = 0.5, 30.0
 
 #: Why a session may end that the next one need not end for.
-_PASSING = frozenset({"lost", "restarting", RefusalCode.SEAL, RefusalCode.STALE, RefusalCode.FULL})
+_PASSING = frozenset({"lost", "restarting", RefusalCode.MOVED, RefusalCode.SEAL, RefusalCode.STALE, RefusalCode.FULL})
 
 #: Terms of a run without which it is another run.
 _BINDING = ("identity", "cut", "seed", "mode", "trainables", "adapters", "lora", "dtype")
@@ -178,10 +178,12 @@ class Reconnecting(Participant):
     def _restore(self, lost: SplitflError) -> None:
         """Connect until a session stands; on a thread of its own."""
         began, attempt, error = time.monotonic(), 0, lost
+        is_moved = isinstance(lost, SessionLost) and lost.code == RefusalCode.MOVED
         self.on_link(f"{lost}; connecting again for up to {self._reconnect:g} s")
         while not self._closing:
             with self._lock:
-                self._lock.wait_for(lambda: self._closing, _pause(attempt))
+                # Who is moved is waited for, and finds the server there.
+                self._lock.wait_for(lambda: self._closing, 0.0 if is_moved and not attempt else _pause(attempt))
                 self._broken = None
             try:
                 if not self._closing and self._take(self._connect(self.channel.opened.session)):

@@ -83,8 +83,8 @@ class AsyncSteps:
 
     # --- who takes part ---------------------------------------------------------------------------------------------------------
 
-    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = ()) -> None:
-        """``held`` is of no concern: each session numbers its own steps."""
+    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
+        """``held`` is of no concern, as each session numbers its own steps, and there is nowhere to move to."""
         presence = self._sessions.setdefault(session, _Presence(client or session, self.number))
         if presence.enrolled:
             raise RemoteProtocolError("enrolled twice")
@@ -151,6 +151,10 @@ class AsyncSteps:
         if part.withdrawn:
             presence.enrolled, presence.ahead = False, 0
         return part.step
+
+    def departures(self) -> list[str]:
+        """None: there is nowhere to go."""
+        return []
 
     def dismiss(self) -> list[str]:
         """Once the run is complete: the sessions that train, each of whose parts ends here."""

@@ -19,7 +19,7 @@ from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import Enrol, Fault, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 
 __all__ = ["NotKept", "Run", "StepKeeper"]
@@ -94,7 +94,7 @@ class StepKeeper:
             if self._unsaid is None:
                 self._dismiss()
             return
-        self._steps.enrol(session, self._names[session], message.held)
+        self._steps.enrol(session, self._names[session], message.held, moves=message.moves)
         if self._rounds is not None and session not in self._enrolments:
             self._rounds.joins(session, message.held)
         self._enrolments[session] = self._enrolments.get(session, 0) + 1
@@ -193,6 +193,9 @@ class StepKeeper:
         if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
             self._answer_stale()
             return
+        for session in self._steps.departures():
+            self._log.write("moved", client=self._names.get(session), session=session[:8], after=self._steps.number - 1)
+            self._outlet.end(session, Fault(RefusalCode.MOVED, "this client goes to another replica", True, None))
         self._go_back()
         was_open, now = self._steps.is_open, time.monotonic()
         for session, step in self._steps.openings(now):

@@ -48,8 +48,8 @@ class Steps:
 
     # --- who takes part ---------------------------------------------------------------------------------------------------------
 
-    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = ()) -> None:
-        """``held``: steps after which the client can go on."""
+    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
+        """``held``: steps after which the client can go on. ``moves``: whether it would go on at another replica."""
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")
         self._enrolled[session] = client or session
@@ -145,6 +145,10 @@ class Steps:
                 self._enrolled.pop(session, None)
                 self._ahead.pop(session, None)
         return self.number
+
+    def departures(self) -> list[str]:
+        """The sessions whose clients go to another replica now, between two steps: each is to end."""
+        return []
 
     def dismiss(self) -> list[str]:
         """The sessions still enrolled once the run is complete: no step will ever open for them."""

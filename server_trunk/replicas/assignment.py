@@ -1,29 +1,38 @@
-"""Which replica a client goes to: where the least load is, and from then on the same one. Pure bookkeeping."""
+"""Which replica a client goes to: where the least load is, and from then on the same one until it is moved. Pure bookkeeping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from server_trunk.replicas.words import Move
 
 __all__ = ["Assignment"]
+
+#: A client is moved where that takes this share off the greatest load, and not again for so many steps: its new session costs
+#: a handshake, during which a step stands still.
+WORTH, REST = 0.2, 20
 
 
 class Assignment:
     """Load is what a replica's clients bring to a step, in tokens. A client that has not trained yet is expected to bring the
-    mean of the others. To move a client between steps one would change :attr:`places`, and end its session with the word where
-    to go.
+    mean of the others.
     """
 
     def __init__(self, size: int) -> None:
         self.places: dict[str, int] = {}  # by client, kept while the replica lives
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
-        self._coming: set[str] = set()  # assigned, not seen there yet
+        self._coming: dict[str, float] = {}  # assigned, not seen there yet: what they bring, 0 where that is unknown
+        self._moved: dict[str, int] = {}  # by client: after which step it was moved
 
     def hear(self, rank: int, tokens: Mapping[str, float]) -> None:
         """Who is at a replica, and the tokens a step of each; 0 where it has not trained yet."""
-        self._present[rank] = tokens
-        self._coming -= tokens.keys()
-        for client in tokens:
-            self.places.setdefault(client, rank)  # it went there by itself
+        # Who has moved on may still be reported from where it was; whoever is there by itself has no other place.
+        here = {client: each for client, each in tokens.items() if self.places.setdefault(client, rank) == rank}
+        # After a move a client is counted anew.
+        self._present[rank] = {client: each or self._coming.get(client, 0.0) for client, each in here.items()}
+        for client, each in here.items():
+            if each or not self._coming.get(client):
+                self._coming.pop(client, None)
 
     def place(self, client: str) -> int:
         """The replica that ``client`` goes to."""
@@ -31,13 +40,33 @@ class Assignment:
             loads = self._loads()
             self.places[client] = loads.index(min(loads))
         if all(client not in tokens for tokens in self._present):
-            self._coming.add(client)
+            self._coming.setdefault(client, 0.0)
         return self.places[client]
+
+    def rebalance(self, step: int, movable: Sequence[Sequence[str]]) -> Move | None:
+        """Who of the ``movable`` clients of each replica is to go from the most to the least loaded one after ``step``, if that
+        is worth it; from now on it belongs there.
+        """
+        loads = self._loads()
+        origin, target = loads.index(max(loads)), loads.index(min(loads))
+        present = self._present[origin]
+        worth = [
+            (max(loads[origin] - present[client], loads[target] + present[client]), client)
+            for client in movable[origin]
+            if present.get(client) and step - self._moved.get(client, -REST) >= REST
+        ]
+        lowest, client = min(worth, default=(loads[origin], ""))
+        if origin == target or lowest > (1 - WORTH) * loads[origin]:
+            return None
+        self._present[origin] = {other: each for other, each in present.items() if other != client}
+        self.places[client], self._moved[client], self._coming[client] = target, step, present[client]
+        return Move(client, origin, target)
 
     def _loads(self) -> list[float]:
         known = [each for tokens in self._present for each in tokens.values() if each]
         mean = sum(known) / len(known) if known else 1.0
         loads = [sum(each or mean for each in tokens.values()) for tokens in self._present]
-        for client in self._coming:
-            loads[self.places[client]] += mean
+        for client, each in self._coming.items():
+            if client not in self._present[self.places[client]]:
+                loads[self.places[client]] += each or mean
         return loads

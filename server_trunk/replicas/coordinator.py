@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Phase, State, Stop, WaitedFor, Word
+from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Move, Phase, State, Stop, WaitedFor, Word
 
 __all__ = ["Coordinator"]
 
@@ -29,7 +29,9 @@ class _Replica:
 
 
 class Coordinator:
-    """``clients``: enrolled sessions, over all replicas, that the first step waits for. ``kept``: the steps of checkpoints."""
+    """``clients``: enrolled sessions, over all replicas, that the first step waits for. ``kept``: the steps of checkpoints.
+    ``choose(step, movable)``: who of the ``movable`` clients, by replica, is to go elsewhere now that ``step`` closes.
+    """
 
     def __init__(
         self,
@@ -39,11 +41,12 @@ class Coordinator:
         meetings: Meetings,
         first: int = 0,
         kept: Callable[[], Sequence[int]] = tuple,
+        choose: Callable[[int, Sequence[Sequence[str]]], Move | None] = lambda step, movable: None,
     ) -> None:
         self.step = first  # the furthest that any replica is known to be
         self._round = first  # the first step of the open round
         self._needed, self._begun, self._kept = clients, False, kept
-        self._meetings = meetings
+        self._meetings, self._choose = meetings, choose
         self._replicas = [_Replica(State(0, Phase.OUT, first)) for _ in range(size)]
         self._draining = self._stopped = False
 
@@ -115,13 +118,16 @@ class Coordinator:
             replica.told += 1
         return [(rank, GoBack(step)) for rank in range(len(self._replicas))]
 
+    @property
+    def _is_complete(self) -> bool:
+        return bool(self._meetings.last) and self.step >= self._meetings.last
+
     def _ready(self) -> list[int]:
         """The replicas that come in now, if any may."""
         out = [(rank, other.state) for rank, other in enumerate(self._replicas) if other.state.phase is Phase.OUT]
         is_open = len(out) < len(self._replicas)
         enrolled = sum(state.enrolled for _, state in out)
-        complete = self._meetings.last and self.step >= self._meetings.last
-        if self._draining or complete or not (is_open or enrolled >= max(1, self._needed)):
+        if self._draining or self._is_complete or not (is_open or enrolled >= max(1, self._needed)):
             return []
         self._needed = 1  # only the first step waits for company
         return [rank for rank, state in out if state.enrolled or state.held]
@@ -142,11 +148,17 @@ class Coordinator:
         participants = sum(replica.state.participants for replica in self._replicas)
         closed = self._meetings.last_of(self._round)
         self.step = self._round = closed + 1
+        move = None if self._draining or self._is_complete else self._choose(closed, [r.state.movable for r in self._replicas])
         for replica in self._replicas:
-            replica.state = replace(replica.state, phase=Phase.OUT, step=self.step, counted={}, participants=0)
+            replica.state = replace(replica.state, phase=Phase.OUT, step=self.step, counted={}, participants=0, movable=())
             replica.told += 1
             replica.is_waited_for = False
+        if move is not None:
+            # The next step waits for it there, so it takes part in each.
+            origin, target = self._replicas[move.origin], self._replicas[move.target]
+            origin.state = replace(origin.state, enrolled=origin.state.enrolled - 1)
+            target.state = replace(target.state, held=target.state.held + 1)
         ready = set(self._ready())
         for rank in ready:
             self._replicas[rank].state = replace(self._replicas[rank].state, phase=Phase.IN)
-        return [(rank, Close(closed, rank in ready, dict(counted), participants)) for rank in range(len(self._replicas))]
+        return [(rank, Close(closed, rank in ready, dict(counted), participants, move)) for rank in range(len(self._replicas))]

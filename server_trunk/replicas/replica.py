@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,20 @@ from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.run import ReplicaRun
 from server_trunk.replicas.steps import ReplicaSteps
 from server_trunk.replicas.training import AveragedTraining, ReducedTraining, replica_training
-from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Presence, State, Stop, StopAsked, WaitedFor, Word
+from server_trunk.replicas.words import (
+    Close,
+    Drain,
+    GoBack,
+    Grant,
+    Move,
+    Presence,
+    State,
+    Stays,
+    Stop,
+    StopAsked,
+    WaitedFor,
+    Word,
+)
 from server_trunk.sharding.engines import LeadingEngine
 from server_trunk.sharding.group import ShardGroup
 from splitfl.checkpoint import checkpoint_steps
@@ -85,8 +98,8 @@ class Replica:
             else:
                 getattr(training, what)(*values)
 
-        def say(state: State) -> None:
-            self._tell_first(state)
+        def say(word: State | Stays) -> None:
+            self._tell_first(word)
             if time.monotonic() - self._reported >= _REPORT_EVERY:
                 self._report()
 
@@ -106,10 +119,12 @@ class Replica:
             meetings=self.meetings,
             first=first,
             kept=lambda: checkpoint_steps(config.out_dir),
+            choose=self._choose,
         )
         self._steps = ReplicaSteps(
             say,
             meetings=self.meetings,
+            rank=self.group.rank,
             first=first,
             on_loss=config.on_loss,
             deadline=config.step_deadline,
@@ -153,6 +168,15 @@ class Replica:
         machine, host, port = self._addresses[rank]
         return Redirect("" if machine == self.group.place.machine else host, port)
 
+    def _choose(self, step: int, movable: Sequence[Sequence[str]]) -> Move | None:
+        """At rank 0: who goes to another replica after ``step``. An adapter of its own moves along where it was just kept; what a
+        client's ends have counted since a round would stay behind.
+        """
+        config = self._config
+        if config.round_steps or (config.adapters == "per-client" and not self._run.is_due(step)):
+            return None
+        return self._assignment.rebalance(step, movable)
+
     def present(self, clients: int, trained: bool) -> None:
         """So many clients are here now, or waited for; from the trunk's thread."""
         self._clients, self._trained = clients, trained
@@ -177,7 +201,8 @@ class Replica:
             self._control.tell(rank, word)
 
     def _take(self, rank: int, word: Word) -> None:
-        if isinstance(word, Grant | WaitedFor | Close | GoBack | Drain | Stop):
+        to_here = not isinstance(word, Stays) or word.rank == self.group.rank
+        if to_here and isinstance(word, Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays):
             self._steps.hear(word)
             self._wake()
             return
@@ -195,6 +220,8 @@ class Replica:
             self._present[rank] = word
             done = any(each.trained for each in self._present) and not any(each.clients for each in self._present)
             return self._coordinator.stop() if done and self._config.until_done else []
+        if isinstance(word, Stays):
+            return [(word.rank, word)]
         if not isinstance(word, StopAsked):
             return []
         if word.patience:

@@ -23,6 +23,10 @@ class ReplicaRun:
     def __init__(self, keeper: RunKeeper, group: Group, meetings: Meetings) -> None:
         self._keeper, self._group, self._meetings = keeper, group, meetings
 
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of ``step`` is to be written."""
+        return self._meetings.meets_at(step) and self._keeper.is_due(step)
+
     def made(self, ledger: Ledger) -> bool:
         if not self._meetings.meets_at(ledger.step):
             return False

@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 
 from server_trunk.ledger import Ledger
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Phase, State, Stop, WaitedFor
+from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Move, Phase, State, Stays, Stop, WaitedFor
 from server_trunk.steps import Steps
 
-__all__ = ["ReplicaSteps"]
+__all__ = ["ARRIVAL", "ReplicaSteps"]
+
+#: Seconds that a step waits for a client that was sent here from another replica.
+ARRIVAL = 30.0
 
 
 class ReplicaSteps(Steps):
@@ -23,9 +26,10 @@ class ReplicaSteps(Steps):
 
     def __init__(
         self,
-        say: Callable[[State], None],
+        say: Callable[[State | Stays], None],
         *,
         meetings: Meetings,
+        rank: int = 0,
         first: int = 0,
         on_loss: str = "drop",
         deadline: float = 0.0,
@@ -38,20 +42,87 @@ class ReplicaSteps(Steps):
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
         self._on_whole, self._on_stop = on_whole, on_stop
-        self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop] = deque()
+        self._rank = rank
+        self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays] = deque()
         self._heard = 0
         self._phase = Phase.OUT
         self._counted: Counter[str] = Counter()  # targets by client since the replicas met, of steps that have closed
         self._draining = self._stopped = False
         self._back: int | None = None  # the step that rank 0 wants to go back to
         self._said = State(0, Phase.OUT, first)
+        self._moves: set[str] = set()  # sessions whose clients would go on elsewhere
+        self._leaving: list[str] = []  # sessions that end now, as their clients go elsewhere
+        self._arrivals: list[str] = []  # clients that come from elsewhere, for whom the next step will be held
 
-    def hear(self, word: Grant | WaitedFor | Close | GoBack | Drain | Stop) -> None:
+    def hear(self, word: Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays) -> None:
         """A word from rank 0; from any thread. The trunk's thread has to be woken for it."""
         self._words.append(word)
 
     def wake(self, now: float) -> float | None:
-        return 0.0 if self._words else super().wake(now)
+        if self._words:
+            return 0.0
+        waits = [max(0.0, since + ARRIVAL - now) for _, since in self._under_way()]
+        rest = super().wake(now)
+        return min([*waits, rest] if rest is not None else waits, default=None)
+
+    def _under_way(self) -> list[tuple[str, float]]:
+        """The parts that are held for clients on their way here, and since when; under ``on_loss = "wait"`` as for a lost one."""
+        parts = self._ledger.parts.values() if self.is_open and not self._waits else ()
+        return [
+            (p.session, p.lost_at) for p in parts if p.session == _coming(p.client) and p.lost_at is not None and not p.dropped
+        ]
+
+    def overdue(self, now: float, *, idle: bool = True) -> list[str]:
+        late = super().overdue(now, idle=idle)
+        return late + [session for session, since in self._under_way() if now - since >= ARRIVAL and session not in late]
+
+    # --- clients that go to another replica, and come from one ------------------------------------------------------------------
+
+    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
+        super().enrol(session, client, held)
+        if moves:
+            self._moves.add(session)
+
+    def lose(self, session: str, now: float = 0.0) -> None:
+        super().lose(session, now)
+        self._moves.discard(session)
+
+    def departures(self) -> list[str]:
+        leaving, self._leaving = self._leaving, []
+        return leaving
+
+    def _movable(self) -> tuple[str, ...]:
+        clients = Counter([*self._enrolled.values(), *self._awaited.values()])
+        return tuple(
+            sorted(client for session, client in self._enrolled.items() if session in self._moves and clients[client] == 1)
+        )
+
+    def _move(self, move: Move) -> None:
+        """Between two steps. Whoever was to go and is in no position to will not come there, unless it is awaited."""
+        if move.target == self._rank:
+            self._arrivals = [move.client]
+        elif move.origin == self._rank:
+            found = [session for session, client in self._enrolled.items() if client == move.client]
+            lost = [session for session, client in self._awaited.items() if client == move.client]
+            for session in found:
+                del self._enrolled[session]
+                self._ahead.pop(session, None)
+            for session in lost:
+                del self._awaited[session], self._awaited_since[session]
+            self._leaving = found
+            if not found and not lost:
+                self._say(Stays(move.client, move.target))
+
+    def _forget_coming(self, client: str) -> None:
+        name = _coming(client)
+        self._arrivals = [other for other in self._arrivals if other != client]
+        self._awaited.pop(name, None)
+        self._awaited_since.pop(name, None)
+        part = self._holders.get(name)
+        if part is not None and part.lost_at is not None:
+            self._forget_part(part)
+
+    # --- opened and closed ------------------------------------------------------------------------------------------------------
 
     def common(self, kept: Sequence[int]) -> int | None:
         return self._back
@@ -61,6 +132,9 @@ class ReplicaSteps(Steps):
         self._back = None
 
     def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
+        for client in set(self._arrivals).difference(self._enrolled.values()):  # who has not overtaken the word
+            self._awaited[_coming(client)], self._awaited_since[_coming(client)] = client, now
+        self._arrivals = []
         opened = [] if self._stopped else super().openings(now)
         if self._phase is Phase.IN and not self.is_open:
             self._phase = Phase.OUT  # everybody has left
@@ -88,6 +162,8 @@ class ReplicaSteps(Steps):
                 self._heard += 1
                 self._back = word.step
                 return None
+            elif isinstance(word, Stays):
+                self._forget_coming(word.client)
             elif isinstance(word, Drain):
                 self._draining = True
             else:
@@ -117,6 +193,8 @@ class ReplicaSteps(Steps):
         self._holders = {}
         self.number = word.step + 1
         self._phase = Phase.IN if word.opens else Phase.OUT
+        if word.move is not None:
+            self._move(word.move)
         if word.opens:
             self._said = self._state()  # as rank 0 knows
         return ledger
@@ -127,7 +205,8 @@ class ReplicaSteps(Steps):
         here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number)
         counted = self._counted + Counter(here.targets_by_client)
         waiting = len(self._enrolled), len(self._awaited)
-        return State(self._heard, self._phase, self.number, *waiting, dict(counted), len(here.parts), self._holds())
+        movable = self._movable() if self._phase is Phase.WHOLE else ()
+        return State(self._heard, self._phase, self.number, *waiting, dict(counted), len(here.parts), self._holds(), movable)
 
     def _holds(self) -> tuple[int, ...] | None:
         if not self._first or self.number != self._first:
@@ -140,3 +219,8 @@ class ReplicaSteps(Steps):
         if state != self._said:
             self._said = state
             self._say(state)
+
+
+def _coming(client: str) -> str:
+    """Stands for the session of a client that comes from another replica."""
+    return f"moved {client}"

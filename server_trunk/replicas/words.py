@@ -19,9 +19,11 @@ __all__ = [
     "Drain",
     "GoBack",
     "Grant",
+    "Move",
     "Phase",
     "Presence",
     "State",
+    "Stays",
     "Stop",
     "StopAsked",
     "WaitedFor",
@@ -46,7 +48,7 @@ class State:
     ``step``: its open step, or the next. ``enrolled``: sessions that wait for a step to open; ``held``: lost ones whose return it
     would wait for. ``counted``: target tokens by client since replicas met, of what is whole; ``participants``: in the step
     at which they meet. ``holds``: before the first step of a run that is taken up again, the steps after which all who are here
-    can go on; None: any.
+    can go on; None: any. ``movable``: clients here, enrolled for the next step, that would go on at another replica.
     """
 
     heard: int
@@ -57,9 +59,11 @@ class State:
     counted: dict[str, int] = field(default_factory=dict)
     participants: int = 0
     holds: tuple[int, ...] | None = None
+    movable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase", Phase(self.phase))  # comes as a number
+        object.__setattr__(self, "movable", tuple(self.movable))
         object.__setattr__(self, "holds", None if self.holds is None else tuple(self.holds))
 
 
@@ -84,6 +88,14 @@ class StopAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class Stays:
+    """To rank 0, and on to ``rank``: the client that was to move there does not come."""
+
+    client: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """From rank 0: take part, from ``step`` on."""
 
@@ -96,15 +108,29 @@ class WaitedFor:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A client goes from one replica to another, between two steps."""
+
+    client: str
+    origin: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """From rank 0: ``step`` closes, here too. ``opens``: this replica is granted the next one. ``counted``, ``participants``: of
-    all replicas.
+    all replicas. ``move``: who goes elsewhere before the next one.
     """
 
     step: int
     opens: bool
     counted: dict[str, int] = field(default_factory=dict)
     participants: int = 0
+    move: Move | None = None
+
+    def __post_init__(self) -> None:
+        if self.move is not None and not isinstance(self.move, Move):
+            object.__setattr__(self, "move", Move(*self.move))  # comes as a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +157,9 @@ class Bye:
     """Nothing more comes from this side."""
 
 
-Word = State | Presence | StopAsked | Grant | WaitedFor | Close | GoBack | Drain | Stop | Bye
+Word = State | Presence | Stays | StopAsked | Grant | WaitedFor | Close | GoBack | Drain | Stop | Bye
 
-_KINDS: tuple[type[Any], ...] = (State, Presence, StopAsked, Grant, WaitedFor, Close, GoBack, Drain, Stop, Bye)
+_KINDS: tuple[type[Any], ...] = (State, Presence, Stays, StopAsked, Grant, WaitedFor, Close, GoBack, Drain, Stop, Bye)
 
 
 def encode(word: Word) -> bytes:

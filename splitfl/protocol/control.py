@@ -61,6 +61,7 @@ class RefusalCode:
     SEAL = "seal"
     CREDIT = "credit"
     STALE = "stale"
+    MOVED = "moved"
     INTERNAL = "internal"
 
 
@@ -118,13 +119,15 @@ class Open(Message):
 @dataclass(frozen=True)
 class Enrol(Message):
     """Makes this session a participant of the next step to open. ``held``: steps after which this client can go on, newest first:
-    as it stands, or from what it has kept; none where it has yet to take part in its first.
+    as it stands, or from what it has kept; none where it has yet to take part in its first. ``moves``: between two steps its
+    session may be ended, to be opened again at another endpoint of the server (a fatal Fault ``moved``).
     """
 
     held: tuple[int, ...] = ()
+    moves: bool = False
 
     TYPE: ClassVar[int] = 3
-    FIELDS: ClassVar = {"held": sequence(integer(0, MAX_STEP), 0, MAX_HELD)}
+    FIELDS: ClassVar = {"held": sequence(integer(0, MAX_STEP), 0, MAX_HELD), "moves": boolean}
 
 
 @dataclass(frozen=True)

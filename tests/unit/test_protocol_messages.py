@@ -47,7 +47,7 @@ FROM_CLIENT = st.one_of(
         st.dictionaries(WORD, COUNT | NOT_NEGATIVE, max_size=4),
         TEXT,
     ),
-    st.builds(m.Enrol, st.lists(STEP, max_size=16).map(tuple)),
+    st.builds(m.Enrol, st.lists(STEP, max_size=16).map(tuple), st.booleans()),
     st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"])),
     st.builds(m.Pause),
     st.builds(m.Leave),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from server_trunk.replicas.assignment import Assignment
+from server_trunk.replicas.assignment import REST, Assignment
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.place import Place
+from server_trunk.replicas.words import Move
 from splitfl.config import build_config
 from splitfl.errors import ConfigError
 
@@ -47,6 +48,29 @@ def test_a_client_goes_where_the_least_load_is_and_comes_back_there():
     assert assignment.place("b") == 1
     assignment.hear(1, {"b": 900.0, "f": 3.0})  # it dialled that replica by itself
     assert assignment.place("f") == 1
+
+
+def test_a_client_moves_where_that_spreads_the_load_and_rests_then():
+    assignment = Assignment(2)
+    for client in "abcd":
+        assignment.places[client] = 0
+    assignment.hear(0, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0})
+    assert assignment.rebalance(0, ["abcd", ""]) is None  # nobody knows yet what they bring
+    assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})
+    assert assignment.rebalance(1, ["abc", ""]) == Move("a", 0, 1)
+    assert assignment.place("a") == 1
+    assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})  # said before it went
+    assert assignment.rebalance(2, ["bcd", ""]) == Move("b", 0, 1)
+    assert assignment.rebalance(3, ["cd", "ab"]) is None
+    assignment.hear(1, {"a": 0.0, "b": 0.0})  # there, and not trained yet
+    assert assignment.rebalance(4, ["cd", "ab"]) is None
+    assignment.hear(1, {"a": 100.0, "b": 100.0})
+    assignment.hear(0, {"c": 10.0, "d": 10.0})
+    assert assignment.rebalance(REST, ["cd", "ab"]) is None
+    assert assignment.rebalance(REST + 1, ["cd", "ab"]) == Move("a", 1, 0)
+    assignment.hear(0, {"c": 10.0, "d": 10.0, "a": 100.0})
+    assignment.hear(1, {"b": 100.0})
+    assert assignment.rebalance(3 * REST, ["acd", "b"]) is None  # not worth it
 
 
 def test_replicas_meet_after_so_many_steps_and_at_the_end():

@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.steps import ReplicaSteps
+from server_trunk.replicas.steps import ARRIVAL, ReplicaSteps
 from server_trunk.replicas.words import (
     Bye,
     Close,
     Drain,
     GoBack,
     Grant,
+    Move,
     Phase,
     Presence,
     State,
+    Stays,
     Stop,
     StopAsked,
     WaitedFor,
@@ -40,33 +42,40 @@ class Client:
         self.world, self.name, self.rank, self.left = world, name, rank, parts
         self.step: int | None = None  # the one it is in
         self.stage = "away"
+        self.session, self.moves = name, 0
 
     @property
     def steps(self) -> ReplicaSteps:
         return self.world.steps[self.rank]
 
+    def move(self, rank: int) -> None:
+        """Its session has ended; it will come to another replica."""
+        self.steps.lose(self.session)
+        self.moves += 1
+        self.session, self.rank, self.stage = f"{self.name}-{self.moves}", rank, "away"
+
     def act(self, draw: random.Random) -> None:
         """Do one of the things a client can do now; each through the trunk's thread of its replica."""
         steps = self.steps
         if self.stage == "away" and self.left:
-            steps.enrol(self.name, self.name)
+            steps.enrol(self.session, self.name, moves=True)
             self.stage = "enrolled"
         elif self.stage == "enrolled" and draw.random() < 0.1:
-            steps.pause(self.name)
+            steps.pause(self.session)
             self.stage = "away"
         elif self.stage == "in":
             assert self.step is not None
             if draw.random() < 0.1:
-                steps.pause(self.name)
+                steps.pause(self.session)
                 self.stage = "away"
                 return
-            steps.take_forward(self.name, self.step)
-            steps.forward_ran(self.name, self.step, 0)
-            steps.backward_arrived(self.name, self.step, 0)
-            steps.backward_ran(self.name, self.step, 0, TARGETS)
+            steps.take_forward(self.session, self.step)
+            steps.forward_ran(self.session, self.step, 0)
+            steps.backward_arrived(self.session, self.step, 0)
+            steps.backward_ran(self.session, self.step, 0, TARGETS)
             self.left -= 1
             then = "leave" if not self.left else "pause" if draw.random() < 0.2 else "continue"
-            steps.done(self.name, StepDone(self.step, 1, 1, then))
+            steps.done(self.session, StepDone(self.step, 1, 1, then))
             self.world.trained.append((self.name, self.step))
             self.stage = "enrolled" if then == "continue" else "away"
         self.world.turn(self.rank)
@@ -75,19 +84,34 @@ class Client:
 class World:
     """A coordinator and replicas; words wait in one queue for each direction of each replica until they are delivered."""
 
-    def __init__(self, size: int, *, clients: int = 1, every: int = 1, last: int = 0) -> None:
+    def __init__(self, size: int, *, clients: int = 1, every: int = 1, last: int = 0, mover: random.Random | None = None) -> None:
         self.meetings = Meetings(every, last)
-        self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings)
-        self.up: list[deque[State]] = [deque() for _ in range(size)]
+        self.places: dict[str, int] = {}
+        self.mover = mover
+        self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings, choose=self._choose)
+        self.up: list[deque[State | Stays]] = [deque() for _ in range(size)]
         self.down: list[deque] = [deque() for _ in range(size)]
         self.whole: list[int] = [0] * size
         self.steps = [
-            ReplicaSteps(self.up[rank].append, meetings=self.meetings, on_whole=lambda targets, rank=rank: self._is_whole(rank))
+            ReplicaSteps(
+                self.up[rank].append, meetings=self.meetings, rank=rank, on_whole=lambda targets, rank=rank: self._is_whole(rank)
+            )
             for rank in range(size)
         ]
         self.closed: list[list] = [[] for _ in range(size)]  # ledgers
         self.clients: list[Client] = []
         self.trained: list[tuple[str, int]] = []
+
+    def _choose(self, step, movable) -> Move | None:
+        """Anybody, anywhere, now and then."""
+        if self.mover is None or self.mover.random() < 0.5:
+            return None
+        rank, other = (self.mover.randrange(len(movable)) for _ in range(2))
+        if rank == other or not movable[rank]:
+            return None
+        move = Move(self.mover.choice(movable[rank]), rank, other)
+        self.places[move.client] = other
+        return move
 
     def _is_whole(self, rank: int) -> None:
         self.whole[rank] += 1
@@ -97,16 +121,21 @@ class World:
         ledger = self.steps[rank].close()
         if ledger is not None:
             self.closed[rank].append(ledger)
+        for session in self.steps[rank].departures():
+            client = next(client for client in self.clients if client.session == session)
+            client.move(self.places[client.name])
         for session, step in self.steps[rank].openings():
-            client = next(client for client in self.clients if client.name == session)
+            client = next(client for client in self.clients if client.session == session)
             assert client.stage == "enrolled"
             client.step, client.stage = step, "in"
 
     def deliver(self, rank: int, *, up: bool) -> None:
         """The oldest word of one direction arrives."""
         if up:
-            for told, word in self.coordinator.hear(rank, self.up[rank].popleft()):
-                self.down[told].append(word)
+            word = self.up[rank].popleft()
+            told = [(word.rank, word)] if isinstance(word, Stays) else self.coordinator.hear(rank, word)
+            for other, answer in told:
+                self.down[other].append(answer)
         else:
             self.steps[rank].hear(self.down[rank].popleft())
             self.turn(rank)
@@ -258,10 +287,12 @@ def test_who_leaves_amid_a_round_holds_nobody_up():
     every=st.sampled_from([1, 1, 3]),
     people=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=6),
     last=st.sampled_from([0, 0, 4]),
+    moves=st.booleans(),
 )
-def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed, every, people, last):
+def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed, every, people, last, moves):
     draw = random.Random(seed)
-    world = World(size, clients=draw.randint(1, len(people)), every=every, last=last)
+    mover = random.Random(seed) if moves else None
+    world = World(size, clients=draw.randint(1, len(people)), every=every, last=last, mover=mover)
     for number, (rank, parts) in enumerate(people):
         world.add(f"client{number}", rank % size, parts)
     quiet = 0
@@ -348,12 +379,14 @@ def test_all_replicas_hear_whether_the_server_means_to_be_back(back):
 
 def test_words_survive_the_way():
     words = [
-        State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4),
+        State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4, None, ("a", "b")),
         Presence({"a": 1.5, "b": 0.0}, 2, True),
         StopAsked(),
         Grant(4),
         WaitedFor(),
+        Stays("a", 2),
         Close(5, True, {"a": 9}, 3),
+        Close(5, True, {"a": 9}, 3, Move("a", 0, 2)),
         GoBack(3),
         Drain(),
         Stop(True),
@@ -361,6 +394,79 @@ def test_words_survive_the_way():
     ]
     assert [decode(encode(word)) for word in words] == words
     assert decode(encode(words[0])).phase is Phase.WHOLE
+
+
+def test_who_moves_takes_part_in_every_step_and_who_has_left_meanwhile_is_not_waited_for():
+    world = World(2, clients=3)
+    stays, goes, other = (world.add(name, rank, 5) for name, rank in (("stays", 0), ("goes", 0), ("other", 1)))
+    world.coordinator._choose = lambda step, movable: Move("goes", 0, 1) if step == 0 else None
+    world.places["goes"] = 1
+    for client in world.clients:
+        client.act(STEADY)
+    world.settle()
+    for client in world.clients:
+        client.act(STEADY)
+    world.settle()
+    assert (goes.rank, goes.stage) == (1, "away")
+    assert (stays.step, other.step) == (1, 1)
+    for client in (stays, other):
+        client.act(STEADY)
+        world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0], [0]]
+    goes.act(STEADY)
+    world.settle()
+    assert (goes.stage, goes.step) == ("in", 1)
+    # At the end of that step it is to go back, and pauses before it hears of it.
+    world.coordinator._choose = lambda step, movable: Move("goes", 1, 0) if step == 1 else None
+    goes.act(STEADY)
+    for rank in (0, 1):
+        while world.up[rank]:
+            world.deliver(rank, up=True)
+    goes.steps.pause(goes.session)
+    goes.stage = "paused"
+    world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0, 1], [0, 1]]
+    for client in (stays, other):
+        client.act(STEADY)
+    world.settle()
+    assert [[ledger.step for ledger in closed] for closed in world.closed] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
+    said: list = []
+    steps = ReplicaSteps(said.append, meetings=Meetings())
+    for session, client, moves in (("a", "ada", True), ("b", "ben", False), ("c1", "cleo", True), ("c2", "cleo", True)):
+        steps.enrol(session, client, moves=moves)
+    steps.hear(Grant(0))
+    steps.close()
+    for session, _ in steps.openings():
+        steps.done(session, StepDone(0, 0, 0, "continue"))
+    steps.close()
+    steps.openings()
+    assert said[-1].phase is Phase.WHOLE
+    assert said[-1].movable == ("ada",)
+
+
+def test_who_was_to_come_from_another_replica_is_not_waited_for_for_ever():
+    world = World(2, clients=2)
+    world.add("stays", 0, 3), world.add("goes", 0, 3)
+    world.coordinator._choose = lambda step, movable: Move("goes", 0, 1) if step == 0 else None
+    world.places["goes"] = 1
+    for _ in range(2):
+        for client in world.clients:
+            client.act(STEADY)
+        world.settle()
+    there = world.steps[1]
+    assert there.is_open
+    assert there.away(0.0) == 1
+    assert there.wake(10.0) == ARRIVAL - 10.0
+    assert there.overdue(ARRIVAL - 1) == []
+    assert there.overdue(ARRIVAL) == ["moved goes"]
+    there.drop("moved goes")
+    world.turn(1)
+    world.clients[0].act(STEADY)
+    world.settle()
+    assert [ledger.step for ledger in world.closed[0]] == [0, 1]
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\x91\x63", b"\x91\x00", b"\x98\x00\x00\x09\x00\x00\x00\x00\x00"])
