@@ -7,7 +7,7 @@ with that adapter and its optimizer, ``M`` being the newest step that the client
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from server_trunk.engine import Engine
 from server_trunk.ledger import Ledger
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.run_ledger import RunLedger
+from server_trunk.sharding.engines import LeadingEngine
+from server_trunk.sharding.training import whole_optimizer
 from splitfl.adapters.results import describe_part
 from splitfl.checkpoint import (
     checkpoint_directory,
     checkpoint_steps,
     client_directory,
+    in_shards,
     load_checkpoint,
     load_meta,
     prune_checkpoints,
@@ -62,6 +65,7 @@ class RunKeeper:
         self._config, self._model, self._identity, self._engine, self._log = config, model, identity, engine, log
         self._rounds, self._leads = rounds, leads
         self.training = engine.training
+        self._is_shared: bool | None = None  # whether all ranks of the trunk can write the run's checkpoints
         self.saved = -1  # the step of the newest checkpoint
         self.ledger = RunLedger()
 
@@ -102,20 +106,33 @@ class RunKeeper:
     def save(self, step: int) -> Path:
         """Write the checkpoint of a closed step, atomically; older ones beyond ``checkpoint_keep`` go."""
         config, training = self._config, self.training
-        tensors, extra = self._engine.state()
+        directory = checkpoint_directory(config.out_dir, step)
+        tensors, extra, write = self._contents(directory.parent)
         extra |= {"ledger": self.ledger.state()}
         if self._rounds is not None:
             extra |= self._rounds.state()
         meta = self._describe(step, config.lora)
         if isinstance(training, ClientTraining):
             meta["clients"] = self.save_clients(training) | training.elsewhere
-        directory = checkpoint_directory(config.out_dir, step)
-        save_checkpoint(directory, tensors, meta, extra)
+        save_checkpoint(directory, tensors, meta, extra, write=write)
         prune_checkpoints(config.out_dir, config.checkpoint_keep)
         prune_client_checkpoints(config.out_dir)
         self.saved = step
         self._log.write("checkpoint", step=step, directory=str(directory))
         return directory
+
+    def _contents(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Callable[[Path], dict[str, str]] | None]:
+        """As :func:`save_checkpoint` takes them: all that is trained; or, of several ranks, what writes that in shards.
+
+        A LoRA is small, and gathered.
+        """
+        engine = self._engine
+        if isinstance(engine, LeadingEngine) and self._config.trainables == "full":
+            if self._is_shared is None:
+                self._is_shared = engine.shares(folder)
+            if self._is_shared:
+                return {}, engine.outline(), engine.write
+        return *engine.state(), None
 
     def save_clients(self, training: ClientTraining) -> dict[str, int]:
         """Write each adapter that has moved since it was written last; returns the step of each client's checkpoint. Those that
@@ -187,7 +204,7 @@ class RunKeeper:
 
     def _read(self, step: int) -> tuple[Checkpoint, dict[str, Checkpoint]]:
         out = self._config.out_dir
-        main = load_checkpoint(checkpoint_directory(out, step))
+        main = load_checkpoint(checkpoint_directory(out, step), shards=not isinstance(self._engine, LeadingEngine))
         named: Mapping[str, int] = main[1].get("clients") or {}
         return main, {client: self._read_client(client, own) for client, own in named.items()}
 
@@ -226,18 +243,24 @@ class RunKeeper:
 
     def _load(self, main: Checkpoint, clients: Mapping[str, Checkpoint]) -> None:
         training = self.training
-        tensors, _, extra = main
+        tensors, meta, extra = main
         state = {name: unpack_state(content) for name, content in extra.items()}
         self.ledger = RunLedger.from_state(state["ledger"]) if "ledger" in state else RunLedger()
-        training.load(tensors, state)
+        directory = checkpoint_directory(self._config.out_dir, meta["step"])
+        if not in_shards(directory):
+            training.load(tensors, state)
+        elif isinstance(self._engine, LeadingEngine):
+            self._engine.read(directory, state["optimizer"])
+        else:
+            training.load(tensors, {"optimizer": whole_optimizer(directory, state["optimizer"])})
         torch.set_rng_state(state["generator"])
         if self._rounds is not None:
             self._rounds.load(state)
-        for client, (weights, meta, files) in clients.items():
+        for client, (weights, about, files) in clients.items():
             assert isinstance(training, ClientTraining), "checked before"
-            training.recall(client, meta)
+            training.recall(client, about)
             if self._holds(client):
                 own = {name: unpack_state(content) for name, content in files.items()}
-                training.load_client(client, weights, own, meta, meta["step"])
+                training.load_client(client, weights, own, about, about["step"])
         if isinstance(training, ClientTraining) and not training.holds_all:
-            training.elsewhere = {client: meta["step"] for client, (_, meta, _) in clients.items()}
+            training.elsewhere = {client: about["step"] for client, (_, about, _) in clients.items()}

@@ -3,7 +3,8 @@
 A run directory holds ``checkpoints/step-00000042/``; where each client has an adapter of its own,
 ``clients/NAME/checkpoints/step-00000042/`` too. Each checkpoint holds
 
-- ``trainables.safetensors``: the trained tensors by their names in the full model;
+- ``trainables.safetensors``: the trained tensors by their names in the full model; or, where they lie on several ranks,
+  ``trainables/``, in files of each rank's own parts (:mod:`splitfl.shard_files`), beside further directories of that kind;
 - ``checkpoint.json``: what the caller wants known (step, model, cut, ...), and size and SHA-256 of every other file;
 - any further files the caller hands over as bytes: optimizer state, random state, data position.
 
@@ -31,9 +32,11 @@ from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor
 
 from splitfl.errors import CheckpointError
+from splitfl.shard_files import read_whole
 
 FORMAT = 1
 TENSORS = "trainables.safetensors"
+SHARDS = "trainables"
 DESCRIPTION = "checkpoint.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -109,8 +112,13 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     meta: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
+    *,
+    write: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> None:
     """Write one checkpoint directory, atomically; an older checkpoint of the same name is replaced.
+
+    ``write``: writes shards in place of ``tensors``, into directories of the one it is given, which is not yet where it will be;
+    returns the SHA-256 of each file by its path there.
 
     ``tensors``: any device, any dtype, no two sharing memory. ``meta``: plain JSON values. ``extra``: content by
     file name; bytes as they are, anything else as :func:`pack_state` has it, but written without a copy in memory.
@@ -122,20 +130,27 @@ def save_checkpoint(
     meta = json.loads(json.dumps(meta, allow_nan=False))
     text = json.dumps(meta, allow_nan=False, sort_keys=True)
     with write_directory_atomically(directory, overwrite=True) as temporary:
-        save_tensors(temporary / TENSORS, tensors)
+        digests = dict(write(temporary)) if write is not None else {}
+        if write is None:
+            save_tensors(temporary / TENSORS, tensors)
         for name, content in (extra or {}).items():
             if isinstance(content, bytes):
                 (temporary / name).write_bytes(content)
             else:
                 tensors_of_state, structure = _take_apart(content)
                 save_file(tensors_of_state, temporary / name, metadata=structure)
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(temporary.iterdir())}
+        digests |= {file.name: file_digest(file) for file in temporary.iterdir() if file.is_file()}
+        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())}
         description = {"format": FORMAT, "meta": meta, "files": files, "meta_sha256": _text_digest(text)}
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+def load_checkpoint(
+    directory: str | os.PathLike[str], *, shards: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
     """Read one checkpoint directory: ``(tensors, meta, extra)`` as :func:`save_checkpoint` was given them.
+
+    Of a checkpoint in shards the tensors are made whole, or, without ``shards``, left where they are.
 
     Raises ``CheckpointError`` where a file is missing, of another size, or of another digest than at saving.
     """
@@ -148,9 +163,16 @@ def load_checkpoint(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor
             raise CheckpointError(f"The checkpoint {directory} is incomplete, {name} is missing: use another one.")
         if file.stat().st_size != stated["bytes"] or file_digest(file) != stated["sha256"]:
             raise CheckpointError(f"The checkpoint {directory} is damaged, {name} is not as it was saved: use another one.")
-        if name != TENSORS:
+        if name != TENSORS and "/" not in name:
             extra[name] = file.read_bytes()
-    return load_tensors(directory / TENSORS), meta, extra
+    if TENSORS in files:
+        return load_tensors(directory / TENSORS), meta, extra
+    return read_whole(directory / SHARDS) if shards else {}, meta, extra
+
+
+def in_shards(directory: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint's tensors were written in shards."""
+    return (Path(directory) / SHARDS).is_dir()
 
 
 def load_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -171,12 +193,19 @@ def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             )
         meta, files = description["meta"], description["files"]
         intact = description["meta_sha256"] == _text_digest(json.dumps(meta, allow_nan=False, sort_keys=True))
-        names_ok = all(Path(name).name == name and {"bytes", "sha256"} <= set(entry) for name, entry in files.items())
+        names_ok = all(_stays_inside(name) and {"bytes", "sha256"} <= set(entry) for name, entry in files.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint {directory} is damaged, {DESCRIPTION} cannot be read: use another one.") from error
-    if not intact or not names_ok or TENSORS not in files:
+    has_tensors = TENSORS in files or any(name.startswith(f"{SHARDS}/") for name in files)
+    if not intact or not names_ok or not has_tensors:
         raise CheckpointError(f"The checkpoint {directory} is damaged, {DESCRIPTION} is not as it was saved: use another one.")
     return meta, files
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether it is a file of the checkpoint's, or of a directory in it."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(Path(part).name == part for part in parts)
 
 
 # --- The checkpoints of a run. ----------------------------------------------------------------------------------------
@@ -358,11 +387,13 @@ def _text_digest(text: str) -> str:
 
 
 __all__ = [
+    "SHARDS",
     "checkpoint_directory",
     "checkpoint_steps",
     "client_directory",
     "clients_of",
     "file_digest",
+    "in_shards",
     "load_checkpoint",
     "load_meta",
     "load_tensors",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from server_trunk.engine import Engine
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.sharding.engines import follow
 from server_trunk.sharding.group import ShardGroup, join_shards
+from server_trunk.sharding.training import whole_optimizer
+from splitfl.checkpoint import load_checkpoint, save_checkpoint, unpack_state
 from splitfl.config import build_config
 from splitfl.errors import SplitflError
 from splitfl.protocol.messages import Backward, Forward
@@ -96,6 +99,24 @@ def failing(engine: Engine) -> str:
     return "nothing"
 
 
+def kept_in_shards(engine: Any) -> float:
+    """How far what is written in shards is from what was there, read by these ranks and made whole by one process."""
+    weights, extra = engine.state()
+    with tempfile.TemporaryDirectory() as folder:
+        assert engine.shares(Path(folder))
+        save_checkpoint(Path(folder) / "kept", {}, {}, engine.outline(), write=engine.write)
+        whole, _, files = load_checkpoint(Path(folder) / "kept")
+        outline = unpack_state(files["optimizer"])
+        optimizer = {"optimizer": whole_optimizer(Path(folder) / "kept", outline)}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        engine.training.load(zeros, {"optimizer": {"state": {}, "param_groups": outline["param_groups"]}})
+        engine.read(Path(folder) / "kept", outline)
+    again, extra_again = engine.state()
+    assert extra_again["optimizer"]["param_groups"] == extra["optimizer"]["param_groups"]
+    pairs = ((whole, weights), (moments(optimizer), moments(extra)), (again, weights), (moments(extra_again), moments(extra)))
+    return sum(farthest(mine, theirs) for mine, theirs in pairs)
+
+
 def bytes_of(model: torch.nn.Module) -> int:
     """Memory of all parameters on this rank, of the frozen ones alone."""
     return sum(local_of(p).untyped_storage().nbytes() for n, p in model.named_parameters() if ".lora_" not in n)
@@ -146,6 +167,7 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
     found, (weights, extra) = worked(trunk.engine)
     trunk.engine.training.load(weights, extra)
     again, extra_again = trunk.engine.state()
+    kept = kept_in_shards(trunk.engine) if plain.trainables == "full" else 0.0
     trunk.engine.stop()  # type: ignore[attr-defined]
     alone = Trunk(plain, torch.device("cpu"), AdapterBook(plain))
     reference, (weights_alone, extra_alone) = worked(alone.engine)
@@ -159,6 +181,7 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
             float(tensor.norm()) for name, tensor in weights_alone.items() if ".lora_B." in name or ".lora_" not in name
         ),
         "resumed": farthest(again, weights) + farthest(moments(extra_again), moments(extra)),
+        "kept": kept,
         "bytes": [held / bytes_of(alone.model) for held in bytes_held],
     }
 

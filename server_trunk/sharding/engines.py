@@ -9,7 +9,9 @@ the batch.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -75,14 +77,43 @@ class LeadingEngine(Engine):
         self._send({"do": "close", "step": step, "targets": dict(targets)})
         return self._together("close", lambda: super(LeadingEngine, self).close_step(step, targets))
 
-    def train(self, what: str, *values: Any) -> None:
-        """Call a method of the training, on all ranks; ``values`` are plain."""
+    def train(self, what: str, *values: Any) -> Any:
+        """Call a method of the training, on all ranks; ``values`` are plain. Returns what it returns here."""
         self._send({"do": "train", "what": what, "values": values})
-        self._together(what, lambda: getattr(self.training, what)(*values))
+        return self._together(what, lambda: getattr(self.training, what)(*values))
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         self._send({"do": "state"})
         return self._together("state", super().state)
+
+    # --- checkpoints in shards --------------------------------------------------------------------------------------------------
+
+    def shares(self, folder: Path) -> bool:
+        """Whether all ranks can write there: they are on one machine, or have the folder in common."""
+        folder.mkdir(parents=True, exist_ok=True)
+        sign = folder / f".shared-{secrets.token_hex(4)}"
+        sign.touch()
+        try:
+            return all(self.train("sees", str(sign)))
+        finally:
+            sign.unlink()
+
+    def outline(self) -> dict[str, Any]:
+        """What a checkpoint holds beside what :meth:`write` has written."""
+        return {"optimizer": self.training.outline(), "generator": torch.get_rng_state()}  # type: ignore[attr-defined]
+
+    def write(self, directory: Path) -> dict[str, str]:
+        """Each rank's own part of what is trained, with its optimizer's moments, into directories there.
+
+        Returns the SHA-256 of all files by their path below ``directory``.
+        """
+        digests: dict[str, str] = self.train("write", str(directory))
+        return digests
+
+    def read(self, directory: Path, outline: Mapping[str, Any]) -> None:
+        """Take back what :meth:`write` and :meth:`outline` gave, on any number of ranks."""
+        steps = {index: float(entry["step"]) for index, entry in outline["state"].items()}
+        self.train("read", str(directory), {"steps": steps, "param_groups": outline["param_groups"]})
 
     @staticmethod
     def is_lost(error: Exception) -> bool:

@@ -100,6 +100,17 @@ class ShardGroup:
         _guarded(lambda: dist.all_gather(votes, torch.tensor([int(well)]), group=self._votes))
         return [bool(int(vote)) for vote in votes]
 
+    @property
+    def patient(self) -> Any:
+        """A process group of all ranks for what may take long, in host memory."""
+        return self._commands
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of every rank. Raises GroupLost."""
+        found: list[Any] = [None] * self.size
+        _guarded(lambda: dist.all_gather_object(found, value, group=self._commands))
+        return found
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; host memory or the device's. Raises GroupLost."""
         group = self._votes if tensor.device.type == "cpu" else self.mesh_group

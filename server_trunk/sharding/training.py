@@ -1,12 +1,14 @@
 """All clients train one set of parameters that lie on several ranks.
 
-A rank's AdamW steps what that rank holds, as plain tensors; only the norm of the gradient is everybody's. A checkpoint is as of
-one process: whole tensors, gathered one at a time to the leader. So a run goes on with any number of ranks.
+A rank's AdamW steps what that rank holds, as plain tensors; only the norm of the gradient is everybody's. A checkpoint is either
+as of one process, whole tensors gathered one at a time to the leader, or in shards, of which each rank writes its own. From both
+a run goes on with any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,15 @@ from torch.nn import Parameter
 from server_trunk.sharding.group import ShardGroup
 from server_trunk.training import SharedTraining
 from splitfl.adapters.trainables import check_fits
+from splitfl.checkpoint import SHARDS, file_digest
 from splitfl.config import OptimizerSettings
 from splitfl.parts.sharded import plan_style
 from splitfl.parts.trunk import find_trunk
+from splitfl.shard_files import can_write_shards, read_shards, read_whole, write_shards
 from splitfl.shards import in_shards, like_shard, local_of, part_of, put, whole_of
 from splitfl.tensors import DTYPES, dtype_name
 
-__all__ = ["ShardedTraining"]
+__all__ = ["ShardedTraining", "whole_optimizer"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -115,11 +119,69 @@ class ShardedTraining(SharedTraining):
         # A follower lets it go at once: no more than one whole tensor is ever there.
         return whole.cpu() if self._group.leads else torch.empty(0)
 
+    def sees(self, file: str) -> list[bool]:
+        """Whether each rank finds what the leader has put there, and could write beside it."""
+        return self._group.vote(can_write_shards() and Path(file).exists())
+
+    def outline(self) -> dict[str, Any]:
+        """The optimizer's state without its moments; ``names``: of the parameters, by their numbers there."""
+        assert self.optimizer is not None
+        state = self.optimizer.state_dict()
+        steps = {index: {"step": entry["step"]} for index, entry in state["state"].items()}
+        return {"state": steps, "param_groups": state["param_groups"], "names": self._names()}
+
+    def write(self, directory: str) -> dict[str, str]:
+        """On all ranks: the weights and moments, each rank's own parts, into directories there.
+
+        Returns the SHA-256 of all files by their path below ``directory``; each rank has read its own.
+        """
+        tensors = {name: parameter.detach() for name, parameter in self.trainables.items()}
+        mine = write_shards(Path(directory) / SHARDS, tensors, self._group.patient)
+        for key in _MOMENTS:
+            mine += write_shards(Path(directory) / key, self._moments(key), self._group.patient)
+        digests = {file.relative_to(directory).as_posix(): file_digest(file) for file in mine}
+        return {name: digest for each in self._group.gather(digests) for name, digest in each.items()}
+
+    def read(self, directory: str, optimizer: Mapping[str, Any]) -> None:
+        """On all ranks: take back what :meth:`write` has written, on any number of ranks; each reads its own parts.
+
+        ``optimizer``: its ``steps`` by the parameters' numbers, and ``param_groups``.
+        """
+        read_shards(Path(directory) / SHARDS, {name: p.detach() for name, p in self.trainables.items()}, self._group.patient)
+        if self.optimizer is None:
+            return
+        groups = [{**group, "betas": tuple(group["betas"])} for group in optimizer["param_groups"]]
+        empty = {
+            index: {"step": torch.tensor(optimizer["steps"][index])}
+            | {key: torch.zeros_like(local_of(parameter)) for key in _MOMENTS}
+            for index, parameter in enumerate(self._in_order())
+            if index in optimizer["steps"]
+        }
+        self.optimizer.load_state_dict({"state": empty, "param_groups": groups})
+        for key in _MOMENTS:
+            read_shards(Path(directory) / key, self._moments(key), self._group.patient)
+
+    def _moments(self, key: str) -> dict[str, torch.Tensor]:
+        """One moment of each parameter that has one, where it lies on the ranks, by the parameter's name."""
+        assert self.optimizer is not None
+        held = zip(self._names(), self._in_order(), self._stepped_in_order(), strict=True)
+        state = self.optimizer.state
+        return {name: like_shard(state[own][key], parameter) for name, parameter, own in held if state.get(own)}
+
+    def _names(self) -> list[str]:
+        """As :meth:`_in_order`."""
+        names = {id(parameter): name for name, parameter in self.trainables.items()}
+        return [names[id(parameter)] for parameter in self._in_order()]
+
+    def _stepped_in_order(self) -> list[Parameter]:
+        assert self.optimizer is not None
+        return [own for group in self.optimizer.param_groups for own in group["params"]]
+
     def _in_order(self) -> list[Parameter]:
         """The parameters by their numbers in the optimizer's state."""
         assert self.optimizer is not None
         origin = {id(own): parameter for own, parameter in zip(self._stepped, self._parameters, strict=True)}
-        return [origin[id(own)] for group in self.optimizer.param_groups for own in group["params"]]
+        return [origin[id(own)] for own in self._stepped_in_order()]
 
     def load(self, tensors: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> None:
         """On the leader: put a checkpoint's values into every rank's part."""
@@ -160,6 +222,15 @@ class ShardedTraining(SharedTraining):
         whole: torch.Tensor = torch.empty(shape, dtype=DTYPES[dtype]) if mine is None else mine.contiguous()
         self._group.broadcast(whole.view(torch.uint8))
         return whole
+
+
+def whole_optimizer(directory: Path, outline: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one process's optimizer, of a checkpoint in shards."""
+    state = outline["state"]
+    moments = {key: read_whole(directory / key) for key in _MOMENTS} if state else {}
+    names = outline["names"]
+    whole = {index: {**entry, **{key: found[names[index]] for key, found in moments.items()}} for index, entry in state.items()}
+    return {"state": whole, "param_groups": outline["param_groups"]}
 
 
 def _laid_out_as(parameter: Any) -> Any:

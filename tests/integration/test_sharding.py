@@ -55,6 +55,7 @@ def assert_equal(found: dict[str, Any]) -> None:
     # What fails alike on all ranks fails that batch, not the group, and nothing after it.
     assert found["failed"] == "RuntimeError"
     assert found["resumed"] == 0
+    assert found["kept"] == 0
     # Norms lie whole on each rank of a tensor-parallel trunk; the rest is halved.
     assert all(0.45 <= share <= 0.56 for share in found["bytes"])
 

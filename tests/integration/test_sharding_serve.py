@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from splitfl.checkpoint import checkpoint_steps, load_tensors
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, in_shards, load_tensors
 from splitfl.cli import main
 from splitfl.protocol.keys import write_identity
 from splitfl.sample import build_sample_model
@@ -116,25 +116,65 @@ def test_a_client_is_served_as_by_one_process(served):
 
 @pytest.mark.slow
 def test_a_run_goes_on_spread_otherwise(served):
-    """Two steps tensor-parallel, one fully sharded, one by one process; against the same by one process."""
-    spread = {"sharded": ("tensor", "fsdp", "none"), "alone": ("none", "none", "none")}
-    for name, kinds in spread.items():
-        for part, kind in enumerate(kinds):
-            settings = ("--shard", kind, "--shard-size", 1 if kind == "none" else 2, *(("--resume",) if part else ()))
-            server, join = served.serve(name, "--trainables", "full", *settings, ranks=kind != "none")
+    """Two steps tensor-parallel, one by two fully sharded replicas, one by one process; against the same by one process."""
+    whole = ("--shard", "none", "--shard-size", 1)
+    spread = {
+        "sharded": (
+            ("--shard", "tensor", "--shard-size", 2),
+            ("--shard", "fsdp", "--shard-size", 2, "--mode", "hierarchical", "--replicas", 2),
+            whole,
+        ),
+        "alone": (whole,) * 3,
+    }
+    for name, parts in spread.items():
+        for part, settings in enumerate(parts):
+            again = ("--resume",) if part else ()
+            server, join = served.serve(name, "--trainables", "full", "--checkpoint-keep", 9, *settings, *again, ranks=False)
             served.train(join, f"{name}{part}", 2 if part == 0 else 1)
             assert finish(server)[0] == 0
     assert_same_run(served, *spread, 4)
+    steps = checkpoint_steps(served.work / "sharded")
+    assert [in_shards(checkpoint_directory(served.work / "sharded", step)) for step in steps] == [True, True, False]
+    assert_same_results(served, *spread, steps[1])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_shards_that_is_damaged_is_passed_over(served):
+    settings = ("--shard", "fsdp", "--shard-size", 2, "--trainables", "full", "--checkpoint-every", 1)
+    server, join = served.serve("sharded", *settings, ranks=False)
+    served.train(join, "ends", 5)
+    assert finish(server)[0] == 0
+    assert checkpoint_steps(served.work / "sharded") == [2, 3, 4]  # older ones are gone, with all their files
+    newest, before = (checkpoint_directory(served.work / "sharded", step) for step in (4, 3))
+    part = newest / "exp_avg" / "shard-00002-model-00001-of-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    (before / "trainables" / part.name).unlink()
+    assert main(["export", str(served.work / "sharded"), str(served.work / "result")]) == 2
+    server, join = served.serve("sharded", *settings, "--resume", ranks=False)
+    served.train(join, "again", 1)
+    assert finish(server)[0] == 0
+    said = [event["error"] for event in served.events("sharded", "checkpoint-damaged")]
+    assert "exp_avg/shard-00002" in said[0]
+    assert "is missing" in said[1]
+    assert served.events("sharded", "resumed")[-1]["step"] == 2
+    assert served.events("sharded", "step")[-1]["step"] == 3
 
 
 def assert_same_run(served: Served, one: str, other: str, steps: int) -> None:
     norms = [[event["grad_norm"] for event in served.events(name, "step")] for name in (one, other)]
     assert len(norms[0]) == steps
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert_same_results(served, one, other, steps - 1)
+
+
+def assert_same_results(served: Served, one: str, other: str, step: int) -> None:
     exported = []
     for name in (one, other):
-        assert main(["export", str(served.work / name), str(served.work / f"{name}-trunk")]) == 0
-        (file,) = (served.work / f"{name}-trunk").glob("*.safetensors")
+        result = served.work / f"{name}-{step}"
+        assert main(["export", str(served.work / name), str(result), "--step", str(step)]) == 0
+        (file,) = result.glob("*.safetensors")
         exported.append(load_tensors(file))
     assert exported[0].keys() == exported[1].keys()
     assert all(float((mine - exported[1][key]).norm()) <= 1e-5 * float(mine.norm()) for key, mine in exported[0].items())
