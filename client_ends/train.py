@@ -203,6 +203,7 @@ class _Run:
                 except RunComplete:
                     if not self.losses and not settings.resume:
                         raise
+                    self.session.settle_round()  # the average that the last step ended with is this client's too
                     break  # joined late, or others were faster
                 except RunWentBack as back:
                     self._go_back(back.step)
