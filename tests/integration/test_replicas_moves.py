@@ -12,11 +12,25 @@ from client_ends.train import prepare_ends
 from splitfl.adapters import named_trainables
 from splitfl.config import LoraSettings
 from splitfl.optimizer import build_optimizer
-from tests.integration.test_equality import ENDS, TRUNK, Outcome, assert_equal, snapshot, story_batches, train_central
+from tests.integration.test_client_adapters import ASKED, SETTINGS, worst
+from tests.integration.test_equality import (
+    ENDS,
+    LOSS,
+    TRUNK,
+    WEIGHTS,
+    Outcome,
+    assert_equal,
+    fraction_of,
+    snapshot,
+    story_batches,
+    train_central,
+)
+from tests.integration.test_replicas_adapters import kept
 from tests.replicas import Replicas, serving
-from tests.world import side_by_side
+from tests.world import World, running, side_by_side
 
 CLIENTS, MOST = 4, 300
+ORDER = (1, 0, 3, 2)  # of arrival: both heavy ones are on the first replica
 
 
 def uneven_batches(data):
@@ -60,8 +74,7 @@ def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tm
         return losses, snapshot(model)
 
     with serving(replicas):
-        # So both heavy ones are on the first replica.
-        splits = {index: replicas.join_as(index) for index in (1, 0, 3, 2)}
+        splits = {index: replicas.join_as(index) for index in ORDER}
         results = side_by_side(CLIENTS, client)
     moved = [event["client"] for event in replicas.events("moved")]
     assert len(moved) == 1
@@ -73,3 +86,49 @@ def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tm
     start, theirs = train_central(replicas, [batches[step % len(batches)] for step in range(len(losses))], "lora")
     assert_equal(mine, theirs, start)
     assert all(event["targets"] == replicas.events("step", 1)[at]["targets"] for at, event in enumerate(replicas.events("step")))
+
+
+@pytest.mark.slow
+def test_an_adapter_moves_along_with_its_client(tmp_path, data, stories):
+    batches = uneven_batches(data)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    settings = SETTINGS | {"optimizer.steps": MOST}
+    many = Replicas(tmp_path / "many", stories, 2, CLIENTS, checkpoint_every=3, **settings)
+    one = World(tmp_path / "one", stories, CLIENTS, **settings)
+    barrier, until = threading.Barrier(CLIENTS), [MOST]
+
+    def train(split, index: int, *, moved: bool):
+        losses = []
+        for step in itertools.count():
+            barrier.wait(100)
+            if moved and index == 0 and step and until[0] == MOST and many.events("moved"):
+                until[0] = step + 5
+            barrier.wait(100)
+            if step >= until[0]:
+                break
+            loss = split.train()(**batches[step % len(batches)][index]).loss
+            loss.backward()
+            split.step()
+            losses.append(float(loss.detach()))
+        split.wait_step()
+        split.close()
+        return losses
+
+    for server, moved in ((many, True), (one, False)):
+        with serving(many) if moved else running(one):
+            splits = {index: server.join_as(index, adapter=ASKED[index % 3]) for index in ORDER}
+            for split in splits.values():
+                split.requires_grad_(False)
+            found = side_by_side(CLIENTS, lambda index, s=splits, m=moved: train(s[index], index, moved=m))
+        if moved:
+            mine = found
+    assert len(many.events("moved")) == 1
+    assert many.events("moved")[0]["after"] % 3 == 2
+    assert len(many.events("joined", 1)) == 3
+    for ours, theirs in zip(mine, found, strict=True):
+        assert worst(ours, theirs) <= LOSS
+    for client, weights in kept(many.out).items():
+        theirs = kept(one.config.out_dir)[client]
+        start = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        assert fraction_of(weights, theirs, start) <= WEIGHTS
