@@ -8,8 +8,8 @@ from server_trunk.replicas.words import Move
 
 __all__ = ["Assignment"]
 
-#: A client is moved where that takes this share off the greatest load, and not again for so many steps: its new session costs
-#: a handshake, during which a step stands still.
+#: A client is moved where that takes this share off the greatest load, and once it has been where it is for so many steps: a few
+#: do not say what it brings, and its new session costs a handshake, during which a step stands still.
 WORTH, REST = 0.2, 20
 
 
@@ -22,7 +22,7 @@ class Assignment:
         self.places: dict[str, int] = {}  # by client, kept while the replica lives
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
         self._coming: dict[str, float] = {}  # assigned, not seen there yet: what they bring, 0 where that is unknown
-        self._moved: dict[str, int] = {}  # by client: after which step it was moved
+        self._since: dict[str, int] = {}  # by client: the step after which it was moved, or could first have been
 
     def hear(self, rank: int, tokens: Mapping[str, float]) -> None:
         """Who is at a replica, and the tokens a step of each; 0 where it has not trained yet."""
@@ -47,19 +47,21 @@ class Assignment:
         """Who of the ``movable`` clients of each replica is to go from the most to the least loaded one after ``step``, if that
         is worth it; from now on it belongs there.
         """
+        for client in (each for clients in movable for each in clients):
+            self._since.setdefault(client, step)
         loads = self._loads()
         origin, target = loads.index(max(loads)), loads.index(min(loads))
         present = self._present[origin]
         worth = [
             (max(loads[origin] - present[client], loads[target] + present[client]), client)
             for client in movable[origin]
-            if present.get(client) and step - self._moved.get(client, -REST) >= REST
+            if present.get(client) and step - self._since[client] >= REST
         ]
         lowest, client = min(worth, default=(loads[origin], ""))
         if origin == target or lowest > (1 - WORTH) * loads[origin]:
             return None
         self._present[origin] = {other: each for other, each in present.items() if other != client}
-        self.places[client], self._moved[client], self._coming[client] = target, step, present[client]
+        self.places[client], self._since[client], self._coming[client] = target, step, present[client]
         return Move(client, origin, target)
 
     def _loads(self) -> list[float]:

@@ -57,20 +57,21 @@ def test_a_client_moves_where_that_spreads_the_load_and_rests_then():
     assignment.hear(0, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0})
     assert assignment.rebalance(0, ["abcd", ""]) is None  # nobody knows yet what they bring
     assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})
-    assert assignment.rebalance(1, ["abc", ""]) == Move("a", 0, 1)
+    assert assignment.rebalance(REST - 1, ["abcd", ""]) is None  # a few steps say little
+    assert assignment.rebalance(REST, ["abc", ""]) == Move("a", 0, 1)
     assert assignment.place("a") == 1
     assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})  # said before it went
-    assert assignment.rebalance(2, ["bcd", ""]) == Move("b", 0, 1)
-    assert assignment.rebalance(3, ["cd", "ab"]) is None
+    assert assignment.rebalance(REST + 1, ["bcd", ""]) == Move("b", 0, 1)
+    assert assignment.rebalance(REST + 2, ["cd", "ab"]) is None
     assignment.hear(1, {"a": 0.0, "b": 0.0})  # there, and not trained yet
-    assert assignment.rebalance(4, ["cd", "ab"]) is None
+    assert assignment.rebalance(REST + 3, ["cd", "ab"]) is None
     assignment.hear(1, {"a": 100.0, "b": 100.0})
     assignment.hear(0, {"c": 10.0, "d": 10.0})
-    assert assignment.rebalance(REST, ["cd", "ab"]) is None
-    assert assignment.rebalance(REST + 1, ["cd", "ab"]) == Move("a", 1, 0)
+    assert assignment.rebalance(2 * REST - 1, ["cd", "ab"]) is None
+    assert assignment.rebalance(2 * REST, ["cd", "ab"]) == Move("a", 1, 0)
     assignment.hear(0, {"c": 10.0, "d": 10.0, "a": 100.0})
     assignment.hear(1, {"b": 100.0})
-    assert assignment.rebalance(3 * REST, ["acd", "b"]) is None  # not worth it
+    assert assignment.rebalance(5 * REST, ["acd", "b"]) is None  # not worth it
 
 
 def test_replicas_meet_after_so_many_steps_and_at_the_end():
