@@ -38,7 +38,8 @@ def wait_for_step(replicas: Replicas, step: int) -> None:
     wait_until(lambda: log.exists() and any(event["step"] >= step for event in replicas.events("checkpoint")), 120)
 
 
-def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories):
+def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories, monkeypatch):
+    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)  # seconds between attempts
     steps = 6
     batches = story_batches(data, CLIENTS, steps=steps)
     replicas = Replicas(tmp_path, stories, 2, CLIENTS, trainables="lora", **KEPT, **TRUNK)
