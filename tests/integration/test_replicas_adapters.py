@@ -21,7 +21,8 @@ def kept(run):
     }
 
 
-@pytest.mark.parametrize("then", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [1, 3])
 def test_each_adapter_is_where_its_client_is_and_equals_that_of_one_server(tmp_path, data, stories, then):
     steps = story_batches(data, CLIENTS, steps=STEPS)
     own = [[step[client] for step in steps] for client in range(CLIENTS)]

@@ -42,7 +42,8 @@ def uneven_batches(data):
     ]
 
 
-@pytest.mark.parametrize("on_loss", ["drop", pytest.param("wait", marks=pytest.mark.slow)])
+@pytest.mark.slow  # moves among random words are under test in test_replicas_steps.py
+@pytest.mark.parametrize("on_loss", ["drop", "wait"])
 def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tmp_path, data, stories, on_loss):
     batches = uneven_batches(data)
     replicas = Replicas(tmp_path, stories, 2, CLIENTS, on_loss=on_loss, **TRUNK)

@@ -103,6 +103,7 @@ def served(tmp_path) -> Iterator[Served]:
     made.end()
 
 
+@pytest.mark.slow  # the ranks alone are under test in test_sharding.py
 def test_a_client_is_served_as_by_one_process(served):
     server, join = served.serve("sharded", "--shard", "tensor", "--shard-size", 2, ranks=False)
     served.train(join, "ends", 2)
