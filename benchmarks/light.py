@@ -101,7 +101,7 @@ def record(pipe: Connection, model_dir: str, work: str, settings: dict[str, Any]
 def open_sessions(joins: Sequence[str], keys: Sequence[str], *, timeout: float = 60.0) -> list[Any]:
     """A :class:`client_ends.session.TrunkSession` for each key, of clients that say they hold the run's own model."""
     from client_ends.session import TrunkSession
-    from splitfl.channel.client import OpenTerms
+    from splitfl.channel.opening import OpenTerms
     from splitfl.parts.cut import Cut
     from splitfl.protocol.join import JoinString
     from splitfl.protocol.keys import read_identity

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.relay import Relay, free_port
-from splitfl.channel.client import ClientChannel, OpenTerms
+from splitfl.channel.client import ClientChannel
+from splitfl.channel.opening import OpenTerms
 from splitfl.channel.server import ServerChannel
 from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.join import JoinString

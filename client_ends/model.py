@@ -20,7 +20,7 @@ from client_ends.remote import RemoteTrunk
 from client_ends.rounds import EndsRounds
 from client_ends.session import TrunkSession
 from splitfl.adapters import named_trainables
-from splitfl.channel.client import OpenTerms
+from splitfl.channel.opening import OpenTerms
 from splitfl.errors import ConfigError, ModelError, UserError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare, model_identity

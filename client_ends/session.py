@@ -14,7 +14,8 @@ import torch
 
 from client_ends.micro import Micro
 from client_ends.reconnecting import Reconnecting
-from splitfl.channel.client import ClientChannel, OnLost, OpenTerms
+from splitfl.channel.client import ClientChannel, OnLost
+from splitfl.channel.opening import OpenTerms
 from splitfl.errors import (
     LocalProtocolError,
     RemoteProtocolError,

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-import platform
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfl.channel.datapath import DataPath, data_address
+from splitfl.channel.opening import Opening, OpenTerms, follow
 from splitfl.channel.timing import Timing
-from splitfl.errors import ConnectError, LocalProtocolError, Refused, RemoteProtocolError, SessionLost, SplitflError
+from splitfl.errors import ConnectError, LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError
 from splitfl.protocol.assembly import Allocate, payload_view
-from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
+from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
-    PROTOCOL_VERSION,
     Attach,
     Attached,
     Bye,
@@ -31,14 +27,11 @@ from splitfl.protocol.messages import (
     DataMessage,
     Fault,
     Heartbeat,
-    Hello,
     Leave,
     Opened,
     OtherVersionError,
-    Redirect,
     Welcome,
 )
-from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.protocol.records import OVERHEAD_BYTES
 from splitfl.protocol.session import ClientSession, State
 from splitfl.transport import wording
@@ -52,39 +45,11 @@ OnControl = Callable[[ControlMessage], None]
 OnLost = Callable[[SplitflError], None]
 
 
-@dataclass(frozen=True)
-class OpenTerms:
-    """What the client says of itself after it has checked the run's configuration; see
-    :class:`splitfl.protocol.messages.Open`.
-    """
-
-    model: dict[str, Any]
-    cut: tuple[int, int]
-    adapter: dict[str, Any] = field(default_factory=dict)
-    replaces: str = ""
-
-
-class _Elsewhere(ConnectError):
-    """The server has answered Open with another address."""
-
-    def __init__(self, redirect: Redirect) -> None:
-        super().__init__("the server sends this client to another address")
-        self.host, self.port = redirect.host, redirect.port
-
-
-def _same_terms(welcome: Welcome, config: dict[str, Any], terms: OpenTerms) -> OpenTerms:
-    """What was checked against one endpoint's configuration holds at the next, if that is the same."""
-    if welcome.config != config:
-        raise ConnectError("the server's endpoints have different configurations: ask the operator to start all alike")
-    return terms
-
-
 class ClientChannel:
     """An open session. Made by :meth:`open`; ``send``, ``tell`` and ``close`` may be called from any thread."""
 
     welcome: Welcome
     opened: Opened
-    _terms: OpenTerms
     _thread: threading.Thread
 
     @classmethod
@@ -118,35 +83,21 @@ class ClientChannel:
         ``timeout``: seconds that any one answer of the server may take. ``aead_factory`` is for benchmarks and tests.
         Raises Refused (the server said no), ConnectError (it could not be reached or is another), RemoteProtocolError.
         """
-        callbacks, timing = (allocate, on_data, on_control, on_lost), timing or Timing()
+        callbacks = (allocate, on_data, on_control, on_lost)
 
-        def made(join: JoinString, transport: ClientTransport) -> ClientChannel:
-            return cls(join, identity, name, libraries, callbacks, transport, timeout, timing, aead_factory)
+        def open_at(join: JoinString, answer: Callable[[Welcome], OpenTerms]) -> ClientChannel:
+            opening, carrier = Opening(join, name, libraries, timeout), transport or ZmqClientTransport()
+            return cls(join, identity, opening, callbacks, carrier, timeout, timing or Timing(), aead_factory)._open(answer)
 
-        asked = made(join, transport or ZmqClientTransport())
-        try:
-            return asked._open(answer)
-        except _Elsewhere as there:
-            if transport is not None:
-                raise ConnectError("the server named another address, which this connection cannot reach") from None
-            join = replace(join, host=there.host or join.host, port=there.port)
-        config, terms = asked.welcome.config, asked._terms
-        try:
-            return made(join, ZmqClientTransport())._open(lambda welcome: _same_terms(welcome, config, terms))
-        except _Elsewhere:
-            raise ConnectError(
-                f"{join.host}:{join.port} sends clients on once more: ask the operator to look at its log"
-            ) from None
+        return follow(open_at, join, answer, may_move=transport is None)
 
     def _open(self, answer: Callable[[Welcome], OpenTerms]) -> ClientChannel:
-        """As :meth:`open`, at one address. Raises _Elsewhere where another is to be asked."""
+        """As :meth:`open`, at one address. Raises Elsewhere where another is to be asked."""
         self._thread.start()
         try:
-            # The connection may take one timeout, the answer to Hello another.
-            self.welcome = self._wait(self._welcomed, 2 * self._timeout)
-            self._terms = answer(self.welcome)
-            self._ask_to_open(self._terms)
-            self.opened = self._wait(self._attached, 3 * self._timeout)
+            self.welcome = self._opening.welcome()
+            self._ask_to_open(answer(self.welcome))
+            self.opened = self._opening.opened()
         except BaseException:
             self._quitting = True
             self.close(leave=False)
@@ -157,15 +108,14 @@ class ClientChannel:
         self,
         join: JoinString,
         identity: Identity,
-        name: str,
-        libraries: dict[str, str],
+        opening: Opening,
         callbacks: tuple[Allocate, OnData, OnControl, OnLost],
         transport: ClientTransport,
         timeout: float,
         timing: Timing,
         aead_factory: AeadFactory,
     ) -> None:
-        self._join, self._identity, self._name, self._libraries = join, identity, name, libraries
+        self._join, self._identity, self._opening = join, identity, opening
         self._allocate, self._on_data, self._on_control, self._on_lost = callbacks
         self._transport, self._timeout, self._timing, self._aead = transport, timeout, timing, aead_factory
         # Guards the session and the two queues: a message's place in the state machine is its place on the wire.
@@ -177,13 +127,11 @@ class ClientChannel:
         self._closing: float | None = None  # when the flush gives up, monotonic seconds
         self._leave = False
         self._quitting = self._parting = False
-        self._welcomed: Future[Welcome] = Future()
-        self._attached: Future[Opened] = Future()
         self._opened: Opened | None = None
         self._path: DataPath | None = None  # from Opened on
         self._heard = self._beat = time.monotonic()
         self._sent = self._received = 0
-        self._thread = threading.Thread(target=self._run, name=f"splitfl-client-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"splitfl-client-{opening.name}", daemon=True)
 
     @property
     def window(self) -> int:
@@ -254,25 +202,10 @@ class ClientChannel:
         if self._closing is not None:
             raise SessionLost("the session is closed", "closed")
 
-    def _wait(self, future: Future[Any], timeout: float) -> Any:
-        try:
-            return future.result(timeout)
-        except FutureTimeoutError:
-            raise wording.silent(self._join.host, self._join.port, self._timeout) from None
-
     def _ask_to_open(self, terms: OpenTerms) -> None:
-        ciphers = pick_ciphers()
         with self._lock:
             self._check_alive()
-            message = self._session.make_open(
-                ciphers=ciphers,
-                model=terms.model,
-                cut=terms.cut,
-                name=self._name,
-                adapter=terms.adapter,
-                replaces=terms.replaces,
-            )
-            self._control_queue.append(self._session.send(message))
+            self._control_queue.append(self._session.send(self._opening.open(self._session, terms)))
         self._transport.wake()
 
     # --- the I/O thread ---------------------------------------------------------------------------------------------
@@ -282,8 +215,7 @@ class ClientChannel:
         try:
             self._transport.connect_control(self._join.host, self._join.port, self._join.key, self._identity, self._timeout)
             with self._lock:
-                hello = Hello(PROTOCOL_VERSION, self._join.run, self._libraries, platform.platform()[:200])
-                self._control_queue.append(self._session.send(hello))
+                self._control_queue.append(self._session.send(self._opening.hello()))
             self._heard = self._beat = time.monotonic()
             while not self._closed():
                 self._turn()
@@ -295,9 +227,7 @@ class ClientChannel:
             self._lose(SessionLost("the client's I/O thread failed: the log says where", "internal"))
         finally:
             self._transport.close(linger)
-            for future in (self._welcomed, self._attached):
-                if not future.done():
-                    future.set_exception(SessionLost("the session was closed", "closed"))
+            self._opening.failed(SessionLost("the session was closed", "closed"))
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -374,23 +304,19 @@ class ClientChannel:
         data, target = done
         if isinstance(data, Attached):
             assert self._opened is not None
-            if self._attached.done():
+            if self._opening.is_over:
                 raise RemoteProtocolError("the server sent Attached twice")
             # Read by send() through ``opened``, before open() returns to its caller.
             self.opened = self._opened
-            self._attached.set_result(self._opened)
+            self._opening.attached(self._opened)
         else:
             self._on_data(data, target)
 
     def _control(self, message: ControlMessage) -> None:
-        if isinstance(message, Welcome):
-            self._welcomed.set_result(message)
-        elif isinstance(message, Opened):
+        if self._opening.take(message):
+            return
+        if isinstance(message, Opened):
             self._attach(message)
-        elif isinstance(message, RefusedMessage):
-            raise Refused(message.code, message.text)
-        elif isinstance(message, Redirect):
-            raise _Elsewhere(message)
         elif isinstance(message, Credit):
             if self._path is None:
                 raise RemoteProtocolError("the server gave credit before the session was open")
@@ -414,7 +340,7 @@ class ClientChannel:
         self._path.add(Attach(), b"")
 
     def _admit(self, message: DataMessage) -> None:
-        if not isinstance(message, Attached) and not self._attached.done():
+        if not isinstance(message, Attached) and not self._opening.is_over:
             raise RemoteProtocolError("the server sent data before Attached")
 
     def _keep_alive(self) -> None:
@@ -425,19 +351,17 @@ class ClientChannel:
             self._beat = now
             with self._lock:
                 # Between Hello and Welcome there is nobody to hear it yet.
-                if self._welcomed.done():
+                if self._opening.is_welcomed:
                     self._control_queue.append(self._session.send(Heartbeat(time.time())))
 
     def _lose(self, error: SplitflError) -> None:
         with self._lock:
             self._error = error
             silent = self._closing is not None
-        opening = not self._attached.done()
+        opening = not self._opening.is_over
         if opening and isinstance(error, SessionLost):
             error = ConnectError(f"no session was opened: {error}")
-        for future in (self._welcomed, self._attached):
-            if not future.done():
-                future.set_exception(error)
+        self._opening.failed(error)
         if not opening and not silent:
             try:
                 self._on_lost(error)

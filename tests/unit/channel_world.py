@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from splitfl.channel.client import ClientChannel, OpenTerms
+from splitfl.channel.client import ClientChannel
 from splitfl.channel.handler import Peer, SessionInfo
+from splitfl.channel.opening import OpenTerms
 from splitfl.channel.server import ServerChannel
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, SplitflError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from splitfl.channel.client import OpenTerms
+from splitfl.channel.opening import OpenTerms
 from splitfl.errors import (
     ConnectError,
     LocalProtocolError,
@@ -261,7 +261,7 @@ def test_refusals_carry_code_and_sentence(make: Make, change: dict[str, Any], co
 
 def test_another_protocol_version(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make()
-    monkeypatch.setattr("splitfl.channel.client.PROTOCOL_VERSION", 1)
+    monkeypatch.setattr("splitfl.channel.opening.PROTOCOL_VERSION", 1)
     with pytest.raises(Refused, match="version 1, the server 3: install the same") as caught:
         world.join()
     assert caught.value.code == "protocol-version"
@@ -270,7 +270,7 @@ def test_another_protocol_version(make: Make, monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_cipher_in_common(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make()
-    monkeypatch.setattr("splitfl.channel.client.pick_ciphers", lambda: ("rot13",))
+    monkeypatch.setattr("splitfl.channel.opening.pick_ciphers", lambda: ("rot13",))
     with pytest.raises(Refused, match="none of the client's ciphers") as caught:
         world.join()
     assert caught.value.code == "cipher"
@@ -278,7 +278,7 @@ def test_no_cipher_in_common(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_chacha_works_as_well(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make()
-    monkeypatch.setattr("splitfl.channel.client.pick_ciphers", lambda: ("chacha20-poly1305",))
+    monkeypatch.setattr("splitfl.channel.opening.pick_ciphers", lambda: ("chacha20-poly1305",))
     client = world.join()
     assert client.channel.opened.cipher == "chacha20-poly1305"
     payload = os.urandom(2 * MIB + 2)
