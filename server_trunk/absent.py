@@ -22,11 +22,11 @@ class Absent:
     def back(self, client: str) -> None:
         self._until.pop(client, None)
 
-    def count(self, now: float) -> int:
-        """How many may still come back."""
-        return sum(until > now for until in self._until.values())
+    def clients(self, now: float) -> set[str]:
+        """Who may still come back."""
+        return {client for client, until in self._until.items() if until > now}
 
     def wake(self, now: float) -> float | None:
-        """Seconds until :meth:`count` next changes by itself; None: it will not."""
+        """Seconds until :meth:`clients` next changes by itself; None: it will not."""
         left = [until - now for until in self._until.values() if until > now]
         return min(left, default=None)

@@ -118,9 +118,9 @@ class AsyncSteps:
         part.dropped, part.why = True, why
         presence.graphs = {ordinal: made for ordinal, made in presence.graphs.items() if ordinal in part.counted}
 
-    def away(self, now: float) -> int:
+    def away(self, now: float) -> set[str]:
         """Nobody's return is waited for."""
-        return 0
+        return set()
 
     def overdue(self, now: float, *, idle: bool = True) -> list[str]:
         """The sessions that have held back an optimizer step for longer than the deadline allows."""

@@ -122,9 +122,9 @@ class StepKeeper:
         if self._rounds is not None:
             self._rounds.forget(session)
 
-    def present(self) -> int:
-        """Clients that are here, or are waited for."""
-        return len(self._names) + self._steps.away(time.monotonic())
+    def present(self) -> set[str]:
+        """Clients that are here, or for whom a step waits."""
+        return {*self._names.values(), *self._steps.away(time.monotonic())}
 
     @property
     def is_amid_step(self) -> bool:

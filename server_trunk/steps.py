@@ -92,12 +92,14 @@ class Steps:
         elif client is not None and self._waits:
             self._awaited[session], self._awaited_since[session] = client, now
 
-    def away(self, now: float) -> int:
+    def away(self, now: float) -> set[str]:
         """Lost clients whose return is waited for: in the open step, or for the next, and then for as long."""
         parts = self._ledger.parts.values() if self.is_open else ()
-        held = sum(part.lost_at is not None and not part.dropped for part in parts)
-        awaited = () if self.complete else self._awaited_since.values()
-        return held + sum(not self._deadline or now - since < self._deadline for since in awaited)
+        held = {part.client for part in parts if part.lost_at is not None and not part.dropped}
+        awaited = {} if self.complete else self._awaited_since
+        return held | {
+            self._awaited[session] for session, since in awaited.items() if not self._deadline or now - since < self._deadline
+        }
 
     def overdue(self, now: float, *, idle: bool = True) -> list[str]:
         """The sessions that others have waited for longer than the deadline allows.

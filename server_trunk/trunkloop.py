@@ -170,8 +170,8 @@ class TrunkLoop:
         self._keeper.turn()
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
-        clients = self._keeper.present() + self._absent.count(time.monotonic())
-        presence = clients, self._keeper.trained or self._steps.complete
+        clients = self._keeper.present() | self._absent.clients(time.monotonic())
+        presence = len(clients), self._keeper.trained or self._steps.complete
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)

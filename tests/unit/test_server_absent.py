@@ -19,16 +19,16 @@ def model(tmp_path_factory):
 
 def test_a_return_is_waited_for_so_long_and_no_longer():
     away = Absent()
-    assert (away.count(0.0), away.wake(0.0)) == (0, None)
+    assert (away.clients(0.0), away.wake(0.0)) == (set(), None)
     away.lost("a", 10.0)
     away.lost("b", 20.0)
     away.lost("c", 30.0)
-    assert (away.count(30.0), away.wake(30.0)) == (3, RETURN - 20.0)
+    assert (away.clients(30.0), away.wake(30.0)) == ({"a", "b", "c"}, RETURN - 20.0)
     away.back("a")
-    assert (away.count(30.0), away.wake(30.0)) == (2, RETURN - 10.0)
-    assert (away.count(20.0 + RETURN), away.wake(20.0 + RETURN)) == (1, 10.0)
+    assert (away.clients(30.0), away.wake(30.0)) == ({"b", "c"}, RETURN - 10.0)
+    assert (away.clients(20.0 + RETURN), away.wake(20.0 + RETURN)) == ({"c"}, 10.0)
     away.back("c")
-    assert (away.count(20.0 + RETURN), away.wake(20.0 + RETURN)) == (0, None)
+    assert (away.clients(20.0 + RETURN), away.wake(20.0 + RETURN)) == (set(), None)
 
 
 def test_the_loop_counts_whom_it_has_lost_until_they_come_again_or_it_is_too_late(model, tmp_path, monkeypatch):
@@ -49,6 +49,15 @@ def test_the_loop_counts_whom_it_has_lost_until_they_come_again_or_it_is_too_lat
     while desk.presence[-1] != (0, True):
         assert time.monotonic() < deadline
         desk.loop._turn()  # sleeps until it is due
+
+
+def test_a_lost_client_whose_part_is_held_is_one_client(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=2, on_loss="wait")
+    desk.join("a", "b")
+    desk.run(("a", forward(0)), ("b", forward(0)))
+    desk.run(*honest("a"))
+    desk.run(("b", "lost"))
+    assert desk.presence[-1] == (2, False)
 
 
 def test_a_run_taken_up_at_its_end_waits_for_those_who_have_not_heard(model, tmp_path):

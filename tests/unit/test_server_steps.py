@@ -377,15 +377,15 @@ def test_who_is_lost_while_it_waits_for_a_step_is_away_for_as_long_as_a_step_wou
     steps = Steps(clients=1, on_loss="wait", deadline=5.0)
     steps.enrol("s1", "anna")
     steps.lose("s1", now=10.0)
-    assert (steps.away(12.0), steps.wake(12.0)) == (1, 3.0)
-    assert (steps.away(15.0), steps.wake(15.0)) == (0, None)
+    assert (steps.away(12.0), steps.wake(12.0)) == ({"anna"}, 3.0)
+    assert (steps.away(15.0), steps.wake(15.0)) == (set(), None)
     steps.enrol("s2", "anna")
     steps.openings(16.0)
-    assert steps.away(16.0) == 0
+    assert steps.away(16.0) == set()
     steps.lose("s2", now=17.0)
-    assert steps.away(18.0) == 1
+    assert steps.away(18.0) == {"anna"}
     steps.drop("s2")
-    assert steps.away(18.0) == 0
+    assert steps.away(18.0) == set()
 
 
 def test_a_run_taken_up_again_waits_for_all_its_clients_no_longer_than_for_one_in_a_step():

@@ -60,7 +60,7 @@ def model(tmp_path_factory):
 class Desk:
     """A loop that runs only when told to."""
 
-    def __init__(self, model, work, *, clients=1, last=0, first=0, deadline=0.0, client_tokens=4096, **settings):
+    def __init__(self, model, work, *, clients=1, last=0, first=0, on_loss="drop", deadline=0.0, client_tokens=4096, **settings):
         self.trunk = load_trunk(model, (1, 1))
         set_trainable(self.trunk, "full")
         training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
@@ -69,7 +69,7 @@ class Desk:
         self.presence: list[tuple[int, bool]] = []
         self.loop = TrunkLoop(
             self.engine,
-            Steps(clients=clients, last=last, first=first, deadline=deadline),
+            Steps(clients=clients, last=last, first=first, on_loss=on_loss, deadline=deadline),
             Scheduler(1024),
             self.outlet,
             RunLog(self.log, echo=None),
