@@ -225,3 +225,16 @@ def make_worlds(kind: str) -> Iterator[Make]:
     yield build
     for world in worlds:
         world.close()
+
+
+def closed_at_the_end() -> Iterator[Callable[[Any], Any]]:
+    """For a fixture: gives back what it is given, and closes that, the latest first."""
+    kept: list[Any] = []
+
+    def keep(thing: Any) -> Any:
+        kept.append(thing)
+        return thing
+
+    yield keep
+    for thing in reversed(kept):
+        thing.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -12,158 +11,9 @@ from hypothesis import strategies as st
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.steps import ARRIVAL, ReplicaSteps
-from server_trunk.replicas.words import (
-    Bye,
-    Close,
-    Drain,
-    GoBack,
-    Grant,
-    Move,
-    Phase,
-    Presence,
-    State,
-    Stays,
-    Stop,
-    StopAsked,
-    WaitedFor,
-    decode,
-    encode,
-)
-from splitfl.errors import RemoteProtocolError
+from server_trunk.replicas.words import GoBack, Grant, Move, Phase
 from splitfl.protocol.messages import StepDone
-
-TARGETS = 10
-
-
-class Client:
-    """A session that trains ``parts`` steps at one replica, each of one micro-batch, and may pause in between."""
-
-    def __init__(self, world: World, name: str, rank: int, parts: int) -> None:
-        self.world, self.name, self.rank, self.left = world, name, rank, parts
-        self.step: int | None = None  # the one it is in
-        self.stage = "away"
-        self.session, self.moves = name, 0
-
-    @property
-    def steps(self) -> ReplicaSteps:
-        return self.world.steps[self.rank]
-
-    def move(self, rank: int) -> None:
-        """Its session has ended; it will come to another replica."""
-        self.steps.lose(self.session)
-        self.moves += 1
-        self.session, self.rank, self.stage = f"{self.name}-{self.moves}", rank, "away"
-
-    def act(self, draw: random.Random) -> None:
-        """Do one of the things a client can do now; each through the trunk's thread of its replica."""
-        steps = self.steps
-        if self.stage == "away" and self.left:
-            steps.enrol(self.session, self.name, moves=True)
-            self.stage = "enrolled"
-        elif self.stage == "enrolled" and draw.random() < 0.1:
-            steps.pause(self.session)
-            self.stage = "away"
-        elif self.stage == "in":
-            assert self.step is not None
-            if draw.random() < 0.1:
-                steps.pause(self.session)
-                self.stage = "away"
-                return
-            steps.take_forward(self.session, self.step)
-            steps.forward_ran(self.session, self.step, 0)
-            steps.backward_arrived(self.session, self.step, 0)
-            steps.backward_ran(self.session, self.step, 0, TARGETS)
-            self.left -= 1
-            then = "leave" if not self.left else "pause" if draw.random() < 0.2 else "continue"
-            steps.done(self.session, StepDone(self.step, 1, 1, then))
-            self.world.trained.append((self.name, self.step))
-            self.stage = "enrolled" if then == "continue" else "away"
-        self.world.turn(self.rank)
-
-
-class World:
-    """A coordinator and replicas; words wait in one queue for each direction of each replica until they are delivered."""
-
-    def __init__(self, size: int, *, clients: int = 1, every: int = 1, last: int = 0, mover: random.Random | None = None) -> None:
-        self.meetings = Meetings(every, last)
-        self.places: dict[str, int] = {}
-        self.mover = mover
-        self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings, choose=self._choose)
-        self.up: list[deque[State | Stays]] = [deque() for _ in range(size)]
-        self.down: list[deque] = [deque() for _ in range(size)]
-        self.whole: list[int] = [0] * size
-        self.steps = [
-            ReplicaSteps(
-                self.up[rank].append, meetings=self.meetings, rank=rank, on_whole=lambda targets, rank=rank: self._is_whole(rank)
-            )
-            for rank in range(size)
-        ]
-        self.closed: list[list] = [[] for _ in range(size)]  # ledgers
-        self.clients: list[Client] = []
-        self.trained: list[tuple[str, int]] = []
-
-    def _choose(self, step, movable) -> Move | None:
-        """Anybody, anywhere, now and then."""
-        if self.mover is None or self.mover.random() < 0.5:
-            return None
-        rank, other = (self.mover.randrange(len(movable)) for _ in range(2))
-        if rank == other or not movable[rank]:
-            return None
-        move = Move(self.mover.choice(movable[rank]), rank, other)
-        self.places[move.client] = other
-        return move
-
-    def _is_whole(self, rank: int) -> None:
-        self.whole[rank] += 1
-
-    def turn(self, rank: int) -> None:
-        """One turn of a replica's trunk thread."""
-        ledger = self.steps[rank].close()
-        if ledger is not None:
-            self.closed[rank].append(ledger)
-        for session in self.steps[rank].departures():
-            client = next(client for client in self.clients if client.session == session)
-            client.move(self.places[client.name])
-        for session, step in self.steps[rank].openings():
-            client = next(client for client in self.clients if client.session == session)
-            assert client.stage == "enrolled"
-            client.step, client.stage = step, "in"
-
-    def deliver(self, rank: int, *, up: bool) -> None:
-        """The oldest word of one direction arrives."""
-        if up:
-            word = self.up[rank].popleft()
-            told = [(word.rank, word)] if isinstance(word, Stays) else self.coordinator.hear(rank, word)
-            for other, answer in told:
-                self.down[other].append(answer)
-        else:
-            self.steps[rank].hear(self.down[rank].popleft())
-            self.turn(rank)
-
-    def underway(self) -> list[tuple[int, bool]]:
-        return [(rank, True) for rank, words in enumerate(self.up) if words] + [
-            (rank, False) for rank, words in enumerate(self.down) if words
-        ]
-
-    def settle(self) -> None:
-        """All words arrive."""
-        while underway := self.underway():
-            rank, up = underway[0]
-            self.deliver(rank, up=up)
-
-    def add(self, name: str, rank: int, parts: int = 1) -> Client:
-        self.clients.append(Client(self, name, rank, parts))
-        return self.clients[-1]
-
-
-class Steady(random.Random):
-    """Never lets a client pause."""
-
-    def random(self) -> float:
-        return 1.0
-
-
-STEADY = Steady()
+from tests.unit.replica_steps_world import STEADY, TARGETS, World
 
 
 def test_the_first_step_waits_for_all_clients_wherever_they_are():
@@ -377,25 +227,6 @@ def test_all_replicas_hear_whether_the_server_means_to_be_back(back):
     assert len(world.closed[1]) == back
 
 
-def test_words_survive_the_way():
-    words = [
-        State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4, None, ("a", "b")),
-        Presence({"a": 1.5, "b": 0.0}, 2, True),
-        StopAsked(),
-        Grant(4),
-        WaitedFor(),
-        Stays("a", 2),
-        Close(5, True, {"a": 9}, 3),
-        Close(5, True, {"a": 9}, 3, Move("a", 0, 2)),
-        GoBack(3),
-        Drain(),
-        Stop(True),
-        Bye(),
-    ]
-    assert [decode(encode(word)) for word in words] == words
-    assert decode(encode(words[0])).phase is Phase.WHOLE
-
-
 def test_who_moves_takes_part_in_every_step_and_who_has_left_meanwhile_is_not_waited_for():
     world = World(2, clients=3)
     stays, goes, other = (world.add(name, rank, 5) for name, rank in (("stays", 0), ("goes", 0), ("other", 1)))
@@ -467,9 +298,3 @@ def test_who_was_to_come_from_another_replica_is_not_waited_for_for_ever():
     world.clients[0].act(STEADY)
     world.settle()
     assert [ledger.step for ledger in world.closed[0]] == [0, 1]
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff", b"\x91\x63", b"\x91\x00", b"\x98\x00\x00\x09\x00\x00\x00\x00\x00"])
-def test_what_is_no_word_is_refused(data):
-    with pytest.raises(RemoteProtocolError):
-        decode(data)
