@@ -6,7 +6,7 @@ hits both; the figure is the median of the ratios of neighbouring blocks. Centra
 thread or two, with the whole batch at once or the batches of the clients one by one, their gradients accumulated. The profile
 says where the time goes: CPU seconds of each side a step, and the share of the cores left idle.
 
-    python -m benchmarks.central_ratio [--clients 1 4 8] [--pairs 24] [--quick] [--json]
+    python -m benchmarks.central_ratio [--clients 1 4 8] [--pairs 20] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ def measure(clients: int, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=2, help="steps of one block")
+    parser.add_argument("--pairs", type=int, default=20)
+    # At a block's start all clients begin at once, and at its end they wait for one another, as training does not within itself.
+    parser.add_argument("--steps", type=int, default=4, help="steps of one block")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--threads", help="server:client threads (default 2:2 for one client, 2:1 for more)")
