@@ -18,10 +18,8 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor
 
+from splitfl.directories import write_directory_atomically
 from splitfl.errors import CheckpointError
 from splitfl.shard_files import read_whole
 
@@ -41,67 +40,6 @@ DESCRIPTION = "checkpoint.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STRUCTURE = "splitfl.structure"
-
-
-# --- Directories that appear whole or not at all. ---------------------------------------------------------------------
-
-
-@contextmanager
-def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` to write into; flush it to disk and rename it to ``path`` on success.
-
-    When the body raises, the temporary directory is removed and whatever was at ``path`` stays as it was. Raises
-    ``CheckpointError`` where ``path`` exists and is not an empty directory, unless ``overwrite``: then the old
-    directory is moved aside first and deleted after the new one is in place.
-    """
-    target = Path(path)
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not overwrite:
-        raise CheckpointError(f"{target} exists already and is not empty: choose another directory or remove it first.")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file, where a directory is to be written: choose another name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target, "tmp")
-    try:
-        yield temporary
-        for directory, _, names in os.walk(temporary):
-            for name in names:
-                _flush(Path(directory) / name)
-            _flush_directory(Path(directory))
-        if target.exists():
-            aside = _sibling(target, "old")
-            os.replace(target, aside / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
-        _flush_directory(target.parent)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sibling(target: Path, suffix: str) -> Path:
-    # Not tempfile's: its directories are for the owner alone, a result has the mode any new directory has.
-    path = target.parent / f".{target.name}.{secrets.token_hex(4)}.{suffix}"
-    path.mkdir()
-    return path
-
-
-def _flush(file: Path) -> None:
-    # Windows flushes only handles that were opened for writing.
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def _flush_directory(directory: Path) -> None:
-    if os.name != "posix":  # Windows has no handle to a directory that could be flushed
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- One checkpoint. --------------------------------------------------------------------------------------------------
@@ -405,5 +343,4 @@ __all__ = [
     "save_checkpoint",
     "save_tensors",
     "unpack_state",
-    "write_directory_atomically",
 ]

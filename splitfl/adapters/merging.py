@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitfl.adapters.names import lora_module
 from splitfl.adapters.results import Part, read_part, write_adapter
-from splitfl.checkpoint import write_directory_atomically
+from splitfl.directories import write_directory_atomically
 from splitfl.errors import CheckpointError, ConfigError, ModelError, RemoteProtocolError
 from splitfl.parts.identity import ModelIdentity, compare
 

@@ -29,9 +29,9 @@ from splitfl.checkpoint import (
     load_tensors,
     newest_checkpoint,
     save_tensors,
-    write_directory_atomically,
 )
 from splitfl.config import LoraSettings
+from splitfl.directories import write_directory_atomically
 from splitfl.errors import CheckpointError, ConfigError
 from splitfl.parts.cut import Cut
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from splitfl.checkpoint import write_directory_atomically
+from splitfl.directories import write_directory_atomically
 from splitfl.errors import ConfigError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"

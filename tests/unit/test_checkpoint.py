@@ -16,8 +16,8 @@ from splitfl.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     unpack_state,
-    write_directory_atomically,
 )
+from splitfl.directories import write_directory_atomically
 from splitfl.errors import CheckpointError
 
 
