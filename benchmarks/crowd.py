@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.light import open_sessions
+from benchmarks.light import in_threads, open_sessions
 from benchmarks.report import emit
 
 HIDDEN, BLOCKS = 64, 4
@@ -107,14 +107,10 @@ def run_clients(pipe: Connection, join: str, keys: Sequence[str], first: int) ->
     while (command := pipe.recv()) is not None:
         name, begin, end = command
         served = [Served() for _ in sessions]
-        threads = [
-            threading.Thread(target=_take_part, args=(_ROUNDS[name], session, served[index], first + index, begin, end))
-            for index, session in enumerate(sessions)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(
+            _take_part,
+            [(_ROUNDS[name], session, served[index], first + index, begin, end) for index, session in enumerate(sessions)],
+        )
         pipe.send(served)
     for session in sessions:
         session.close()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Recording", "light_clients", "open_sessions", "record"]
+__all__ = ["Recording", "in_threads", "light_clients", "open_sessions", "record"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,15 @@ def open_sessions(joins: Sequence[str], keys: Sequence[str], *, timeout: float =
     ]
 
 
+def in_threads(work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """``work(*each)`` for each of the arguments, side by side; returns when all have ended."""
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def light_clients(pipe: Connection, joins: list[str], keys: list[str], rows: int, length: int, file: str = "") -> None:
     """Worker: clients without ends, a thread each, that send the recording in ``file``, or random numbers of that shape.
 
@@ -140,13 +149,7 @@ def light_clients(pipe: Connection, joins: list[str], keys: list[str], rows: int
     pipe.send("ready")
     while (steps := pipe.recv()) is not None:
         spans: list[list[float]] = [[] for _ in sessions]
-        threads = [
-            threading.Thread(target=work, args=(session, steps, ends)) for session, ends in zip(sessions, spans, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, [(session, steps, ends) for session, ends in zip(sessions, spans, strict=True)])
         pipe.send(spans)
     for session in sessions:
         session.close()

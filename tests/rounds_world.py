@@ -1,4 +1,4 @@
-"""Clients of a run that averages its ends, and the reference they are held against."""
+"""What clients of a run that averages its ends train on, and the reference they are held against."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from splitfl.adapters import named_trainables
 from splitfl.config import LoraSettings
 from splitfl.optimizer import build_optimizer
 from splitfl.parts.loading import load_ends
-from tests.integration.test_equality import ENDS, WEIGHTS, fraction_of, snapshot
+from tests.integration.test_equality import WEIGHTS, fraction_of
+from tests.trainer import ENDS, Batch, snapshot
 from tests.world import World
-
-Batch = dict[str, torch.Tensor]
 
 
 def batch(client: int, step: int) -> Batch:
@@ -26,25 +25,9 @@ def batch(client: int, step: int) -> Batch:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-class Trainer:
-    """A plain PyTorch loop, one step at a time."""
-
-    def __init__(self, world: Any, client: int, ends: str = "lora", **options: Any) -> None:
-        self.split = world.join_as(client, **options)
-        self.model = prepare_ends(self.split, ends, LoraSettings(), seed=0).train()
-        self.optimizer = build_optimizer(list(named_trainables(self.model).values()), ENDS)
-
-    def step(self, one: Batch) -> float:
-        loss = self.model(**one).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(named_trainables(self.model).values()), ENDS.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        return snapshot(self.model)
+def batches_of(clients: int, steps: int) -> list[list[Batch]]:
+    """By step and client."""
+    return [[batch(client, step) for client in range(clients)] for step in range(steps)]
 
 
 class Reference:

@@ -15,21 +15,14 @@ from client_ends.data import Batches, load_examples, pad_token, tokenize
 from client_ends.objective import Objective
 from client_ends.train import prepare_ends
 from server_trunk.server import load_run_trunk
-from splitfl.adapters import named_trainables
-from splitfl.config import LoraSettings, OptimizerSettings
-from splitfl.optimizer import build_optimizer
+from splitfl.config import LoraSettings
 from splitfl.parts.loading import load_ends
 from splitfl.tensors import DTYPES
 from tests.replicas import Replicas
-from tests.world import World, running, side_by_side
+from tests.trainer import ENDS, EPS, Batch, snapshot, train_all
+from tests.world import World, running
 
 STEPS = 50
-#: Adam divides by the root of a second moment; where a gradient is nearly nothing, its rounding error becomes a whole step.
-#: With the usual epsilon of 1e-8, central training differs from itself, its batches padded by three more columns, by 4.7e-6 in
-#: these runs: no bar below that could be held by anything. With 1e-6 it differs from itself by 7e-7, which leaves room to see a
-#: mistake.
-EPS = 1e-6
-ENDS = OptimizerSettings(learning_rate=1e-3, eps=EPS)
 TRUNK = {"optimizer.learning_rate": 1e-3, "optimizer.eps": EPS}
 #: The bars: relative difference of every loss; distance of all trained weights, over how far training moved them.
 LOSS, WEIGHTS = 2e-6, 1e-4
@@ -42,7 +35,7 @@ class Outcome:
     ends: list[dict[str, torch.Tensor]]
 
 
-def story_batches(data: Path, clients: int, steps: int = STEPS) -> list[list[dict[str, torch.Tensor]]]:
+def story_batches(data: Path, clients: int, steps: int = STEPS) -> list[list[Batch]]:
     """By step and client: rows of unequal length, in batches of unequal size, from a real text."""
     tokenizer = AutoTokenizer.from_pretrained(data / "models" / "stories260K")
     text = (data / "text" / "tinyshakespeare" / "input.txt").read_text()[:120_000]
@@ -78,41 +71,14 @@ def fraction_of(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
     return norm(mine, theirs) / moved
 
 
-def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in named_trainables(model).items()}
-
-
-def train_split(world: World, batches: list[list[dict[str, torch.Tensor]]], ends: str, **options: Any) -> Outcome:
+def train_split(world: World, batches: list[list[Batch]], ends: str, **options: Any) -> Outcome:
     """Plain PyTorch loops, one thread a client, against a real server."""
-
-    def client(index: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        split = world.join_as(index, **options)
-        model = prepare_ends(split, ends, LoraSettings(), seed=0)
-        model.train()
-        parameters = list(named_trainables(model).values())
-        optimizer = build_optimizer(parameters, ENDS) if parameters else None
-        losses = []
-        for step in batches:
-            loss = model(**step[index]).loss
-            loss.backward()
-            losses.append(float(loss.detach()))
-            if optimizer is None:
-                split.step()
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, ENDS.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-        split.wait_step()
-        split.close()
-        return losses, snapshot(model)
-
     with running(world):
-        results = side_by_side(len(world.keys), client)
-    losses = [list(step) for step in zip(*(own for own, _ in results), strict=True)]
-    return Outcome(losses, snapshot(world.server._model), [weights for _, weights in results])
+        losses, weights = train_all(world, batches, ends, **options)
+    return Outcome(losses, snapshot(world.server._model), weights)
 
 
-def train_central(world: World | Replicas, batches: list[list[dict[str, torch.Tensor]]], ends: str) -> tuple[Outcome, Outcome]:
+def train_central(world: World | Replicas, batches: list[list[Batch]], ends: str) -> tuple[Outcome, Outcome]:
     """The reference: (where it started, where it ended)."""
     config = world.config
     trunk = load_run_trunk(config, torch.device("cpu"))

@@ -20,41 +20,20 @@ from server_trunk.server import load_run_trunk
 from splitfl.adapters import named_trainables
 from splitfl.checkpoint import checkpoint_directory, load_checkpoint, unpack_state
 from splitfl.config import LoraSettings
-from splitfl.optimizer import build_optimizer
 from splitfl.parts.loading import load_ends
-from tests.integration.test_equality import ENDS, TRUNK, Outcome, assert_equal, snapshot, story_batches, train_central
+from tests.integration.test_equality import TRUNK, Outcome, assert_equal, story_batches, train_central
 from tests.replicas import Replicas, serving
+from tests.trainer import ENDS, snapshot, train_all
 from tests.unit.channel_world import wait_until
-from tests.world import side_by_side
 
 CLIENTS, STEPS = 5, 12
 
 
 def train(replicas: Replicas, batches, ends: str = "lora") -> Outcome:
     """Plain loops, a thread a client."""
-
-    def client(index: int):
-        split = replicas.join_as(index)
-        model = prepare_ends(split, ends, LoraSettings(), seed=0)
-        model.train()
-        parameters = list(named_trainables(model).values())
-        optimizer = build_optimizer(parameters, ENDS)
-        losses = []
-        for step in batches:
-            loss = model(**step[index]).loss
-            loss.backward()
-            losses.append(float(loss.detach()))
-            torch.nn.utils.clip_grad_norm_(parameters, ENDS.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        split.wait_step()
-        split.close()
-        return losses, snapshot(model)
-
     with serving(replicas):
-        results = side_by_side(len(replicas.keys), client)
-    losses = [list(step) for step in zip(*(own for own, _ in results), strict=True)]
-    return Outcome(losses, replicas.weights(), [weights for _, weights in results])
+        losses, weights = train_all(replicas, batches, ends)
+    return Outcome(losses, replicas.weights(), weights)
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,20 @@ import threading
 import pytest
 import torch
 
-from client_ends.train import prepare_ends
-from splitfl.adapters import named_trainables
-from splitfl.config import LoraSettings
-from splitfl.optimizer import build_optimizer
 from tests.integration.test_client_adapters import ASKED, SETTINGS, worst
 from tests.integration.test_equality import (
-    ENDS,
     LOSS,
     TRUNK,
     WEIGHTS,
     Outcome,
     assert_equal,
     fraction_of,
-    snapshot,
     story_batches,
     train_central,
 )
 from tests.integration.test_replicas_adapters import kept
 from tests.replicas import Replicas, serving
+from tests.trainer import Trainer
 from tests.world import World, running, side_by_side
 
 CLIENTS, MOST = 4, 300
@@ -51,12 +46,7 @@ def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tm
     barrier = threading.Barrier(CLIENTS)
 
     def client(index: int):
-        split = splits[index]
-        model = prepare_ends(split, "lora", LoraSettings(), seed=0)
-        model.train()
-        parameters = list(named_trainables(model).values())
-        optimizer = build_optimizer(parameters, ENDS)
-        losses = []
+        trainer, losses = trainers[index], []
         for step in itertools.count():
             barrier.wait(100)
             if index == 0 and step and last[0] == MOST and replicas.events("moved"):
@@ -64,18 +54,12 @@ def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tm
             barrier.wait(100)
             if step >= last[0]:
                 break
-            loss = model(**batches[step % len(batches)][index]).loss
-            loss.backward()
-            losses.append(float(loss.detach()))
-            torch.nn.utils.clip_grad_norm_(parameters, ENDS.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        split.wait_step()
-        split.close()
-        return losses, snapshot(model)
+            losses.append(trainer.step(batches[step % len(batches)][index]))
+        trainer.end()
+        return losses, trainer.weights
 
     with serving(replicas):
-        splits = {index: replicas.join_as(index) for index in ORDER}
+        trainers = {index: Trainer(replicas, index) for index in ORDER}
         results = side_by_side(CLIENTS, client)
     moved = [event["client"] for event in replicas.events("moved")]
     assert len(moved) == 1

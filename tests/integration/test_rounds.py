@@ -25,7 +25,8 @@ from tests.integration.test_equality import LOSS, TRUNK
 from tests.integration.test_lost import cut, is_lost, is_open, wait_for
 from tests.integration.test_resume import again
 from tests.integration.test_train import settings
-from tests.rounds_world import Reference, Trainer, assert_equals, batch
+from tests.rounds_world import Reference, assert_equals, batch, batches_of
+from tests.trainer import Trainer, train_all
 from tests.world import World, running, side_by_side, tiny_llama
 
 QUICK = Timing(heartbeat=0.05)
@@ -37,17 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run_all(world: World, ends: str, steps: int) -> tuple[list[list[float]], dict[int, dict[str, torch.Tensor]]]:
-    def client(index: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        trainer = Trainer(world, index, ends)
-        losses = [trainer.step(batch(index, number)) for number in range(steps)]
-        trainer.split.wait_step()
-        weights = trainer.weights
-        trainer.split.close()
-        return losses, weights
-
     with running(world):
-        results = side_by_side(len(world.keys), client)
-    return [list(step) for step in zip(*(own for own, _ in results), strict=True)], {i: w for i, (_, w) in enumerate(results)}
+        losses, weights = train_all(world, batches_of(len(world.keys), steps), ends)
+    return losses, dict(enumerate(weights))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.test_equality import LOSS, TRUNK, WEIGHTS, fraction_of, snapshot
+from tests.integration.test_equality import LOSS, TRUNK, WEIGHTS, fraction_of
 from tests.replicas import Replicas, serving
-from tests.rounds_world import Reference, Trainer, batch
-from tests.world import side_by_side, tiny_llama
+from tests.rounds_world import Reference, batches_of
+from tests.trainer import snapshot, train_all
+from tests.world import tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -23,19 +24,10 @@ def test_clients_of_two_replicas_get_one_average(tmp_path: Path, sync: str) -> N
     replicas = Replicas(
         tmp_path / "run", tiny_llama(tmp_path / "model"), 2, CLIENTS, sync=sync, round_steps=2, step_deadline=0, **TRUNK
     )
-
-    def client(index: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        trainer = Trainer(replicas, index)
-        losses = [trainer.step(batch(index, number)) for number in range(STEPS)]
-        trainer.split.wait_step()
-        weights = trainer.weights
-        trainer.split.close()
-        return losses, weights
-
     with serving(replicas):
-        results = side_by_side(CLIENTS, client)
+        losses, weights = train_all(replicas, batches_of(CLIENTS, STEPS))
     assert all(replicas.events("joined", replica) for replica in range(2)), "a replica had no clients"
-    first, *others = (weights for _, weights in results)
+    first, *others = weights
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
     rounds = [replicas.events("round", replica) for replica in range(2)]
@@ -48,7 +40,7 @@ def test_clients_of_two_replicas_get_one_average(tmp_path: Path, sync: str) -> N
         return  # between meetings the trunk is another than the reference's
     reference = Reference(replicas)
     for number in range(STEPS):
-        assert [losses[number] for losses, _ in results] == pytest.approx(reference.step(number, [0, 1, 2]), rel=LOSS)
+        assert losses[number] == pytest.approx(reference.step(number, [0, 1, 2]), rel=LOSS)
         if number % 2:
             reference.average([0, 1, 2], [0, 1, 2])
     assert fraction_of(replicas.weights(), snapshot(reference.trunk), reference.start) <= WEIGHTS
