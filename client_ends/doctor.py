@@ -59,6 +59,8 @@ class Doctor:
         from splitfl.protocol.join import JoinString
         from splitfl.protocol.keys import read_identity
 
+        if args.revision and args.model is None:
+            raise UserError("--revision is of the model that --model names: give both, or neither to check what the run names")
         join = JoinString.parse(args.join)
         self._ok("join string", f"server key {str(join.key)[:24]}..., run {join.run}")
         self._reach(join.host, join.port, args.timeout)

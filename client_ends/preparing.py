@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from splitfl.adapters import attach_lora, set_trainable
 from splitfl.config import LoraSettings
 from splitfl.errors import ConfigError, ModelError
 
-__all__ = ["load_tokenizer", "prepare_ends", "read_data"]
+__all__ = ["load_tokenizer", "model_of", "prepare_ends", "read_data"]
 
 
 def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
@@ -46,12 +47,17 @@ def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any
     return model
 
 
-def load_tokenizer(path: str, settings: TrainSettings) -> Any:
+def model_of(settings: TrainSettings, terms: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Directory or hub id of the model that a client holds, and its revision: its own, or what the run's ``terms`` name."""
+    return (terms["model"], terms["revision"]) if settings.model is None else (settings.model, settings.revision)
+
+
+def load_tokenizer(path: str, revision: str | None, *, trust_remote_code: bool) -> Any:
     """Raises ModelError, with the mend."""
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ModelError(f"--model {path}: no such directory")
     try:
-        return AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer for {path}: {first}") from None

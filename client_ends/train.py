@@ -18,7 +18,7 @@ from client_ends.data import Batches, TokenizedDataset, pad_token
 from client_ends.evaluation import evaluate
 from client_ends.keeping import EndsKeeper, Place, last_session
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
-from client_ends.preparing import load_tokenizer, prepare_ends, read_data
+from client_ends.preparing import load_tokenizer, model_of, prepare_ends, read_data
 from client_ends.progress import Progress
 from client_ends.settings import TrainResult, TrainSettings
 from splitfl.adapters import named_trainables
@@ -58,14 +58,17 @@ def train(
     """
     if settings.task not in _FACES:
         raise ConfigError(f"the task is {' or '.join(_FACES)}, not {settings.task!r}")
+    if settings.revision and settings.model is None:
+        raise ConfigError("--revision is of the model that --model names: give both, or neither to train what the run names")
     if settings.resume and not (settings.out and checkpoint_steps(settings.out)):
         raise ConfigError(f"{settings.out or 'no directory'} holds no ends to go on from: leave --resume out")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     log = log or RunLog(None, echo=None)
     progress = progress or Progress(quiet=True)
+    trust = settings.trust_remote_code
     # Bad rows are the commonest mistake, so data is read before anybody is bothered, where the tokenizer is at hand.
-    early = None if settings.model is None else load_tokenizer(settings.model, settings)
+    early = None if settings.model is None else load_tokenizer(settings.model, settings.revision, trust_remote_code=trust)
     data = None if early is None else read_data(settings, early)
 
     progress.say("joining the run")
@@ -92,7 +95,7 @@ def train(
         **extra,
     )
     try:
-        tokenizer = early or load_tokenizer(model.config._name_or_path, settings)
+        tokenizer = early or load_tokenizer(*model_of(settings, model.trunk.session.terms), trust_remote_code=trust)
         rows, held_out = data or read_data(settings, tokenizer)
         return _Run(settings, model, tokenizer, rows, held_out, log, progress).run()
     finally:
@@ -313,11 +316,11 @@ class _Run:
         """What a checkpoint of the ends says of them."""
         trained = {"lora": "lora", "full": "full", "frozen": "none"}[self.settings.ends]
         cut = Cut.parse(self.terms["cut"])
-        path = self.settings.model or self.terms["model"]
+        path, revision = model_of(self.settings, self.terms)
         return {
             "part": "ends",
             "base": path,
-            "identity": model_identity(path, revision=self.settings.revision).to_plain(),
+            "identity": model_identity(path, revision=revision).to_plain(),
             "cut": (cut.input_blocks, cut.output_blocks),
             "trainables": trained,
             "lora": self.lora if trained == "lora" else None,

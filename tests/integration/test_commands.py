@@ -221,6 +221,7 @@ def test_every_command_has_its_module():
         (["export", "missing", "out"], "missing"),
         (["merge", "missing", "missing", "out"], "missing"),
         (["doctor", "splitfl://nonsense"], "no @"),
+        (["doctor", "splitfl://nonsense", "--revision", "v1"], "give both, or neither"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_two(tmp_path, monkeypatch, capsys, words, sentence):
