@@ -146,7 +146,13 @@ def _write_model(parts: list[Part], out_dir: str | os.PathLike[str], base: str) 
                 delta = delta.T if isinstance(model.get_submodule(module), Conv1D) else delta
                 weight.copy_(weight.float() + delta)
         model.save_pretrained(directory)
-        _copy_tokenizer(base, directory)
+        _copy_tokenizer(base, directory, **_revision(parts, base))
+
+
+def _revision(parts: list[Part], base: str) -> dict[str, str]:
+    """For ``from_pretrained``: of a hub model, the revision that was trained on."""
+    revision = _task(parts)["revision"]
+    return {"revision": revision} if revision and not Path(base).exists() else {}
 
 
 def _load_base(parts: list[Part], base: str) -> Any:
@@ -156,8 +162,7 @@ def _load_base(parts: list[Part], base: str) -> Any:
     # The widest dtype that trained: a model that ran in fp32 over a bf16 checkpoint is not rounded back.
     dtypes = [getattr(torch, part.about["dtype"]) for part in parts if part.about["dtype"]]
     options: dict[str, Any] = {"dtype": functools.reduce(torch.promote_types, dtypes) if dtypes else "auto"}
-    if about["revision"] and not Path(base).exists():
-        options["revision"] = about["revision"]
+    options |= _revision(parts, base)
     factory: Any = AutoModelForCausalLM
     if about["task"] == "sequence-classification":
         factory = AutoModelForSequenceClassification
@@ -179,11 +184,11 @@ def _parameter(parameters: dict[str, Any], name: str, base: str) -> Any:
     return parameters[name]
 
 
-def _copy_tokenizer(base: str, directory: Path) -> None:
+def _copy_tokenizer(base: str, directory: Path, **options: str) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
     except (OSError, ValueError, KeyError):  # a model need not have one
         return
     tokenizer.save_pretrained(directory)

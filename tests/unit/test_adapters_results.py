@@ -341,6 +341,26 @@ def test_the_base_may_lie_elsewhere(tmp_path, bases, ids):
     assert not (tmp_path / "other").exists()
 
 
+def test_of_a_hub_model_the_revision_that_was_trained_on_is_taken(tmp_path, bases, monkeypatch):
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def model_of(base, *, revision=None, **options):
+        asked.append((base, revision))
+        return load(bases / "llama", **options)
+
+    def tokenizer_of(base, *, revision=None):
+        asked.append((base, revision))
+        raise OSError("it has none")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_of)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer_of)
+    ends = prepare(load_ends(bases / "llama", CUT), A)
+    save(tmp_path / "ends", ends, "ends", "owner/name", A, identity=IDENTITY | {"revision": "v1"})
+    merge(tmp_path / "ends", None, tmp_path / "out", full_weights=True)
+    assert asked == [("owner/name", "v1")] * 2
+
+
 def test_trainables_are_taken_up_again(bases):
     model = prepare(load_trunk(bases / "llama", CUT), A)
     saved = {name: value.detach().clone() for name, value in named_trainables(model).items()}
