@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = serve.config_from(args)
+    if config.mode == "hierarchical" or config.ranks > 1:
+        raise ConfigError("a simulation is one process with one trunk: use --mode sync or async, and --shard none or layers")
     if len(args.data) not in (1, config.clients):
         raise ConfigError(
             f"{len(args.data)} data files for {config.clients} clients: give one file, or one for each (--clients says how many)"

@@ -316,7 +316,7 @@ class AsyncSteps:
 def steps_of(config: RunConfig, *, first: int = 0) -> Steps | AsyncSteps:
     """The steps of a run from ``first``, as its mode wants them."""
     last, deadline = config.optimizer.steps, config.step_deadline
-    if config.mode == "sync":
+    if config.mode != "async":
         return Steps(clients=config.clients, last=last, first=first, on_loss=config.on_loss, deadline=deadline)
     return AsyncSteps(
         clients=config.clients,

@@ -175,6 +175,8 @@ def test_too_little_data_is_said(tmp_path, name):
         (["--clients", "2", "--data", "missing.txt"], "no such file"),
         (["--clients", "1", "--data", "a.txt", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--clients", "1", "--data", "a.txt", "--out", "."], ". is not empty"),
+        (["--data", "a.txt", "--mode", "hierarchical", "--replicas", "2"], "one process with one trunk"),
+        (["--data", "a.txt", "--shard", "fsdp", "--shard-size", "2"], "one process with one trunk"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, words, sentence):

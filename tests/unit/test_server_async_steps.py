@@ -176,7 +176,8 @@ def test_forwards_ahead_wait_and_others_are_refused():
 
 
 def test_the_mode_of_the_run_says_which():
-    assert isinstance(steps_of(build_config({"model": "m"})), Steps)
+    for mode in ("sync", "hierarchical"):
+        assert isinstance(steps_of(build_config({"model": "m", "mode": mode})), Steps)
     assert isinstance(steps_of(build_config({"model": "m", "mode": "async"})), AsyncSteps)
 
 
