@@ -223,6 +223,7 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     if config.mode == "async":
         _check_async(config)
     _check_replicas(config)
+    _check_idle(config)
     if config.adapters == "per-client":
         _check_client_adapters(config)
     _check_shard(config)
@@ -304,6 +305,20 @@ def _check_async(config: RunConfig) -> None:
     for key, (contradicts, mend) in contradictions.items():
         if contradicts:
             raise ConfigError(f"{key} = {getattr(config, key)!r} in an asynchronous run, where {mend}, or use --mode sync")
+
+
+def _check_idle(config: RunConfig) -> None:
+    """Raises ConfigError for a setting of another kind of run than this one: it would have no effect."""
+    defaults = RunConfig(model="")
+    if config.mode != "async":
+        for key in ("async_contributions", "max_staleness"):
+            if getattr(config, key) != getattr(defaults, key):
+                raise ConfigError(f"{key} has no say where a step waits for its clients: use --mode async, or leave {key} out")
+    if config.adapters == "shared" and config.limits != defaults.limits:
+        raise ConfigError(
+            "max_rank and max_learning_rate have no say where all clients share one adapter: use --adapters per-client, or leave "
+            "them out"
+        )
 
 
 def _check_replicas(config: RunConfig) -> None:
