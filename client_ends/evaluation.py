@@ -18,17 +18,18 @@ def evaluate(model: Any, batches: Batches, device: torch.device) -> dict[str, fl
     was_training = model.training
     model.eval()
     total = counted = right = 0.0
+    by_row = isinstance(batches.dataset[0]["labels"], int)
     for batch in batches:
         held = {name: tensor.to(device) for name, tensor in batch.items()}
         out = model(**held)
         targets = Batches.targets(batch)
         total += float(out.loss) * targets
         counted += targets
-        if held["labels"].ndim == 1:
+        if by_row:
             right += float((out.logits.argmax(-1) == held["labels"]).sum())
     model.train(was_training)
     mean = total / max(1.0, counted)
     report = {"loss": mean, "targets": counted}
-    if right or batches.dataset[0]["labels"].__class__ is int:
+    if by_row:
         return report | {"accuracy": right / max(1.0, counted)}
     return report | {"perplexity": math.exp(min(mean, 700.0))}

@@ -14,13 +14,13 @@ __all__ = ["Micro", "missed"]
 
 @dataclass(slots=True)
 class Micro:
-    """One micro-batch under way: ``rows`` tokens went out, as many come back, twice."""
+    """One micro-batch under way: ``rows`` tokens went out, as many come back, twice. ``grad``: a backward is to follow."""
 
     step: int
     rows: int
     hidden: int
     dtype: str
-    train: bool
+    grad: bool
     y: Future[torch.Tensor] = field(default_factory=Future)
     dh: Future[torch.Tensor] = field(default_factory=Future)
 

@@ -236,11 +236,6 @@ class Participant:
         total: int = self.terms["optimizer"]["steps"]
         return total if self._has_barrier else 0
 
-    @property
-    def complete(self) -> bool:
-        """Whether the server has said that the run has made all its steps."""
-        return self._complete
-
     def step_done(self, then: str = "continue") -> None:
         """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``.
 
@@ -373,7 +368,7 @@ class Participant:
                 if message.dropped:
                     self._dropped = message
                     for micro in self._micros.values():
-                        if micro.train and micro.step >= message.step:
+                        if micro.grad and micro.step >= message.step:
                             micro.fail(missed(message.step))
             elif isinstance(message, Fault) and message.micro is not None:
                 self._unanswered.discard(message.micro)

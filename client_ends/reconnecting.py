@@ -332,7 +332,7 @@ class Reconnecting(Participant):
         if self.rounds is not None:
             self.rounds.excuse()
         for micro in self._micros.values():
-            if micro.train:
+            if micro.grad:
                 micro.fail(fate)
         self._forwards = self._backwards = self._targets = 0
 

@@ -114,7 +114,7 @@ class Averager:
     # --- any thread -------------------------------------------------------------------------------------------------------------
 
     def write(self, session: str, layout: Layout, part: EndsPart, payload: torch.Tensor) -> None:
-        """Keep one part, ``(size,)`` bytes, of a session's ends."""
+        """Keep one part, ``(1, size)`` bytes, of a session's ends."""
         self._do(lambda: self._write(session, layout, part, payload))
 
     def discard(self, session: str) -> None:

@@ -109,7 +109,7 @@ class Meter:
         self._clients: dict[str, _Client] = {}
         self._names: dict[str, str] = {}  # by open session
         self._queues = {"forward": _Queue(_KEPT), "backward": _Queue(_KEPT)}
-        self._sums = {name: self._window() for name in ("tokens", "busy", "batches", "members", "batch_tokens", "slots")}
+        self._sums = {name: self._window() for name in ("tokens", "busy", "batches", "members", "slots")}
         self._busy = 0.0
         self._batches = {"forward": 0, "backward": 0}
         self._steps = self._dropped = 0
@@ -167,7 +167,6 @@ class Meter:
                     ("tokens", tokens),
                     ("batches", 1),
                     ("members", len(members)),
-                    ("batch_tokens", tokens),
                     ("slots", tokens if self._packed else padded),
                 ):
                     self._sums[name].add(began + seconds, amount)
@@ -239,7 +238,7 @@ class Meter:
                 "forwards": sum(client["forwards"] for client in clients.values()),
                 "backwards": sum(client["backwards"] for client in clients.values()),
                 "batches": dict(self._batches),
-                "occupancy": _share(sums["batch_tokens"], sums["batches"] * self._batch_tokens),
+                "occupancy": _share(sums["tokens"], sums["batches"] * self._batch_tokens),
                 "members": _share(sums["members"], sums["batches"]),
                 "padding": None if not sums["slots"] else round(1 - sums["tokens"] / sums["slots"], 4),
                 "queue": {direction: list(queue.newest) for direction, queue in self._queues.items()},

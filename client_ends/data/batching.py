@@ -83,7 +83,7 @@ def target_count(batch: dict[str, Tensor]) -> int:
 
 
 class Batches:
-    """Batches of a dataset, epoch after epoch.
+    """Batches of a dataset, padded on the right, epoch after epoch.
 
     Each iteration yields what is left of the current epoch and then moves on to the next, so ``for batch in batches``
     is one epoch. The order depends on (``seed``, epoch) alone. :meth:`state_dict` says after which batch we are; with
@@ -97,30 +97,21 @@ class Batches:
         *,
         seed: int,
         pad_token_id: int,
-        padding_side: Side = "right",
         shuffle: bool = True,
-        drop_last: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"The batch size is at least 1, not {batch_size}.")
-        if padding_side not in ("left", "right"):
-            raise ConfigError(f"The padding side is left or right, not {padding_side!r}.")
-        if drop_last and len(dataset) < batch_size:
-            raise ConfigError(f"{len(dataset)} rows fill no batch of {batch_size}: take a smaller batch or more data.")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.pad_token_id = pad_token_id
-        self.padding_side: Side = padding_side
         self.shuffle = shuffle
-        self.drop_last = drop_last
         self.epoch = 0
         self._done = 0  # batches of this epoch already handed out
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole if self.drop_last or not rest else whole + 1
+        return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self._order()
@@ -129,7 +120,7 @@ class Batches:
             rows = [self.dataset[index] for index in order[begin : begin + self.batch_size]]
             # Counted before it is handed out: who saves the state while working on a batch has had that batch.
             self._done += 1
-            yield collate(rows, pad_token_id=self.pad_token_id, padding_side=self.padding_side)
+            yield collate(rows, pad_token_id=self.pad_token_id)
         self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:

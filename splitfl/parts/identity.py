@@ -42,7 +42,6 @@ VOLATILE = {
     "use_cache",
 }
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,10 @@ def file_digest(path: Path) -> str:
     if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
         found: str = entry["sha256"]
         return found
-    digest = hashlib.sha256()
     with resolved.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    _write_cache({**_read_cache(), str(resolved): {"stamp": stamp, "sha256": digest.hexdigest()}})
-    return digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _write_cache({**_read_cache(), str(resolved): {"stamp": stamp, "sha256": digest}})
+    return digest
 
 
 def cache_directory() -> Path:

@@ -13,8 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 __all__ = ["Rows", "current_rows", "running_on"]
 
 
@@ -52,12 +50,6 @@ class Rows:
                 begin = runs.pop()[1]
             runs.append((owner, begin, end))
         return tuple(runs)
-
-    def by_segment(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the real tokens of each segment, ``(length, ...)``, of a tensor ``(1, tokens, ...)`` or ``(S, Tmax, ...)``."""
-        if self.packed:
-            return list(tensor[0].split([length for length, _ in self.wire]))
-        return [tensor[row, :length] for row, (length, _) in enumerate(self.wire)]
 
 
 _current: ContextVar[Rows | None] = ContextVar("splitfl_rows", default=None)

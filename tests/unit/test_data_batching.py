@@ -67,11 +67,10 @@ def test_every_row_once_an_epoch_in_an_order_of_its_own():
     assert lengths(again) == first
 
 
-def test_order_and_last_batch_by_choice():
-    assert lengths(Batches(dataset(5), 2, seed=1, pad_token_id=0, shuffle=False)) == [[2, 3], [4, 5], [6]]
-    dropping = Batches(dataset(5), 2, seed=1, pad_token_id=0, shuffle=False, drop_last=True)
-    assert lengths(dropping) == [[2, 3], [4, 5]]
-    assert len(dropping) == 2
+def test_the_datas_own_order_by_choice():
+    batches = Batches(dataset(5), 2, seed=1, pad_token_id=0, shuffle=False)
+    assert len(batches) == 3
+    assert lengths(batches) == [[2, 3], [4, 5], [6]]
 
 
 @pytest.mark.parametrize("done", [0, 1, 3, 4, 5, 9])
@@ -124,10 +123,6 @@ def test_holding_out():
 def test_what_cannot_be_batched():
     with pytest.raises(ConfigError, match="at least 1"):
         Batches(dataset(), 0, seed=1, pad_token_id=0)
-    with pytest.raises(ConfigError, match="left or right"):
-        Batches(dataset(), 1, seed=1, pad_token_id=0, padding_side="middle")
-    with pytest.raises(ConfigError, match="fill no batch"):
-        Batches(dataset(3), 4, seed=1, pad_token_id=0, drop_last=True)
 
 
 def test_rows_and_collate_serve_hugging_faces_trainer(tmp_path):
