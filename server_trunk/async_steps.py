@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
+from server_trunk.members import Member
 from server_trunk.steps import Steps
 from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
@@ -276,6 +277,9 @@ class AsyncSteps:
         presence = self._sessions.get(session)
         part = presence.part if presence is not None else None
         return part.step if part is not None and part.all_arrived else None
+
+    def ends_with(self, members: Sequence[Member]) -> bool:
+        return False  # no step waits for anything
 
     # --- ends -------------------------------------------------------------------------------------------------------------------
 

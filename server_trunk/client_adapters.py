@@ -70,6 +70,9 @@ class ClientTraining:
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         return [parameter for owner in owners for parameter in self.adapters[owner].parameters.values()]
 
+    def early(self, *, in_place: bool) -> None:
+        return None
+
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         """Step the adapter of each client that contributed; the report has one of its own for each client in ``targets``."""
         self._moved = False

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
-from server_trunk.training import StepReport, Training
+from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
 from splitfl.parts.dropout import dropout_key
 from splitfl.parts.packed import run_segments
@@ -39,8 +39,9 @@ class _Sum:
     ``in_place``: straight into ``.grad``, piece by piece. That spares a copy of all gradients, and a failure midway is final.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], in_place: bool) -> None:
-        self._parameters, self._in_place = parameters, in_place
+    def __init__(self, parameters: Sequence[Parameter], in_place: bool, early: Early | None = None) -> None:
+        """``early``: lets them leave, of the batch that is likely to be the step's last."""
+        self._parameters, self._in_place, self._early = parameters, in_place, early
         self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
         self._lock = threading.Lock()
 
@@ -57,14 +58,32 @@ class _Sum:
                     self._gradients[index] = gradient if held is None else held.add_(gradient)
         return _taken(own)
 
+    def amid(self, pieces: int) -> contextlib.AbstractContextManager[None]:
+        """Around the backward of so many pieces."""
+        return contextlib.nullcontext() if self._early is None else self._early.amid(pieces)
+
     def clear(self) -> None:
         self._gradients = [None] * len(self._parameters)
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """The batch counts at the end of this, unless it fails within."""
+        try:
+            yield
+        except BaseException:
+            if self._early is not None:
+                self._early.take_back()
+            raise
+        self.count()
+
     def count(self) -> None:
         """All pieces have run: the batch counts."""
+        early = self._early
         held: list[torch.Tensor] = []
         added: list[torch.Tensor] = []
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if early is not None and early.has_left(parameter):
+                continue
             if gradient is not None and parameter.grad is None:
                 # Laid out as its parameter: the fused AdamW of a CPU takes that for granted.
                 same = gradient.stride() == parameter.stride()
@@ -118,6 +137,7 @@ class Engine:
             lanes = Lanes(lanes if device.type == "cpu" else 1, torch.get_num_threads())
         self._lanes = lanes
         self._graphs: dict[int, list[Piece]] = {}
+        self._early: Early | None = None  # of the newest backward
         self._most: int | None = None  # tokens of a piece, once the device was out of memory
         self.is_atomic = not in_place  # whether a backward that fails has left the step's sum as it was
         self.closed: int | None = -1  # the step after which the weights stand; None where one failed midway
@@ -166,14 +186,15 @@ class Engine:
         where nobody wants it.
 
         A gradient that is not finite counts as zero; its member is marked ``spoilt``. A replayed member adds nothing to the sum:
-        what it would add is there already.
+        what it would add is there already. After a batch that is likely to be its step's ``last``, :meth:`release` should follow.
         """
         members = batch.members
         self._transfers.begin()
         gradients = [self._transfers.up(_summed(member)) for member in members]
         pieces = self._graphs.pop(batch.number, None) if batch.kept else None
         owners = sorted({member.client for member in members if not member.replayed})
-        total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place)
+        self._early = self.training.early(in_place=self._in_place) if batch.last else None
+        total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place, self._early)
 
         def differentiate(piece: Piece) -> torch.Tensor:
             if piece.out is None:
@@ -183,25 +204,31 @@ class Engine:
             piece.out = None  # the graph is used up
             return own
 
-        with self._mode(members[0]):
-            try:
-                if pieces is None:
-                    pieces = self._cut(members)
-                found = self._lanes.run(differentiate, pieces)
-            except Exception as error:
-                if not self._may_try_smaller(error) or self._in_place:
-                    raise
-                if batch.kept and pieces is not None:
-                    # Only the pieces still hold what went in.
-                    rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)
-                    for member, hidden in zip(members, rows, strict=True):
-                        member.hidden = hidden
-                pieces, found = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
-        rows = _by_member(pieces, found, members)
-        landing = self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
-        # Last, as all of the above takes memory: a batch that fails must not have counted.
-        total.count()
-        return landing
+        # It counts last, as all within takes memory: a batch that fails must not have counted.
+        with total.whole():
+            with self._mode(members[0]):
+                try:
+                    if pieces is None:
+                        pieces = self._cut(members)
+                    with total.amid(len(pieces)):
+                        found = self._lanes.run(differentiate, pieces)
+                except Exception as error:
+                    if not self._may_try_smaller(error) or self._in_place:
+                        raise
+                    if batch.kept and pieces is not None:
+                        # Only the pieces still hold what went in.
+                        rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)
+                        for member, hidden in zip(members, rows, strict=True):
+                            member.hidden = hidden
+                    pieces, found = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
+            rows = _by_member(pieces, found, members)
+            return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
+
+    def release(self) -> None:
+        """The step's sum leaves, as far as it has not: it is likely to be whole."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.leave()
 
     def discard(self, number: int) -> None:
         """Free a graph whose backward will never come."""

@@ -69,12 +69,14 @@ class ForwardBatch:
 @dataclass(slots=True)
 class BackwardBatch:
     """Backwards that run together: of a whole forward batch whose graph is kept (``kept``), or of any forwards to be run again.
-    With nobody left in it (``is_void``), there is only memory to be freed.
+    With nobody left in it (``is_void``), there is only memory to be freed. ``last``: nothing that counts is likely to follow it
+    in its step.
     """
 
     number: int
     members: list[Member]
     kept: bool = True
+    last: bool = False
 
     @property
     def is_void(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
+from server_trunk.members import Member
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
 
@@ -303,6 +304,12 @@ class Steps:
         """The step of which every announced gradient of this session is here; None while more will come."""
         part = self._holders.get(session)
         return self.number if part is not None and part.session == session and part.all_arrived else None
+
+    def ends_with(self, members: Sequence[Member]) -> bool:
+        """Whether the gradients of these, which are about to run together, are likely to be the last of the open step here. Only
+        asked for where that saves time.
+        """
+        return False
 
     # --- the end of a step ------------------------------------------------------------------------------------------------------
 

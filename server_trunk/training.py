@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from splitfl.adapters.trainables import copy_into, named_trainables
 from splitfl.config import OptimizerSettings
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
-__all__ = ["SharedTraining", "StepReport", "Training"]
+__all__ = ["Early", "SharedTraining", "StepReport", "Training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,22 @@ class StepReport:
         return self.clients.get(client, self)
 
 
+class Early(Protocol):
+    """Gradients of a step on their way to other processes before its last backward has ended."""
+
+    def amid(self, pieces: int) -> AbstractContextManager[None]:
+        """Around the backward of so many pieces; in lanes, side by side."""
+
+    def has_left(self, parameter: Parameter) -> bool:
+        """Whether the gradient that this batch has for it counts already."""
+
+    def take_back(self) -> None:
+        """The batch has failed: nothing of it is to count."""
+
+    def leave(self) -> None:
+        """The batch counts: whatever has not left does."""
+
+
 class Training(Protocol):
     """Called from the trunk's thread only. ``owners`` and ``clients`` are names from the operator's list."""
 
@@ -47,6 +64,11 @@ class Training(Protocol):
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         """The parameters that rows of these clients have a gradient for."""
+
+    def early(self, *, in_place: bool) -> Early | None:
+        """What lets the gradients of a step leave amid its last backward; None where they do not. ``in_place``: they are added up
+        in ``.grad`` piece by piece.
+        """
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         """Divide the summed gradients by the counted ``targets`` (by client), clip, step, and clear them."""
@@ -96,6 +118,9 @@ class SharedTraining:
 
     def parameters_of(self, owners: Sequence[str]) -> Sequence[Parameter]:
         return self._parameters
+
+    def early(self, *, in_place: bool) -> Early | None:
+        return None
 
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         return self._step(step, sum(targets.values()))

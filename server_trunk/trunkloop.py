@@ -355,6 +355,7 @@ class TrunkLoop:
             self._engine.discard(batch.number)
             return
         began = time.monotonic()
+        batch.last = self._steps.ends_with(batch.members)
         try:
             landing = self._engine.backward(batch)
         except Exception as error:
@@ -376,6 +377,7 @@ class TrunkLoop:
             reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
             replies.append((member.session, reply, gradient))
         self._mailer.send(landing, functools.partial(self._leave, "backward", batch.members, began, landing, replies))
+        self._engine.release()  # the clients' answers before it
 
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""

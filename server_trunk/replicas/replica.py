@@ -130,6 +130,7 @@ class Replica:
             deadline=config.step_deadline,
             on_whole=partial(on_all_ranks, "begin") if isinstance(training, ReducedTraining) else lambda targets: None,
             on_stop=on_stop,
+            foresees=isinstance(training, ReducedTraining) and self._shards is None,
         )
         return self._steps
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-from server_trunk.ledger import Ledger
+from server_trunk.ledger import Ledger, Part
+from server_trunk.members import Member
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Move, Phase, State, Stays, Stop, WaitedFor
 from server_trunk.steps import Steps
@@ -35,14 +36,17 @@ class ReplicaSteps(Steps):
         deadline: float = 0.0,
         on_whole: Callable[[int], None] = lambda targets: None,
         on_stop: Callable[[bool], None] = lambda back: None,
+        foresees: bool = False,
     ) -> None:
         """``say``: sends a report to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
-        closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again.
+        closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again. ``foresees``:
+        whether it is worth knowing with which gradients a step is likely to end here.
         """
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
         self._on_whole, self._on_stop = on_whole, on_stop
-        self._rank = rank
+        self._rank, self._foresees = rank, foresees
+        self._usual: dict[str, tuple[int, int]] = {}  # by client: the gradients of its last two parts
         self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays] = deque()
         self._heard = 0
         self._phase = Phase.OUT
@@ -179,10 +183,31 @@ class ReplicaSteps(Steps):
         self._on_whole(self._ledger.targets_here)
         return None
 
+    def ends_with(self, members: Sequence[Member]) -> bool:
+        """A client is taken to have as many gradients in each step as in its last two, where those were alike. So it need not
+        say; where that turns out wrong, what comes late is summed late.
+        """
+        if not self._foresees or self._phase is not Phase.IN:
+            return False
+        running = Counter(id(self._part(m.session, m.forward.step)) for m in members if m.backward is not None)
+        for part in self._ledger.parts.values():
+            if part.unrun != running[id(part)]:
+                return False  # more of it is here
+            if not part.dropped and not part.all_arrived and (part.lost_at is not None or not self._is_as_usual(part)):
+                return False
+        return True
+
+    def _is_as_usual(self, part: Part) -> bool:
+        """Whether all that has come of it has its gradient, and as many as ever have come."""
+        return part.done is None and part.taken == part.arrived and self._usual.get(part.client) == (part.arrived,) * 2
+
     def _close_with_all(self, word: Close) -> Ledger:
         is_whole = self._phase is Phase.WHOLE
         assert is_whole or not self.is_open, "rank 0 closes what is not whole"
         ledger = self._ledger if is_whole else Ledger(word.step)
+        for part in ledger.parts.values():
+            if part.done is not None:
+                self._usual[part.client] = self._usual.get(part.client, (0, 0))[1], part.done.backwards
         ledger.met = word.counted
         self._counted.clear()
         if self._meetings.every == 1:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.nn import Module
 
-from server_trunk.replicas.buckets import Averages, Sums
+from server_trunk.replicas.buckets import Averages
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.sums import EarlySums, Sums
 from server_trunk.sharding.group import ShardGroup
 from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import SharedTraining, StepReport
@@ -30,9 +31,13 @@ class ReducedTraining(SharedTraining):
         super().__init__(model, settings, *more)
         self._sums = Sums(self._stepped, group.gradients) if self._parameters else None
 
+    def early(self, *, in_place: bool) -> EarlySums | None:
+        sums = self._sums
+        return None if sums is None or sums.left else EarlySums(sums, in_place=in_place)
+
     def begin(self, targets: int) -> None:
         """Nothing more of this replica counts towards the step, of ``targets`` target tokens: its gradients leave now, while
-        others are still at work.
+        others are still at work, if they have not already.
         """
         if self._sums is not None:
             self._bring()
@@ -41,7 +46,7 @@ class ReducedTraining(SharedTraining):
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         counted = sum(targets.values())
         if self._sums is not None:
-            if not self._sums.has_begun:
+            if not self._sums.is_whole:
                 self.begin(counted)
             counted = self._sums.finish()
         return self._step(step, counted)

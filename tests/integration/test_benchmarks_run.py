@@ -84,3 +84,11 @@ def test_rounds():
     for runs in result["results"].values():
         assert runs["0"]["mb_sent"] < runs["16"]["mb_sent"] < runs["4"]["mb_sent"] < runs["1"]["mb_sent"]
         assert all(each["loss"] < each["loss_before"] for each in runs.values())
+
+
+def test_overlap():
+    result = run("overlap", "--megabits", "0", "10")
+    late, early = (result["by_megabits"]["10"][f"{when}_step_s"] for when in ("late", "early"))
+    # Neither can be faster than the link.
+    assert min(late, early) >= 0.99 * result["sizes"]["bytes_summed_a_step"] * 8e-6 / 10
+    assert all(row["early_over_late"] > 0 for row in result["by_megabits"].values())

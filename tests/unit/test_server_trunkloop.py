@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from splitfl.config import OptimizerSettings, build_config
 from splitfl.errors import RemoteProtocolError
 from splitfl.parts.identity import model_identity
 from splitfl.parts.loading import load_trunk
-from splitfl.protocol.messages import Backward, Enrol, Fault, Forward, Pause, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import Backward, Enrol, Fault, Forward, Grad, Hidden, Pause, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 from tests.world import tiny_llama
 
@@ -367,3 +369,28 @@ def test_once_it_is_ending_the_open_step_closes_and_no_other_opens(model, tmp_pa
     desk.run(*honest("a"))
     assert [closed.step for closed in desk.outlet.closed()] == [0]
     assert [message.step for _, message in desk.outlet.told if isinstance(message, StepOpened)] == [0]
+
+
+def test_sums_that_leave_early_leave_behind_the_answers_and_not_those_of_a_batch_that_is_not_the_last(model, tmp_path):
+    desk = Desk(model, tmp_path)
+    seen: list[object] = []
+
+    class Early:
+        @contextlib.contextmanager
+        def amid(self, pieces):
+            seen.append(pieces)
+            yield
+
+        def has_left(self, parameter):
+            return False
+
+        def leave(self):
+            seen.append([type(message) for _, message, _ in desk.outlet.sent])
+
+    desk.engine.training.early = lambda *, in_place: Early()
+    desk.loop._steps.ends_with = lambda members: [member.ordinal for member in members] == [1]
+    desk.join("a")
+    for ordinal in (0, 1):
+        desk.run(("a", replace(forward(ordinal), ordinal=ordinal)))
+        desk.run(("a", backward(ordinal)))
+    assert seen == [1, [Hidden, Grad, Hidden, Grad]]
