@@ -11,6 +11,7 @@ from typing import Any
 
 from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.opening import Opening, OpenTerms, follow
+from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConnectError, LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError
 from splitfl.protocol.assembly import Allocate, payload_view
@@ -131,6 +132,8 @@ class ClientChannel:
         self._path: DataPath | None = None  # from Opened on
         self._heard = self._beat = time.monotonic()
         self._sent = self._received = 0
+        self._told = 0  # control messages that have left
+        self._tally = Tally(self._timing.overdue)
         self._thread = threading.Thread(target=self._run, name=f"splitfl-client-{opening.name}", daemon=True)
 
     @property
@@ -258,9 +261,13 @@ class ClientChannel:
             late = self._quitting
         return late or self._session.state is State.CLOSED
 
+    @property
+    def _records_sent(self) -> int:
+        return self._path.records_sent if self._path is not None else 0
+
     def _say_goodbye(self) -> None:
         self._parting = True
-        bye = Bye(self._path.records_sent if self._path is not None else 0)
+        bye = Bye(self._records_sent)
         with self._lock:
             for message in (Leave(), bye) if self._leave else (bye,):
                 try:
@@ -274,6 +281,7 @@ class ClientChannel:
             frame = self._control_queue.popleft()
             self._transport.send_control(frame)
             self._sent += len(frame)
+            self._told += 1
 
     def _pump_data(self) -> bool:
         if self._path is None:
@@ -286,6 +294,7 @@ class ClientChannel:
         self._heard = time.monotonic()
         self._received += len(incoming.frame)
         if incoming.endpoint is Endpoint.CONTROL:
+            self._tally.heard += 1
             try:
                 with self._lock:
                     message = self._session.receive(bytes(incoming.frame))
@@ -325,7 +334,9 @@ class ClientChannel:
             raise SessionLost(message.text, message.code)
         elif isinstance(message, Closing):
             raise SessionLost(f"the server closed the session: {message.text}", "restarting" if message.back else "closing")
-        elif not isinstance(message, Heartbeat):
+        elif isinstance(message, Heartbeat):
+            self._tally.check(message, self._path.records_received if self._path is not None else 0, time.monotonic())
+        else:
             self._on_control(message)
 
     def _attach(self, opened: Opened) -> None:
@@ -352,7 +363,8 @@ class ClientChannel:
             with self._lock:
                 # Between Hello and Welcome there is nobody to hear it yet.
                 if self._opening.is_welcomed:
-                    self._control_queue.append(self._session.send(Heartbeat(time.time())))
+                    beat = Heartbeat(time.time(), self._told + len(self._control_queue), self._records_sent)
+                    self._control_queue.append(self._session.send(beat))
 
     def _lose(self, error: SplitflError) -> None:
         with self._lock:

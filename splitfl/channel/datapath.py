@@ -48,6 +48,10 @@ class DataPath:
         self.records_sent = 0
         self.bytes_sent = 0  # of frames
 
+    @property
+    def records_received(self) -> int:
+        return self._inbox.records
+
     def __bool__(self) -> bool:
         """Whether something waits to be sent."""
         return bool(self._outbox) or self.stuck is not None

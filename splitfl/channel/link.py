@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from splitfl.channel.handler import Peer
+from splitfl.channel.tally import Tally
 from splitfl.protocol.assembly import Inbox, Outbox
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.messages import Hello, Open
@@ -27,7 +28,10 @@ class Link:
     peer: Peer
     heard: float
     deadline: float  # for the handshake: to be attached by then
+    tally: Tally
     beat: float = 0.0
+    told: int = 0  # control frames sent
+    records_sent: int = 0
     traffic: Traffic = field(default_factory=Traffic)
     session: ServerSession = field(default_factory=ServerSession)
     hello: Hello | None = None

@@ -202,6 +202,7 @@ class ServerChannel:
                 self._sessions.drop(link, "its data connection broke")
                 return
             link.traffic.sent += len(frame)
+            link.records_sent += 1
         self._wait = 0.0
 
     def _flush(self) -> None:

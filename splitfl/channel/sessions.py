@@ -16,6 +16,7 @@ from typing import Any
 from splitfl.channel.admission import Admission
 from splitfl.channel.handler import ServerHandler, SessionInfo
 from splitfl.channel.link import Link, Traffic
+from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, RemoteProtocolError, SealError
 from splitfl.protocol.assembly import Inbox, Outbox
@@ -137,6 +138,7 @@ class Sessions:
 
     def _send(self, link: Link, frame: bytes) -> Sent:
         link.traffic.sent += len(frame)
+        link.told += 1
         return self._transport.send_control(link.control_peer, frame)
 
     def tell(self, link: Link, message: Message) -> None:
@@ -187,7 +189,8 @@ class Sessions:
         if found is None:
             return None
         peer, listed = found
-        link = Link(frame.peer, peer, self._clock(), deadline=self._clock() + _OPENING_SECONDS)
+        now = self._clock()
+        link = Link(frame.peer, peer, now, deadline=now + _OPENING_SECONDS, tally=Tally(self._timing.overdue))
         underway = sum(other.peer.public_key == peer.public_key and not other.attached for other in self._links.values())
         if not listed or underway >= _HANDSHAKES_A_KEY:
             code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
@@ -203,12 +206,16 @@ class Sessions:
     def _take_control(self, link: Link, frame: ServerFrame) -> None:
         if frame.user != str(link.peer.public_key):
             raise RemoteProtocolError("the peer behind this session changed")
+        link.tally.heard += 1
         try:
             with self.lock:
                 message = link.session.receive(bytes(frame.frame))
         except OtherVersionError as error:
             raise wording.other_version("client", error.theirs, "server") from None
-        if message is None or isinstance(message, Heartbeat):
+        if isinstance(message, Heartbeat):
+            link.tally.check(message, link.inbox.records if link.inbox is not None else 0, self._clock())
+            return
+        if message is None:
             return
         if isinstance(message, Hello):
             link.hello = message
@@ -385,4 +392,4 @@ class Sessions:
                 self.end(link, RefusalCode.STALE, "the session was not opened in time")
             elif link.hello is not None and link.goodbye is None and now - link.beat >= self._timing.heartbeat:
                 link.beat = now
-                self.tell(link, Heartbeat(time.time()))
+                self.tell(link, Heartbeat(time.time(), link.told, link.records_sent))

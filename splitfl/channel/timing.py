@@ -8,10 +8,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Timing:
     """Seconds. ``heartbeat``: between two of ours. ``silence``: after which the peer counts as lost. ``flush``: how
-    long closing waits for what is queued. ``linger``: how long the sockets then have to send it.
+    long closing waits for what is queued. ``linger``: how long the sockets then have to send it. ``overdue``: for how long
+    records that the peer says it has sent may stay away while nothing at all comes on the data connection.
     """
 
     heartbeat: float = 5.0
     silence: float = 20.0
     flush: float = 5.0
     linger: float = 2.0
+    overdue: float = 60.0

@@ -168,12 +168,17 @@ class Leave(Message):
 
 @dataclass(frozen=True)
 class Heartbeat(Message):
-    """I am here. ``time``: the sender's clock, seconds since the Unix epoch."""
+    """I am here, and this is what you should have of me. ``time``: the sender's clock, seconds since the Unix epoch.
+    ``control``: how many messages it has sent on the control connection before this one (0: it does not say); ``records``: how
+    many records on the data connection.
+    """
 
     time: float
+    control: int = 0
+    records: int = 0
 
     TYPE: ClassVar[int] = 7
-    FIELDS: ClassVar = {"time": number()}
+    FIELDS: ClassVar = {"time": number(), "control": integer(0), "records": integer(0)}
 
 
 @dataclass(frozen=True)

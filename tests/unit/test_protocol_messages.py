@@ -51,7 +51,7 @@ FROM_CLIENT = st.one_of(
     st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"])),
     st.builds(m.Pause),
     st.builds(m.Leave),
-    st.builds(m.Heartbeat, FINITE),
+    st.builds(m.Heartbeat, FINITE, STEP, STEP),
     st.builds(m.Bye, STEP),
     st.builds(m.Ends, st.lists(st.tuples(WORD, st.tuples(DTYPE, SHAPE)), min_size=1, max_size=5).map(tuple), st.booleans()),
 )
@@ -76,7 +76,7 @@ FROM_SERVER = st.one_of(
     st.builds(m.StepOpened, STEP, COUNT),
     st.builds(m.StepClosed, STEP, STEP, COUNT, NOT_NEGATIVE, st.none() | NOT_NEGATIVE, STEP, st.booleans(), COUNT, st.booleans()),
     st.builds(m.Credit, st.integers(1, 2**40)),
-    st.builds(m.Heartbeat, FINITE),
+    st.builds(m.Heartbeat, FINITE, STEP, STEP),
     st.builds(m.Fault, WORD, TEXT, st.booleans(), st.none() | MICRO),
     st.builds(m.Closing, TEXT, st.booleans()),
     st.builds(m.RoundOpened, STEP),
