@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class Place:
 class EndsKeeper:
     """Saves and loads the ends in ``out``. ``describe``: what :func:`~splitfl.adapters.results.describe_part` is told beside the
     step. ``keep``: how many of the run's checkpoints are kept, which are those of steps that are ``due``.
+    ``on_damage`` hears of one that cannot be read.
     """
 
     def __init__(
@@ -63,10 +66,11 @@ class EndsKeeper:
         *,
         keep: int,
         due: Callable[[int], bool],
+        on_damage: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.out = out
         self._model, self._trainables, self._optimizer, self._describe = model, trainables, optimizer, describe
-        self._keep, self._due = keep, due
+        self._keep, self._due, self._on_damage = keep, due, on_damage
         self.newest: Path | None = None  # written last, or loaded since
 
     def held(self) -> list[int]:
@@ -87,34 +91,44 @@ class EndsKeeper:
         self.newest = directory
         return directory
 
-    def newest_before(self, step: int) -> int | None:
-        """The newest step before ``step`` that there is a checkpoint of."""
-        return max((each for each in self.held() if each < step), default=None)
-
-    def go_back(self, step: int) -> dict[str, Any]:
-        """As :meth:`load`, where the run has undone what came later: those checkpoints are renamed, so that nobody takes them
-        for states of the run as it goes on.
+    def go_back(self, step: int) -> tuple[int, dict[str, Any]]:
+        """As :meth:`load_newest` before ``step``, where the run has undone what came later: those checkpoints are renamed, so
+        that nobody takes them for states of the run as it goes on.
         """
-        place = self.load(step)
-        for newer in [each for each in self.held() if each > step]:
+        stood, place = self.load_newest(before=step)
+        for newer in [each for each in self.held() if each > stood]:
             put_aside(checkpoint_directory(self.out, newer), "undone")
-        return place
+        return stood, place
 
-    def load(self, step: int) -> dict[str, Any]:
-        """The ends are as they were after ``step``; returns their place.
+    def load_newest(self, before: float = math.inf) -> tuple[int, dict[str, Any]]:
+        """The ends are as they were after the newest step (``before`` another) kept whole; returns it and their place.
+        A newer one that is damaged is renamed, so that it is in nobody's way.
 
         Raises:
-            CheckpointError: it is damaged, or of other ends.
+            CheckpointError: there is none, or it is of other ends.
         """
-        directory = checkpoint_directory(self.out, step)
-        tensors, meta, files = load_checkpoint(directory)
-        mine = describe_part(self._model, step=step, **self._describe)
+        for step in sorted((step for step in self.held() if step < before), reverse=True):
+            directory = checkpoint_directory(self.out, step)
+            try:
+                tensors, meta, files = load_checkpoint(directory)
+                state = {name: unpack_state(content) for name, content in files.items()}
+            except CheckpointError as error:
+                self._on_damage(f"{error} It is kept as {put_aside(directory, 'damaged')}, and the one before it used.")
+                continue
+            return step, self._load(directory, tensors, meta, state)
+        if math.isinf(before):
+            raise CheckpointError(f"every checkpoint of {self.out} is damaged: begin anew, with another --out")
+        raise CheckpointError(
+            f"the run goes on from step {before:g}, before which nothing of these ends was kept: begin anew, with another --out"
+        )
+
+    def _load(self, directory: Path, tensors: Mapping[str, torch.Tensor], meta: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+        mine = describe_part(self._model, step=meta.get("step"), **self._describe)
         for name in ("identity", "cut", "trainables", "lora", "task", "run"):
             if meta.get(name) != mine.get(name):
                 raise CheckpointError(
                     f"{directory} was written with {name} = {meta.get(name)}, not {mine.get(name)}: resume with the same"
                 )
-        state = {name: unpack_state(content) for name, content in files.items()}
         if not {"generator", "random", "data"} <= set(state):
             raise CheckpointError(f"{directory} does not say where the ends stood: it was written by an earlier splitfl")
         copy_into(self._trainables, tensors)
@@ -129,9 +143,12 @@ class EndsKeeper:
     # --- the session, for a process that comes after this one -------------------------------------------------------------------
 
     def note_session(self, session: str) -> None:
-        """The session that this process has open."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / _SESSION).write_text(session, encoding="utf-8")
+        """The session that this process has open. Where that cannot be written, a process that comes after this one has only to
+        wait until the server has noticed the loss by itself.
+        """
+        with contextlib.suppress(OSError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / _SESSION).write_text(session, encoding="utf-8")
 
 
 def last_session(out: Path) -> str:

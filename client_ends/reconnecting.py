@@ -112,13 +112,13 @@ class Reconnecting(Participant):
     def bytes_received(self) -> int:
         return self._bytes[1] + self.channel.bytes_received
 
-    def close(self) -> None:
-        """End the session, after what is queued has left."""
+    def close(self, *, leave: bool = True) -> None:
+        """End the session, after what is queued has left. Without ``leave`` this client is waited for as a lost one is."""
         with self._lock:
             self._closing = True
             self._lock.notify_all()
         if self._channel is not None:
-            self._channel.close()
+            self._channel.close(leave=leave)
         with self._lock:
             self._give_up_link(SessionLost("the session was closed", "closed"))
 

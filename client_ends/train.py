@@ -24,7 +24,7 @@ from client_ends.settings import TrainResult, TrainSettings
 from splitfl.adapters import named_trainables
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps
 from splitfl.config import LoraSettings, OptimizerSettings
-from splitfl.errors import CheckpointError, ConfigError, RunComplete, RunWentBack, StepMissed
+from splitfl.errors import ConfigError, NotWritten, RunComplete, RunWentBack, StepMissed
 from splitfl.libraries import differences, library_versions
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from splitfl.parts.cut import Cut
@@ -52,6 +52,7 @@ def train(
 
     Raises:
         UserError: bad data, settings, keys or address; one sentence with the mend.
+        NotWritten: the ends cannot be kept. The server is not told that this client leaves: it waits for it as for a lost one.
         SessionLost: the session broke and no other could be had within ``reconnect`` seconds; the ends are kept as they were
             after their last step, under its number. The trunk may stand one step earlier: it steps once every client is done.
         CheckpointError: the run went back to where none of the ends' checkpoints stands.
@@ -98,6 +99,9 @@ def train(
         tokenizer = early or load_tokenizer(*model_of(settings, model.trunk.session.terms), trust_remote_code=trust)
         rows, held_out = data or read_data(settings, tokenizer)
         return _Run(settings, model, tokenizer, rows, held_out, log, progress).run()
+    except NotWritten:
+        model.trunk.session.close(leave=False)
+        raise
     finally:
         model.close()
 
@@ -162,6 +166,7 @@ class _Run:
             self._about(),
             keep=self.terms["checkpoint_keep"],
             due=self.session.is_due,
+            on_damage=self._hear_of_damage,
         )
         self.stood: Place | None = None  # amid a step: where the ends stood before it
         self.split.on_checkpoint(lambda step: self._save(), self.keeper.held)
@@ -211,6 +216,8 @@ class _Run:
                 except RunWentBack as back:
                     self._go_back(back.step)
                     stream = self._stream()
+        except NotWritten:
+            raise
         except BaseException:
             if self.last_step >= 0:
                 self.progress.say(f"ends kept in {self._save()}")
@@ -310,6 +317,10 @@ class _Run:
         self.progress.say(f"note: {text}")
         self.keeper.note_session(self.session.channel.opened.session)
 
+    def _hear_of_damage(self, text: str) -> None:
+        self.log.write("checkpoint-damaged", quiet=True, what=text)
+        self.progress.say(f"note: {text}")
+
     # --- keeping the ends, and going on from what was kept ----------------------------------------------------------------------
 
     def _about(self) -> dict[str, Any]:
@@ -351,8 +362,7 @@ class _Run:
 
     def _resume(self) -> None:
         """Go on from what an earlier process kept: enrol, hear which step that means, and stand before it."""
-        newest = self.keeper.held()[-1]
-        self._stand_at(newest, self.keeper.load(newest))
+        self._stand_at(*self.keeper.load_newest())
         if self.made >= self.total_steps:
             raise ConfigError(
                 f"the ends in {self.keeper.out} have made all their {self.made} steps: nothing is left to go on with"
@@ -368,12 +378,8 @@ class _Run:
         Raises:
             CheckpointError: all that was kept is newer.
         """
-        before = self.keeper.newest_before(step)
-        if before is None:
-            raise CheckpointError(
-                f"the run goes on from step {step}, before which nothing of these ends was kept: begin anew, with another --out"
-            )
-        self._stand_at(before, self.keeper.go_back(before))
+        before, place = self.keeper.go_back(step)
+        self._stand_at(before, place)
         self.progress.say(f"note: the run goes on from step {step}; the ends stand after step {before} again")
 
     def _stand_at(self, step: int, place: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from splitfl.config import RunConfig, build_config, read_toml, to_toml
-from splitfl.errors import ConfigError
+from splitfl.errors import ConfigError, NotWritten
 from splitfl.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -135,10 +135,14 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), ask_to_stop)
+    back = False
     try:
         while not stopping.is_set() and not server.wait(0.5):
             pass
+    except NotWritten:
+        back = True  # with room made, the run goes on: clients wait for it
+        raise
     finally:
         # Ctrl-C is a person who ends the run; SIGTERM comes from what starts it again.
-        back = signal.SIGTERM in asked
-        server.stop(back=back, patience=PATIENCE if back else 0.0)
+        asked_politely = signal.SIGTERM in asked
+        server.stop(back=back or asked_politely, patience=PATIENCE if asked_politely else 0.0)

@@ -90,9 +90,14 @@ class RunKeeper:
 
     def go_back(self, step: int) -> None:
         """Load the checkpoint of ``step``, after which all clients can go on; newer ones are renamed, so that the run will not
-        go on from them. Raises CheckpointError where it is damaged.
+        go on from them. Raises CheckpointError where it is damaged; then it is renamed too.
         """
-        main, clients = self._read(step)
+        try:
+            main, clients = self._read(step)
+        except CheckpointError as error:
+            if self._leads:
+                self._put_damaged_aside(step, error)
+            raise
         self._load(main, clients)
         if isinstance(self.training, ClientTraining):
             self.training.begin_anew([client for client in self.training.adapters if client not in clients])
@@ -192,8 +197,7 @@ class RunKeeper:
                     raise CheckpointError(
                         f"{error} Replica 0 could read it: give all replicas the run's directory, shared or copied"
                     ) from None
-                aside = put_aside(directory, "damaged")
-                self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
+                self._put_damaged_aside(step, error)
                 continue
             self._check(directory, main[1])
             self._load(main, clients)
@@ -201,6 +205,10 @@ class RunKeeper:
             self._log.write("resumed", step=step, clients=sorted(clients) or None)
             return step + 1
         raise CheckpointError(f"every checkpoint of {out} is damaged: begin a new run under another name with --run or --out")
+
+    def _put_damaged_aside(self, step: int, error: CheckpointError) -> None:
+        aside = put_aside(checkpoint_directory(self._config.out_dir, step), "damaged")
+        self._log.write("checkpoint-damaged", step=step, error=str(error), kept_as=str(aside))
 
     def _read(self, step: int) -> tuple[Checkpoint, dict[str, Checkpoint]]:
         out = self._config.out_dir

@@ -8,9 +8,11 @@ print(server.join)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
-from splitfl.errors import ConfigError, KeyFileError, SplitflError
+from splitfl.errors import ConfigError, KeyFileError, NotWritten, SplitflError
 from splitfl.parts.identity import model_identity
 from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
@@ -81,12 +83,10 @@ class TrunkServer:
         self.config = config
         out = config.out_dir
         listed, self._device = check_before(config, resume=resume or not self._is_first, shards=shards)
-        try:
+        with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
-            if self._is_first and not resume:
-                self._write_config()
-        except OSError as error:
-            raise ConfigError(f"cannot write to {out} ({error.strerror}): choose another directory with --out") from None
+        if self._is_first and not resume:
+            self._write_config()
         if config.threads:
             torch.set_num_threads(config.threads)
         self.identity = in_turn(group, lambda: server_identity(config, self._is_first))
@@ -131,7 +131,9 @@ class TrunkServer:
         return self._group is None or self._group.is_first
 
     def _write_config(self) -> None:
-        (self.config.out_dir / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+        out = self.config.out_dir
+        with _writing_to(out):
+            (out / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
 
     def _make_rounds(self) -> RoundKeeper:
         averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake(), replicas=self._group)
@@ -247,6 +249,7 @@ class TrunkServer:
         """Wait for the end of the run (``until_done``) or the failure of the trunk; True once it has ended.
 
         Raises:
+            NotWritten: a checkpoint cannot be written.
             SplitflError: the trunk's thread failed, or another replica is gone.
         """
         done = self._done if self._replica is None else self._replica.stopped
@@ -257,12 +260,14 @@ class TrunkServer:
             if self._replica is not None and self._replica.failure is not None:
                 raise self._replica.failure
             waited += 0.1
+            if isinstance(self._loop.failure, NotWritten):
+                raise self._loop.failure
             if self._loop.failure is not None:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
         return False
 
     def stop(self, text: str = "the server is stopping", *, back: bool = False, patience: float = 0.0) -> None:
-        """Finish the batch under way, write a last checkpoint, tell the clients, close.
+        """Finish the batch under way, write a last checkpoint, tell the clients, close. Raises NotWritten once all is closed.
 
         ``back``: the server means to start again, so that clients wait for it. ``patience``: seconds that the open step may take
         to its end.
@@ -296,6 +301,19 @@ class TrunkServer:
             self._live.stop()
             self._log.write("stopped", why=text)
             self._log.close()
+        if isinstance(self._loop.failure, NotWritten):
+            raise self._loop.failure
+
+
+@contextlib.contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    """A refusal of the system's in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {out} ({error.strerror}): make room, or choose another directory with --out"
+        ) from None
 
 
 def check_before(config: RunConfig, *, resume: bool, shards: ShardGroup | None = None) -> tuple[Path, torch.device]:

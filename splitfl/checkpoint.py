@@ -19,7 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor
 
 from splitfl.directories import write_directory_atomically
-from splitfl.errors import CheckpointError
+from splitfl.errors import CheckpointError, NotWritten
 from splitfl.shard_files import read_whole
 
 FORMAT = 1
@@ -60,6 +61,8 @@ def save_checkpoint(
 
     ``tensors``: any device, any dtype, no two sharing memory. ``meta``: plain JSON values. ``extra``: content by
     file name; bytes as they are, anything else as :func:`pack_state` has it, but written without a copy in memory.
+
+    Raises ``NotWritten`` where the system refuses (the disk is full, say); then nothing of it stays, and what was there stands.
     """
     for name in extra or {}:
         if name in (TENSORS, DESCRIPTION) or Path(name).name != name or name.startswith("."):
@@ -67,7 +70,7 @@ def save_checkpoint(
     # As JSON gives it back (tuples as lists, every key a string): so the digest is that of what will be read.
     meta = json.loads(json.dumps(meta, allow_nan=False))
     text = json.dumps(meta, allow_nan=False, sort_keys=True)
-    with write_directory_atomically(directory, overwrite=True) as temporary:
+    with _named_if_refused(directory), write_directory_atomically(directory, overwrite=True) as temporary:
         digests = dict(write(temporary)) if write is not None else {}
         if write is None:
             save_tensors(temporary / TENSORS, tensors)
@@ -81,6 +84,21 @@ def save_checkpoint(
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())}
         description = {"format": FORMAT, "meta": meta, "files": files, "meta_sha256": _text_digest(text)}
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _named_if_refused(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system says of a failed write, in a sentence with the mend."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own, with the system's in its text.
+        found = re.search(r"code: (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        why = os.strerror(code) if code else str(error)
+        raise NotWritten(
+            f"The checkpoint {directory} cannot be written ({why}): make room or mend the disk, then go on with --resume."
+        ) from error
 
 
 def load_checkpoint(

@@ -28,7 +28,9 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
         raise CheckpointError(f"{target} exists already and is not empty: choose another directory or remove it first.")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, where a directory is to be written: choose another name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _flush_directory(target.parent.parent)
     temporary = _sibling(target, "tmp")
     try:
         yield temporary

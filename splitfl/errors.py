@@ -42,6 +42,10 @@ class CheckpointError(UserError):
     """A run directory or checkpoint is missing, damaged or belongs to another model."""
 
 
+class NotWritten(CheckpointError):
+    """A checkpoint could not be written, as the disk is full, say: the one before it stands."""
+
+
 class RunComplete(UserError):
     """The run has made all its steps, so no step can be taken part in; evaluation goes on working."""
 

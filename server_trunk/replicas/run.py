@@ -11,6 +11,7 @@ from server_trunk.ledger import Ledger
 from server_trunk.replicas.client_adapters import SpreadTraining
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
+from splitfl.errors import CheckpointError, GroupLost
 
 __all__ = ["ReplicaRun"]
 
@@ -61,9 +62,14 @@ class ReplicaRun:
         return self._keeper.kept()
 
     def go_back(self, step: int) -> None:
-        """All do so, on rank 0's word. It goes first, and puts newer checkpoints aside."""
+        """All do so, on rank 0's word. It goes first, and puts newer checkpoints aside. Raises GroupLost where it is damaged: all
+        have to start again, without it.
+        """
         if self._group.is_first:
-            self._keeper.go_back(step)
+            try:
+                self._keeper.go_back(step)
+            except CheckpointError as error:
+                raise GroupLost(f"{error} All replicas have to start again") from error
         self._group.all_reduce_tensors([torch.zeros(1)])
         if not self._group.is_first:
             self._keeper.go_back(step)

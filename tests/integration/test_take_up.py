@@ -248,6 +248,40 @@ def test_a_run_goes_back_to_the_newest_step_that_all_hold(tmp_path, text, storie
     assert_as_undisturbed(world, undisturbed)
 
 
+def damage(directory: Path, step: int) -> None:
+    file = checkpoint_directory(directory, step) / "trainables.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_of_damaged_checkpoints_the_one_before_is_used_on_both_sides(tmp_path, text, stories, undisturbed):
+    """Client 1 holds undamaged ends of step 3 and before, the server of that step has a damaged trunk: all go back to 2."""
+    world = stopped_amid_step_five(tmp_path / "run", text, stories)
+    for step in (4, 5):
+        damage(world.work / "ends1", step)
+    damage(world.work / "server", 3)
+    start_again(world)
+    for client in [Client(world, text, index, resume=True) for index in range(2)]:
+        client.end()
+    world.server.stop()
+    assert [event["step"] for event in world.events("checkpoint-damaged")] == [3]
+    assert [event["step"] for event in world.events("went-back")] == [2]
+    aside = sorted(each.name for each in (world.work / "ends1" / "checkpoints").glob("damaged-*"))
+    assert aside == ["damaged-step-00000004", "damaged-step-00000005"]
+    assert_as_undisturbed(world, undisturbed)
+
+
+def test_ends_that_are_all_damaged_are_named(tmp_path, text, stories):
+    world = stopped_amid_step_five(tmp_path / "run", text, stories)
+    for step in (2, 3, 4, 5):
+        damage(world.work / "ends1", step)
+    start_again(world)
+    with pytest.raises(CheckpointError, match=r"every checkpoint of .*ends1 is damaged: begin anew"):
+        raise end_of(Client(world, text, 1, resume=True))
+    world.server.stop()
+
+
 def test_whose_states_are_all_newer_takes_no_part(tmp_path, text, stories):
     world = stopped_amid_step_five(tmp_path / "run", text, stories)
     lose(world, 1, 2, 3, 4)

@@ -1,11 +1,15 @@
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+import splitfl.checkpoint
 from splitfl.checkpoint import (
     checkpoint_directory,
     checkpoint_steps,
@@ -18,7 +22,7 @@ from splitfl.checkpoint import (
     unpack_state,
 )
 from splitfl.directories import write_directory_atomically
-from splitfl.errors import CheckpointError
+from splitfl.errors import CheckpointError, NotWritten
 
 
 def tensors():
@@ -214,3 +218,51 @@ def test_states_refuse_what_they_cannot_carry():
         pack_state({(1, 2): 1})
     with pytest.raises(CheckpointError, match="damaged"):
         unpack_state(b"not a state at all")
+
+
+@pytest.mark.parametrize("where", ["tensors", "state", "bytes", "description"])
+def test_what_the_system_refuses_is_a_sentence_and_leaves_what_was_there(tmp_path, monkeypatch, where):
+    """As on a full disk: `tests/faults` has a real one."""
+    save_checkpoint(tmp_path / "c", tensors(), {"step": 1})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_in_rust(*_, **__):
+        raise SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })')
+
+    extra: dict[str, object] = {"optimizer": {"lr": 0.1}, "raw": b"x"}
+    if where in ("tensors", "state"):
+        monkeypatch.setattr(splitfl.checkpoint, "save_tensors" if where == "tensors" else "save_file", full_in_rust)
+    else:
+        monkeypatch.setattr(Path, "write_bytes" if where == "bytes" else "write_text", full)
+    with pytest.raises(NotWritten, match=r"c cannot be written \(No space left on device\): make room"):
+        save_checkpoint(tmp_path / "c", tensors(), {"step": 2}, extra)
+    monkeypatch.undo()
+    assert load_meta(tmp_path / "c") == {"step": 1}
+    load_checkpoint(tmp_path / "c")
+    assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a handle is of, Linux says in /proc")
+def test_all_is_flushed_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    flushed: list[str] = []
+    named: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(handle):
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        flush(handle)
+
+    def replace(source, target):
+        named.append(str(target))
+        there = {os.path.join(folder, name) for folder, _, names in os.walk(source) for name in [*names, ""]}
+        assert {path.rstrip("/") for path in there} <= set(flushed), "renamed before all of it was on the disk"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save_checkpoint(checkpoint_directory(tmp_path / "run", 3), tensors(), {"step": 3}, {"optimizer": {"lr": 0.1}})
+    assert named == [str(checkpoint_directory(tmp_path / "run", 3))]
+    assert flushed[-1] == str(tmp_path / "run" / "checkpoints")
+    assert str(tmp_path / "run") in flushed
