@@ -71,6 +71,7 @@ class Gateway:
         self._stands, self._elsewhere = stands, elsewhere
         self._ends = ends or EndsBook(averaged=False, part_bytes=part_bytes_for(config.window))
         self._cut = Cut.parse(config.cut)
+        self._names: dict[str, str] = {}  # by open session
         self._libraries = library_versions()
         self._terms = config.terms() | {
             "identity": identity.to_plain(),
@@ -118,6 +119,7 @@ class Gateway:
 
     def on_opened(self, session: Any) -> None:
         self._book.settle(session.session, session.peer.name, session.open.adapter)
+        self._names[session.session] = session.peer.name
         self._log.write("joined", client=session.peer.name, address=session.peer.address, session=session.session[:8])
         self._meter.joined(session.session, session.peer.name)
         self._inbox.put(Event(session.session, opened=True, name=session.peer.name, replaces=session.open.replaces))
@@ -128,7 +130,7 @@ class Gateway:
     def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
         self._book.left(session)
         self._ends.left(session)
-        self._log.write("left", session=session[:8], why=reason)
+        self._log.write("left", client=self._names.pop(session, None), session=session[:8], why=reason, lost=lost)
         self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
         self._inbox.put(Event(session, lost=lost))

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
-from server_trunk.ledger import Ledger, Part
+from server_trunk.ledger import PAUSED, Ledger, Part
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
-from splitfl.errors import RemoteProtocolError
+from splitfl.errors import CheckpointError, RemoteProtocolError
 from splitfl.protocol.messages import Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 
@@ -38,7 +38,7 @@ class Run(Protocol):
         """The steps after which the run could be taken up again."""
 
     def go_back(self, step: int) -> None:
-        """Take the run up again after ``step``."""
+        """Take the run up again after ``step``. Raises CheckpointError where that is damaged; then it is kept no more."""
 
 
 class NotKept:
@@ -113,12 +113,16 @@ class StepKeeper:
         if left is not None:
             self._scheduler.abandon(session, left)
 
-    def forget(self, session: str) -> None:
-        """The session is gone."""
+    def forget(self, session: str, client: str) -> None:
+        """The session of ``client`` is gone."""
         self._enrolments.pop(session, None)
         self._stale.pop(session, None)
         self._too_late = [other for other in self._too_late if other != session]
-        self._steps.lose(session, time.monotonic())
+        now = time.monotonic()
+        waited_for = self._steps.away(now)
+        self._steps.lose(session, now)
+        if client in self._steps.away(now) - waited_for:
+            self._log.write("held", client=client, step=self._steps.number)
         if self._rounds is not None:
             self._rounds.forget(session)
 
@@ -209,11 +213,16 @@ class StepKeeper:
 
     def _go_back(self) -> None:
         """A run that was resumed begins where all who are there can begin, if there is such a step."""
-        common = self._steps.common(self._run.kept())
-        if common is not None:
-            self._run.go_back(common)
+        while (common := self._steps.common(self._run.kept())) is not None:
+            try:
+                self._run.go_back(common)
+            except CheckpointError:
+                if common in self._run.kept():
+                    raise
+                continue  # it was damaged: the one before it
             self._steps.go_back(common + 1)
             self.stands = common + 1
+            return
 
     def _answer_stale(self) -> None:
         """Tell clients which of their micro-batches nobody waits for, after they were told of the end of the step."""
@@ -268,6 +277,9 @@ class StepKeeper:
             busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
             parts=self._named(ledger),
         )
+        for part in ledger.parts.values():
+            if part.dropped and part.why != PAUSED:
+                self._log.write("dropped", client=part.client, step=ledger.step, why=part.why, targets=part.targets)
         self._began, self._busy, self._tokens = now, 0.0, 0
         self._unsaid = ledger, report
         if self._rounds is not None:

@@ -296,7 +296,7 @@ class TrunkLoop:
         if client is None:
             return
         self._scheduler.forget(session)
-        self._keeper.forget(session)
+        self._keeper.forget(session, client)
         if lost and client not in self._names.values():
             self._absent.lost(client, time.monotonic())
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("splitfl.commands.export", "write what a run trained as a portable part"),
     "merge": ("splitfl.commands.merge", "join ends and trunk into one PEFT adapter or full weights"),
     "simulate": ("benchmarks.simulate", "the server and all clients of a run in this process, for research"),
+    "log": ("splitfl.commands.log", "what befell a run: who joined, left, was refused or dropped, and why"),
     "top": ("splitfl.commands.top", "live numbers of a run, in the terminal"),
     "bench": ("benchmarks.modes", "which mode for this machine: serial, client-batching and hierarchical, measured"),
     "demo": ("benchmarks.demo", "three clients and a server train one model on this machine, compared with central training"),

@@ -13,34 +13,54 @@ __all__ = ["RunLog"]
 
 
 class RunLog:
-    """Appends events; safe to call from any thread. Secrets and tensors have no business in an event."""
+    """Appends events; safe to call from any thread. Secrets and tensors have no business in an event.
+
+    A disk that is full ends no run for the log's sake: what cannot be written is counted, and the count is written
+    (``log-gap``) once there is room again.
+    """
 
     def __init__(self, path: Path | None, *, echo: IO[str] | None = sys.stderr) -> None:
         """``path``: the JSON-lines file (None: no file). ``echo``: where the readable line goes (None: nowhere)."""
         self._lock = threading.Lock()
         self._echo = echo
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._missing = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, *, quiet: bool = False, **fields: Any) -> None:
         """Log ``event`` with its fields. ``quiet``: to the file only."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
         with self._lock:
             if self._file is not None:
-                self._file.write(line + "\n")
-                self._file.flush()
+                self._append(self._file, event, fields)
             if self._echo is not None and not quiet:
                 words = "  ".join(f"{key}={_short(value)}" for key, value in fields.items() if value is not None)
                 self._echo.write(f"{time.strftime('%H:%M:%S')} {event}  {words}\n")
                 self._echo.flush()
+
+    def _append(self, file: IO[bytes], event: str, fields: dict[str, Any]) -> None:
+        line = _line(event, fields)
+        if self._missing:
+            # What was tried last may stand there in part.
+            line = b"\n" + _line("log-gap", {"lines": self._missing}) + line
+        try:
+            written = file.write(line)
+        except OSError as error:
+            if not self._missing and self._echo is not None:
+                self._echo.write(f"{time.strftime('%H:%M:%S')} the log cannot be written ({error.strerror}): make room\n")
+            written = 0
+        self._missing = 0 if written == len(line) else self._missing + 1
 
     def close(self) -> None:
         with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _line(event: str, fields: dict[str, Any]) -> bytes:
+    return (json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False) + "\n").encode()
 
 
 def _short(value: Any) -> str:

@@ -174,6 +174,10 @@ def test_what_a_lost_client_has_given_counts_and_no_more(tmp_path, model, stage)
         assert part["micro_batches"] == STAGES[stage]
         assert part["dropped"] == (stage != "done")
         assert part.get("why") == (None if stage == "done" else "lost")
+    said = [(event["client"], event["step"], event["why"]) for event in world.events("dropped")]
+    assert said == ([] if stage in ("ahead", "done") else [("client1", 1, "lost")])
+    first = world.events("left")[0]
+    assert (first["client"], first["lost"]) == ("client1", True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -206,3 +210,5 @@ def test_a_step_that_waits_equals_the_undisturbed_run(tmp_path, model, stage):
     assert_equals_reference(world, [[STEADY[number], *FLIGHTY[number]] for number in range(4)], losses)
     assert not any(part["dropped"] for event in world.events("step") for part in event["parts"].values())
     assert [event["parts"]["client1"]["micro_batches"] for event in world.events("step")] == [2] * 4
+    assert [event["client"] for event in world.events("held")] == ["client1"]
+    assert not world.events("dropped")
