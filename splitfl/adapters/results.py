@@ -91,37 +91,12 @@ def describe_part(
     }
 
 
-def save_part(
-    out_dir: str | os.PathLike[str],
-    model: nn.Module,
-    *,
-    part: Literal["ends", "trunk"],
-    base: str,
-    identity: Mapping[str, Any],
-    cut: Cut | str | tuple[int, int],
-    trainables: Trainables,
-    lora: LoraSettings | None,
-    task: str,
-    step: int,
-    run: str | None = None,
-) -> None:
-    """Write what trained in ``model``; arguments as in :func:`describe_part`.
+def save_part(out_dir: str | os.PathLike[str], model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write what trained in ``model``; ``about``: as :func:`describe_part` has it.
 
     Raises ``CheckpointError`` where ``out_dir`` holds something already.
     """
-    description = describe_part(
-        model,
-        part=part,
-        base=base,
-        identity=identity,
-        cut=cut,
-        trainables=trainables,
-        lora=lora,
-        task=task,
-        step=step,
-        run=run,
-    )
-    _write(out_dir, dict(named_trainables(model)), description)
+    _write(out_dir, dict(named_trainables(model)), dict(about))
 
 
 def export_part(

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from splitfl import attach_trunk, load_ends, load_trunk
-from splitfl.adapters import LoraSettings, attach_lora, merge, named_trainables, save_part
+from splitfl.adapters import LoraSettings, attach_lora, describe_part, merge, named_trainables, save_part
 from splitfl.adapters.grouped import ClientLoras
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
@@ -34,10 +34,11 @@ def test_two_adapters_become_one(tmp_path, family):
     ids = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
     ends.eval(), trunk.eval()
     for part, model in (("ends", ends), ("trunk", trunk)):
-        save_part(
-            tmp_path / part, model, part=part, base=str(base), identity=IDENTITY, cut="1:1", trainables="lora",
-            lora=SETTINGS, task="causal-lm", step=1,
+        about = describe_part(
+            model, part=part, base=str(base), identity=IDENTITY, cut="1:1", trainables="lora", lora=SETTINGS, task="causal-lm",
+            step=1,
         )  # fmt: skip
+        save_part(tmp_path / part, model, about)
     merge(tmp_path / "ends", tmp_path / "trunk", tmp_path / "adapter")
     merge(tmp_path / "ends", tmp_path / "trunk", tmp_path / "whole", full_weights=True)
     plain = AutoModelForCausalLM.from_pretrained(base)

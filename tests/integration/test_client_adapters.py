@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from client_ends.train import TrainSettings, prepare_ends
 from client_ends.train import train as train_run
 from splitfl.adapters import export_part, merge, named_trainables
-from splitfl.adapters.results import save_part
+from splitfl.adapters.results import describe_part, save_part
 from splitfl.checkpoint import clients_of
 from splitfl.cli import main
 from splitfl.config import LoraSettings, OptimizerSettings
@@ -64,10 +64,11 @@ def train(world, client, batches, *, ends="lora", asked=None, keep=None, then="c
     closed = split.wait_step()
     if keep is not None:
         terms = split.trunk.session.terms
-        save_part(
-            keep, model, part="ends", base=world.model, identity=terms["identity"], cut=terms["cut"], trainables="lora",
+        about = describe_part(
+            model, part="ends", base=world.model, identity=terms["identity"], cut=terms["cut"], trainables="lora",
             lora=lora_of(client), task="causal-lm", step=closed.step, run="run",
         )  # fmt: skip
+        save_part(keep, model, about)
         model.eval()
         with torch.no_grad():
             losses.append(model(**batches[-1]).logits)
@@ -76,7 +77,7 @@ def train(world, client, batches, *, ends="lora", asked=None, keep=None, then="c
 
 
 def weights(world, client):
-    return {name: p.detach().clone() for name, p in world.server._training.adapters[f"client{client}"].parameters.items()}
+    return {name: p.detach().clone() for name, p in world.server._engine.training.adapters[f"client{client}"].parameters.items()}
 
 
 def worst(mine, theirs):
@@ -227,13 +228,13 @@ def test_what_a_client_may_ask(tmp_path):
             world.join_as(0, adapter={"rank": 4})
         with torch.no_grad():
             assert torch.equal(first.eval()(**batch).logits, second.eval()(**batch).logits)
-        assert [*world.server._training.adapters] == ["client0"]
+        assert [*world.server._engine.training.adapters] == ["client0"]
         assert world.server._book.of("client0").learning_rate == 0.001
         first.close()
         second.close()
         # Nobody has trained it, so it may yet become another.
         third = world.join_as(0, adapter={"rank": 4})
-        wait_until(lambda: world.server._training.adapters["client0"].asked.rank == 4)
+        wait_until(lambda: world.server._engine.training.adapters["client0"].asked.rank == 4)
         third.train()(**batch).loss.backward()
         third.step()
         third.wait_step()

@@ -62,7 +62,7 @@ def save(directory, model, part, base, how, **changes):
         "base": str(base), "identity": IDENTITY, "cut": CUT, "trainables": "lora" if lora else how, "lora": lora,
         "task": "causal-lm", "step": 5, "run": "r",
     }  # fmt: skip
-    save_part(directory, model, part=part, **(about | changes))
+    save_part(directory, model, describe_part(model, part=part, **(about | changes)))
     return directory
 
 
@@ -217,7 +217,7 @@ def test_exporting_the_checkpoint_is_saving_the_part(tmp_path, bases):
             describe_part(model, step=step, **about),
         )
         disturb(model, step)
-        save_part(tmp_path / f"after-{step}", model, step=step, **about)
+        save_part(tmp_path / f"after-{step}", model, describe_part(model, step=step, **about))
     newest = export_part(tmp_path / "run", tmp_path / "newest")
     assert newest["step"] == 5
     export_part(tmp_path / "run", tmp_path / "older", step=3)
