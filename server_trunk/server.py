@@ -103,7 +103,7 @@ class TrunkServer:
             training_of=functools.partial(self._replica.training_of, book=self._book) if self._replica is not None else None,
             log=self._log.write,
         )
-        self._model, self._training, self._engine = trunk.model, trunk.training, trunk.engine
+        self._model, self._engine = trunk.model, trunk.engine
         self._packing_obstacle = trunk.packing_obstacle
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)

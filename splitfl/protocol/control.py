@@ -59,7 +59,6 @@ class RefusalCode:
     CIPHER = "cipher"
     PROTOCOL = "protocol"
     SEAL = "seal"
-    CREDIT = "credit"
     STALE = "stale"
     MOVED = "moved"
     INTERNAL = "internal"

@@ -229,7 +229,7 @@ def test_the_run_ends_for_all_when_its_optimizer_steps_are_made(tmp_path, data, 
 
 def test_a_working_copy_is_what_the_modules_hold_and_the_checkpoint_holds_the_same(tmp_path, model):
     world = async_world(tmp_path, model, trainables="lora")
-    training: Any = world.server._training
+    training: Any = world.server._engine.training
     assert isinstance(training, AsyncTraining)
     with running(world):
         one, other = join(world, 0), join(world, 1)

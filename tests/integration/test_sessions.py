@@ -319,7 +319,7 @@ def test_a_checkpoint_holds_the_weights_and_the_optimizer_as_they_are(tmp_path, 
         split.wait_step()
         split.close()
     tensors, meta, extra = load_checkpoint(tmp_path / "server" / "checkpoints" / "step-00000001")
-    training = world.server._training
+    training = world.server._engine.training
     assert meta["step"] == 1
     assert tensors.keys() == training.trainables.keys()
     assert all(torch.equal(tensors[name], parameter) for name, parameter in training.trainables.items())
