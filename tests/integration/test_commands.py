@@ -153,7 +153,9 @@ def test_a_classifier_from_a_table(tmp_path, stories, data):
         assert finish(run.server)[0] == 0
     finally:
         run.close()
-    assert all("accuracy" in event for event in run.events("ends0", "evaluation"))
+    evaluations = run.events("ends0", "evaluation")
+    assert [event["when"] for event in evaluations] == ["before", "after"]
+    assert all("accuracy" in event for event in evaluations)
     assert [event["targets"] for event in run.events("server", "step")] == [4] * 5
 
 

@@ -46,7 +46,7 @@ def test_the_meter_counts_what_the_clients_sent_and_got(tmp_path, model, memory)
         assert counted["targets"] == STEPS * ROWS * (LENGTH - 1)
         assert counted["bytes_received"] == sent
         assert counted["bytes_sent"] == received
-        assert counted["queue"]["median"] >= 0
+        assert 0 <= counted["queue"]["median"] <= counted["queue"]["p95"]
     assert taken["steps"] == STEPS
     assert taken["sessions"] == taken["waiting_tokens"] == taken["graph_tokens"] == 0
     assert 0 < taken["busy_seconds"] < taken["seconds"]

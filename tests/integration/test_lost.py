@@ -139,20 +139,22 @@ def go_until(stage: str, world: World, split: Any) -> None:
         wait_for(lambda: any(part.done for part in world.server._loop._steps._holders.values()))
 
 
+def lose_at(stage: str, world: World, steady: Any, flighty: Any) -> list[float]:
+    """Both begin, and one's link breaks at that stage; returns the other's loss in the first step."""
+    enrol(steady, flighty)
+    losses = [] if stage == "ahead" else step(steady, STEADY[0])
+    go_until(stage, world, flighty)
+    cut(flighty)
+    wait_for(lambda: is_lost(world, flighty))
+    return step(steady, STEADY[0]) if stage == "ahead" else losses
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_lost_client_has_given_counts_and_no_more(tmp_path, model, stage):
     world = World(tmp_path, model, 2, trainables="full", timing=QUICK, **TRUNK)
-    losses: list[float] = []
     with running(world):
         steady, flighty = join(world, 0), join(world, 1)
-        enrol(steady, flighty)
-        if stage != "ahead":
-            losses += step(steady, STEADY[0])
-        go_until(stage, world, flighty)
-        cut(flighty)
-        wait_for(lambda: is_lost(world, flighty))
-        if stage == "ahead":
-            losses += step(steady, STEADY[0])
+        losses = lose_at(stage, world, steady, flighty)
         losses += step(steady, STEADY[1])
         # A new session takes part in the next step to open.
         wait_for(lambda: is_open(world, 2))
@@ -184,17 +186,9 @@ def test_what_a_lost_client_has_given_counts_and_no_more(tmp_path, model, stage)
 def test_a_step_that_waits_equals_the_undisturbed_run(tmp_path, model, stage):
     world = World(tmp_path, model, 2, trainables="full", timing=QUICK, on_loss="wait", step_deadline=0.0, **TRUNK)
     held = 2 if stage == "done" else 1  # where the lost client's part was whole, the next step waits for it
-    losses: list[float] = []
     with running(world):
         steady, flighty = join(world, 0), join(world, 1)
-        enrol(steady, flighty)
-        if stage != "ahead":
-            losses += step(steady, STEADY[0])
-        go_until(stage, world, flighty)
-        cut(flighty)
-        wait_for(lambda: is_lost(world, flighty))
-        if stage == "ahead":
-            losses += step(steady, STEADY[0])
+        losses = lose_at(stage, world, steady, flighty)
         for number in range(1, held + 1):
             losses += step(steady, STEADY[number])
         with torch.no_grad():  # evaluation goes on meanwhile
