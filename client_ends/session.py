@@ -6,6 +6,7 @@ The channel's I/O thread fills futures; the training thread sends and waits. Not
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -30,19 +31,28 @@ from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
     AveragePart,
     Backward,
+    Fault,
     Forward,
     Hidden,
+    RefusalCode,
     Welcome,
 )
 from splitfl.tensors import DTYPES, dtype_name, receive_buffer
 
 __all__ = ["TrunkSession"]
 
+_log = logging.getLogger(__name__)
+
 
 class TrunkSession(Reconnecting):
     """One client's presence. Made by :meth:`open`; ended by :meth:`close`, or by the loss of a link that is not to be had again,
     after which every call raises.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uncounted = 0  # micro-batches whose gradient counted as zero in the trunk
+        self.on_uncounted: Callable[[str], None] = _log.warning  # hears in one line of each; must not block
 
     @classmethod
     def open(
@@ -210,6 +220,13 @@ class TrunkSession(Reconnecting):
         if expected is not None and (message.step, message.rows, message.hidden, message.dtype) != expected:
             raise RemoteProtocolError(f"an answer to micro-batch {message.micro} of another shape, step or dtype")
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype])
+
+    def _on_control(self, message: Any) -> None:
+        if isinstance(message, Fault) and message.code == RefusalCode.NOT_COUNTED:
+            self.uncounted += 1
+            self.on_uncounted(f"micro-batch {message.micro}: {message.text}")
+            return
+        super()._on_control(message)
 
     def _on_data(self, message: Any, payload: torch.Tensor) -> None:
         if isinstance(message, AveragePart):

@@ -171,6 +171,7 @@ class _Run:
         self.stood: Place | None = None  # amid a step: where the ends stood before it
         self.split.on_checkpoint(lambda step: self._save(), self.keeper.held)
         self.session.on_link = self._hear_of_link
+        self.session.on_uncounted = self._hear_of_uncounted
         self.keeper.note_session(self.session.channel.opened.session)
         theirs = self.session.channel.welcome.libraries
         for name, (mine, other) in differences(library_versions(), theirs).items():
@@ -319,6 +320,10 @@ class _Run:
 
     def _hear_of_damage(self, text: str) -> None:
         self.log.write("checkpoint-damaged", quiet=True, what=text)
+        self.progress.say(f"note: {text}")
+
+    def _hear_of_uncounted(self, text: str) -> None:
+        self.log.write("not-counted", quiet=True, what=text)
         self.progress.say(f"note: {text}")
 
     # --- keeping the ends, and going on from what was kept ----------------------------------------------------------------------

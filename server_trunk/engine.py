@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch.nn import Parameter
 
-from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.members import NO_TARGETS, NOT_FINITE, BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
@@ -31,6 +31,9 @@ from splitfl.shards import local_of
 from splitfl.tensors import DTYPES
 
 __all__ = ["Engine"]
+
+#: Hidden states and gradients beyond this are no model's. The sum of its squares over any width is still a float32.
+_LARGEST = 1e15
 
 
 class _Sum:
@@ -150,14 +153,15 @@ class Engine:
         whether the graph is kept.
 
         It is where ``batch.keep`` asks for it, unless the device had no memory for it; then :meth:`backward` or :meth:`discard`
-        must follow under the same number. A training member whose hidden states are not finite is marked ``spoilt`` and gets NaN.
+        must follow under the same number. A training member whose hidden states are not finite, or absurdly large, is marked
+        ``spoilt`` and gets NaN.
         """
         members, keep = batch.members, batch.keep
         for member in members:
-            if member.forward.grad and not _is_finite(member.hidden):
+            if member.forward.grad and not _is_usable(member.hidden):
                 # In the backward its rows have a gradient of zero, but zero times NaN would be NaN in what all share.
                 member.hidden.zero_()
-                member.spoilt = True
+                member.spoilt = NOT_FINITE
         self._transfers.begin()
         pieces = self._cut(members)
         with self._mode(members[0]):
@@ -185,8 +189,9 @@ class Engine:
         """Add the batch's gradients; returns each member's unweighted ``dh: (tokens, hidden)`` on its way to host memory, None
         where nobody wants it.
 
-        A gradient that is not finite counts as zero; its member is marked ``spoilt``. A replayed member adds nothing to the sum:
-        what it would add is there already. After a batch that is likely to be its step's ``last``, :meth:`release` should follow.
+        A gradient that is not finite (or absurdly large) counts as zero, and so does one where no token is a target: the
+        objective has no place for it. Its member is marked ``spoilt``. A replayed member adds nothing to the sum: what it would
+        add is there already. After a batch that is likely to be its step's ``last``, :meth:`release` should follow.
         """
         members = batch.members
         self._transfers.begin()
@@ -355,16 +360,19 @@ def _summed(member: Member) -> torch.Tensor:
     if member.backward is None:
         return torch.zeros(member.tokens, member.forward.hidden, dtype=DTYPES[member.forward.dtype])
     rows: torch.Tensor = member.gradient.mul_(member.backward.divisor)
-    if member.spoilt or not _is_finite(rows):
+    if not member.spoilt and not _is_usable(rows):
+        member.spoilt = NOT_FINITE
+    elif not member.spoilt and not member.backward.targets and bool(rows.any()):
+        member.spoilt = NO_TARGETS
+    if member.spoilt:
         # One client's overflow must not cost all others the step.
         rows.zero_()
-        member.spoilt = True
     return rows
 
 
-def _is_finite(rows: torch.Tensor) -> bool:
-    # The sum of finite numbers is finite but for an overflow, and takes no memory; only then each is looked at.
-    return bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all())
+def _is_usable(rows: torch.Tensor) -> bool:
+    """Whether all numbers are finite, and small enough that what the trunk makes of them is: it squares them in its norms."""
+    return bool(torch.linalg.vector_norm(rows, math.inf) <= _LARGEST)  # NaN is not
 
 
 def _reply(member: Member, rows: torch.Tensor) -> torch.Tensor | None:

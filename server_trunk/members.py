@@ -7,7 +7,10 @@ from typing import Any
 
 from splitfl.protocol.messages import Backward, Forward
 
-__all__ = ["BackwardBatch", "ForwardBatch", "Member"]
+__all__ = ["NOT_FINITE", "NO_TARGETS", "BackwardBatch", "ForwardBatch", "Member"]
+
+#: Why the gradient of a micro-batch counts as zero.
+NOT_FINITE, NO_TARGETS = "not-finite", "no-targets"
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +32,7 @@ class Member:
     gradient: Any = None
     returned: float | None = None  # when its gradient arrived
     abandoned: bool = False
-    spoilt: bool = False  # its hidden states or its gradient were not finite, and counted as zero
+    spoilt: str = ""  # why its gradient counts as zero, if it does
     kept: bool = True  # its graph is; else `hidden` is, and the forward runs again for the backward
     longest: int = field(init=False)  # of its segments, in tokens
     tokens: int = field(init=False)

@@ -92,6 +92,7 @@ class _Client:
     targets: int = 0
     steps: int = 0
     dropped: int = 0
+    uncounted: int = 0
     queue: _Queue = field(default_factory=lambda: _Queue(_KEPT_OF_ONE))
 
 
@@ -186,6 +187,11 @@ class Meter:
             self._queues[direction].add(waited)
             client.queue.add(waited)
 
+    def uncounted(self, client: str) -> None:
+        """The gradient of one of its micro-batches counted as zero."""
+        with self._lock:
+            self._of(client).uncounted += 1
+
     def step_closed(self, parts: Iterable[tuple[str, int, bool]], *, seconds: float = 0.0) -> None:
         """An optimizer step was made, in ``seconds``. ``parts``: each participant's (client, targets that counted, dropped)."""
         with self._lock:
@@ -274,6 +280,7 @@ class Meter:
             "sessions": len(client.sessions),
             "steps": client.steps,
             "dropped": client.dropped,
+            "uncounted": client.uncounted,
             "targets": client.targets,
             "tokens": client.forward_tokens,
             "backward_tokens": client.backward_tokens,

@@ -27,6 +27,7 @@ _SUMS: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("target_tokens", "", {"": "targets"}, "Target tokens whose gradient counted in a step"),
     ("parts", "", {"": "steps"}, "Closed steps that a client took part in"),
     ("dropped_parts", "", {"": "dropped"}, "Parts of closed steps that were not waited for to their end"),
+    ("uncounted_micro_batches", "", {"": "uncounted"}, "Micro-batches whose gradient counted as zero"),
 )
 
 _GAUGES: tuple[tuple[str, str, str], ...] = (

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
 from server_trunk.ledger import PAUSED, Ledger, Part
+from server_trunk.members import NO_TARGETS, NOT_FINITE, Member
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
@@ -19,13 +20,17 @@ from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from splitfl.errors import CheckpointError, RemoteProtocolError
-from splitfl.protocol.messages import Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import Backward, Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened
 from splitfl.runlog import RunLog
 
 __all__ = ["NotKept", "Run", "StepKeeper"]
 
 _COMPLETE = Fault("run-complete", "the run has made all its steps; start a new run to train on", False, None)
 _STALE = "the step this belongs to has gone on without it"
+_UNCOUNTED = {
+    NOT_FINITE: "its hidden states or its gradient are not finite, or absurdly large, so it counts for nothing in this step",
+    NO_TARGETS: "it has a gradient and no target token, so it counts for nothing in this step: say the targets by objective()",
+}
 
 
 class Run(Protocol):
@@ -165,6 +170,12 @@ class StepKeeper:
         """The engine was at work for so long, or ran so many tokens forwards."""
         self._busy += seconds
         self._tokens += tokens
+
+    def tell_uncounted(self, member: Member, back: Backward) -> None:
+        """A gradient has counted as zero: in the log, in the live numbers, and to whom it came from."""
+        self._log.write(f"gradient-{member.spoilt}", client=self._names.get(member.session), step=back.step)
+        self._meter.uncounted(member.client)
+        self._outlet.tell(member.session, Fault(RefusalCode.NOT_COUNTED, _UNCOUNTED[member.spoilt], False, back.micro))
 
     def drop_late(self, *, idle: bool) -> bool:
         """Go on without those whom others have waited for too long; returns whether there are any. ``idle``: nothing can run."""

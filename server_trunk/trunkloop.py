@@ -370,7 +370,7 @@ class TrunkLoop:
                 continue
             counted = 0 if member.spoilt else back.targets
             if member.spoilt:
-                self._log.write("gradient-not-finite", client=self._names.get(member.session), step=back.step)
+                self._keeper.tell_uncounted(member, back)
             self._steps.backward_ran(member.session, back.step, member.ordinal, counted)
             if gradient is None:
                 continue  # the client's input end is frozen: nobody awaits it

@@ -61,6 +61,7 @@ class RefusalCode:
     SEAL = "seal"
     STALE = "stale"
     MOVED = "moved"
+    NOT_COUNTED = "not-counted"
     INTERNAL = "internal"
 
 
