@@ -149,8 +149,8 @@ def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             )
         meta, files = description["meta"], description["files"]
         intact = description["meta_sha256"] == _text_digest(json.dumps(meta, allow_nan=False, sort_keys=True))
-        names_ok = all(_stays_inside(name) and {"bytes", "sha256"} <= set(entry) for name, entry in files.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names_ok = all(_stays_inside(name) and entry.keys() >= {"bytes", "sha256"} for name, entry in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"The checkpoint {directory} is damaged, {DESCRIPTION} cannot be read: use another one.") from error
     has_tensors = TENSORS in files or any(name.startswith(f"{SHARDS}/") for name in files)
     if not intact or not names_ok or not has_tensors:
@@ -161,7 +161,7 @@ def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _stays_inside(name: str) -> bool:
     """Whether it is a file of the checkpoint's, or of a directory in it."""
     parts = name.split("/")
-    return len(parts) <= 2 and all(Path(part).name == part for part in parts)
+    return len(parts) <= 2 and all(Path(part).name == part and part.strip(".") for part in parts)
 
 
 # --- The checkpoints of a run. ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def unpack_state(content: bytes) -> Any:
         tensors = load_safetensors_bytes(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return _unflatten(json.loads(header["__metadata__"][_STRUCTURE]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"A saved state is damaged ({error}): use another checkpoint.") from error
 
 

@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfl.errors import ConfigError
-from splitfl.settings import MIB, SETTINGS_BY_KEY, Setting
+from splitfl.settings import MIB, MOST_INTEGER, SETTINGS_BY_KEY, Setting
 
 __all__ = [
     "LimitSettings",
@@ -184,7 +185,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}; give an existing TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one, too
         raise ConfigError(f"{path} is not TOML: {error}") from None
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -340,10 +341,14 @@ def _check_replicas(config: RunConfig) -> None:
 
 def _typed(setting: Setting, value: Any) -> Any:
     if setting.key == "lora.targets":
+        if not isinstance(value, str | list | tuple):
+            raise ConfigError(f"lora.targets must be names joined by commas, or a list of them, not {value!r}")
         names = value.split(",") if isinstance(value, str) else list(value)
         names = [str(name).strip() for name in names if str(name).strip()]
         return "all-linear" if names in ([], ["all-linear"]) else tuple(names)
     fits = isinstance(value, setting.kind) and (setting.kind is bool or not isinstance(value, bool))
+    if isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise ConfigError(f"{setting.key} is too large: the largest number is {MOST_INTEGER}")
     if setting.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value, fits = float(value), True
     if not fits:
@@ -383,5 +388,5 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    # JSON's escapes are TOML's too; it leaves alone the one control character that TOML does not.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")

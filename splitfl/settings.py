@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MIB", "SETTINGS", "SETTINGS_BY_KEY", "Setting"]
+__all__ = ["MIB", "MOST_INTEGER", "MOST_WINDOW", "SETTINGS", "SETTINGS_BY_KEY", "Setting"]
 
 MIB = 1 << 20
+
+#: What the protocol can say: the largest integer, and the largest window, bytes.
+MOST_INTEGER, MOST_WINDOW = 2**53 - 1, 2**40
 
 Check = Callable[[Any], str | None]
 
@@ -32,9 +35,14 @@ def _between(low: float, high: float) -> Check:
 _seconds = _between(0, 1e9)
 
 
+def _is_port(text: str) -> bool:
+    # isdigit() takes digits of every script, and int() not all of those.
+    return text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536
+
+
 def _host_and_port(value: str) -> str | None:
     host, _, port = value.rpartition(":")
-    return None if host and port.isdigit() and int(port) < 65536 else "is no HOST:PORT"
+    return None if host and _is_port(port) else "is no HOST:PORT"
 
 
 def _bare_host(value: str) -> str | None:
@@ -42,12 +50,11 @@ def _bare_host(value: str) -> str | None:
 
 
 def _port_or_address(value: str) -> str | None:
-    is_port = value.isdigit() and int(value) < 65536
-    return None if not value or is_port or _host_and_port(value) is None else "is neither a port nor HOST:PORT"
+    return None if not value or _is_port(value) or _host_and_port(value) is None else "is neither a port nor HOST:PORT"
 
 
 def _step_or_count(value: str) -> str | None:
-    is_count = value.isascii() and value.isdigit() and int(value) > 0
+    is_count = value.isascii() and value.isdigit() and len(value) < 16 and int(value) > 0
     return None if value == "step" or is_count else "must be step, or a number of steps"
 
 
@@ -173,7 +180,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("advertise", str, "HOST:PORT at which clients reach the data endpoint, where that differs from what is bound"),
     Setting("identity", str, "the server's secret key file (made on first use)"),
     Setting("authorized_clients", str, "file with one client key a line"),
-    Setting("window", int, "bytes a client may have in flight towards the server", _at_least(MIB)),
+    Setting("window", int, "bytes a client may have in flight towards the server", _between(MIB, MOST_WINDOW + 1)),
     Setting(
         "policy",
         str,

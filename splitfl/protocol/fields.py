@@ -17,7 +17,7 @@ Check = Callable[[object], Any]
 # Exactly representable in every language's double: an implementation in JavaScript must be able to speak this protocol.
 MAX_INTEGER = 2**53 - 1
 
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class FieldError(ValueError):

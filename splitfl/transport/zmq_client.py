@@ -218,6 +218,8 @@ def _reach(host: str, port: int, timeout: float) -> str:
             return address
     except socket.gaierror as error:
         raise wording.nothing_listens(host, port, "the host name is not known") from error
+    except UnicodeError as error:
+        raise wording.nothing_listens(host, port, "no host can have this name") from error
     except TimeoutError as error:
         raise wording.nothing_listens(host, port, "no answer") from error
     except OSError as error:
