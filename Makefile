@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow fuzz lint clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# Another search of the decoders with hostile bytes: make fuzz INPUTS=10000000
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),1000000)
 
 clean:
 	rm -rf $(VENV) runs
