@@ -173,7 +173,11 @@ class StepKeeper:
 
     def tell_uncounted(self, member: Member, back: Backward) -> None:
         """A gradient has counted as zero: in the log, in the live numbers, and to whom it came from."""
-        self._log.write(f"gradient-{member.spoilt}", client=self._names.get(member.session), step=back.step)
+        client = self._names.get(member.session)
+        if member.spoilt == NO_TARGETS:
+            self._log.write("gradient-no-targets", client=client, step=back.step)
+        else:
+            self._log.write("gradient-not-finite", client=client, step=back.step)
         self._meter.uncounted(member.client)
         self._outlet.tell(member.session, Fault(RefusalCode.NOT_COUNTED, _UNCOUNTED[member.spoilt], False, back.micro))
 

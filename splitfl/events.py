@@ -45,6 +45,9 @@ EVENTS: dict[str, Event] = {
     "gradient-not-finite": Event(
         ("client", "step"), "{client} sent a gradient that is not finite in step {step}: it counts as zero"
     ),
+    "gradient-no-targets": Event(
+        ("client", "step"), "{client} sent a gradient of no target token in step {step}: it counts as zero"
+    ),
     "adapter-unreadable": Event(("client", "error"), "the adapter of {client} cannot be read: {error}"),
     # The run.
     "serving": Event(("join",), "serving at {join}"),

@@ -51,6 +51,8 @@ class _Engine:
     def discard(self, number: int) -> None:
         self.graphs.discard(number)
 
+    def release(self) -> None: ...
+
     def is_lost(self, error: Exception) -> bool:
         raise AssertionError(error)
 
