@@ -165,7 +165,7 @@ class Honest:
 
 
 def _weights(world: World) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in world.server._training.trainables.items()}
+    return {name: tensor.detach().clone() for name, tensor in world.server._engine.training.trainables.items()}
 
 
 def _together(world: World, honest: Honest, lie: Callable[[Liar, int], None]) -> None:
