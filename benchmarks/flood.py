@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.crowd import build_model, run_clients, run_server, summary
 from benchmarks.report import emit
+from benchmarks.stage import quiet
 
 CLIENTS = 4
 #: Connections of the flood that stay open at a time; the oldest is closed first.
@@ -79,7 +80,7 @@ def flood(pipe: Connection, ports: Sequence[int], connections: int, junk: int, b
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 2 * OPEN)
-    share = os.urandom(junk // max(1, connections))
+    share = os.urandom(junk // max(1, connections - -(-connections // STRANGERS)))
     held: deque[Any] = deque()
     made = refused = sent = 0
     for number in range(connections):
@@ -265,6 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.connections, args.junk, args.seconds, args.pairs = 500, 20, 5.0, 1
+    quiet()
     result = measure(args)
     print(
         f"the honest clients keep {result['kept']:.2f} of what they have; the server grows by {result['memory_growth_mib']} MiB"

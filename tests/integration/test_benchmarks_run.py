@@ -92,3 +92,14 @@ def test_overlap():
     # Neither can be faster than the link.
     assert min(late, early) >= 0.99 * result["sizes"]["bytes_summed_a_step"] * 8e-6 / 10
     assert all(row["early_over_late"] > 0 for row in result["by_megabits"].values())
+
+
+def test_flood():
+    result = run("flood")
+    assert [each["target"] for each in result["rounds"]] == ["dummy", "server"]
+    for each in result["rounds"]:
+        assert each["steps"] > 0
+        assert each["flood"]["connections"] + each["flood"]["refused"] == result["connections"]
+        assert each["flood"]["junk_bytes"] > 0.9 * result["junk_bytes"]
+    assert result["kept"] > 0
+    assert result["errors"] == 0
