@@ -197,26 +197,33 @@ class TrunkServer:
             max_message=config.window,
             **self._channel_options,
         )
-        self._live.start()
-        try:
-            channel.start()
-        except BaseException:
-            self._live.stop()
-            raise
-        self._channel = channel
         self.meter.watch(
             waiting=lambda: scheduler.waiting_tokens,
             graphs=lambda: scheduler.kept_graph_tokens,
             kept=scheduler.kept_tokens,
             traffic=channel.traffic,
         )
-        # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
-        reached = config.host or (socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host)
+        self._live.start()
         if self._replica is not None:
-            self._replica.meet(reached, self._transport.control_port, wake=self._loop.wake, loads=self.meter.loads)
+            self._replica.meet(functools.partial(self._serve, channel), wake=self._loop.wake, loads=self.meter.loads)
+        else:
+            self._serve(channel)
         self._loop.start()
-        self.join = JoinString(self.identity.public, reached, self._transport.control_port, config.run)
         self._log.write("serving", quiet=True, join=str(self.join))
+
+    def _serve(self, channel: ServerChannel) -> tuple[str, int]:
+        """Open the endpoints; returns where clients reach the control endpoint. Raises ConfigError."""
+        try:
+            channel.start()
+        except BaseException:
+            self._live.stop()
+            raise
+        self._channel = channel
+        host, _ = self.config.address
+        # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
+        reached = self.config.host or (socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host)
+        self.join = JoinString(self.identity.public, reached, self._transport.control_port, self.config.run)
+        return reached, self._transport.control_port
 
     # --- the outlet of the trunk's thread ---------------------------------------------------------------------------------------
 

@@ -53,8 +53,6 @@ __all__ = ["Replica"]
 _REPORT_EVERY = 1.0
 #: Seconds that the other replicas are waited for when all end.
 _GOODBYE = 20.0
-#: Seconds that a client who comes while the replicas still open their endpoints waits.
-_OPENING = 60.0
 
 
 class Replica:
@@ -76,7 +74,6 @@ class Replica:
         self._first = 0
         self._reported = 0.0
         self._addresses: list[tuple[int, str, int]] = []
-        self._met = threading.Event()
         self._halting = False
         self._wake: Callable[[], None] = lambda: None
         self._loads: Callable[[], dict[str, float]] = dict
@@ -146,21 +143,26 @@ class Replica:
         self.group.all_reduce_tensors([steps])
         return int(steps.max())
 
-    def meet(self, host: str, port: int, *, wake: Callable[[], None], loads: Callable[[], dict[str, float]]) -> None:
-        """Say where this replica's control endpoint is, and wait until all have; from then on words come.
+    def meet(self, serve: Callable[[], tuple[str, int]], *, wake: Callable[[], None], loads: Callable[[], dict[str, float]]) -> None:
+        """Let all replicas open their endpoints, rank 0 last: so it knows from its first client on where the others are. From
+        then on words come.
 
-        ``wake``: wakes the trunk's thread, for each word. ``loads``: what each present client brings to a step, in tokens.
+        ``serve``: opens this replica's, and says at which host and port clients reach its control endpoint. ``wake``: wakes the
+        trunk's thread, for each word. ``loads``: what each present client brings to a step, in tokens.
         """
         self._wake, self._loads = wake, loads
-        self._addresses = self.group.gather((self.group.place.machine, host, port))
-        self._met.set()
+        if self.group.is_first:
+            self._addresses = self.group.gather((self.group.place.machine, "", 0))
+            serve()
+        else:
+            self.group.gather((self.group.place.machine, *serve()))
         self._control.start()
 
     # --- clients ----------------------------------------------------------------------------------------------------------------
 
     def redirect(self, client: str) -> Redirect | None:
         """Where a client that has come here is to go; None: it stays. From the I/O thread."""
-        if not self.group.is_first or not self._met.wait(_OPENING):
+        if not self.group.is_first:
             return None
         with self._lock:
             rank = self._assignment.place(client)
