@@ -113,7 +113,7 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
-    group, shards = (joined.group, joined.shards) if joined is not None else (None, None)
+    group, shards, watch = (joined.group, joined.shards, joined.watch) if joined is not None else (None, None, None)
     first = joined is None or joined.place.is_first
     if first:
         print(f"loading the trunk of {config.model}", file=sys.stderr)
@@ -121,7 +121,7 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
     resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
     if group is not None:
         resume = group.gather(resume)[0]
-    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group, shards=shards)
+    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group, shards=shards, watch=watch)
     server.start()
     if first:
         print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)

@@ -35,11 +35,12 @@ from server_trunk.scheduler import Scheduler
 from server_trunk.sharding.engines import LeadingEngine
 from server_trunk.sharding.group import ShardGroup
 from server_trunk.trunkloop import TrunkLoop
+from server_trunk.watch import Watch
 from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig, to_toml
-from splitfl.errors import ConfigError, KeyFileError, NotWritten, SplitflError
+from splitfl.errors import ConfigError, GroupLost, KeyFileError, NotWritten, SplitflError
 from splitfl.parts.identity import model_identity
 from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
@@ -49,6 +50,9 @@ from splitfl.tensors import byte_view
 from splitfl.transport.zmq_server import ZmqServerTransport
 
 __all__ = ["TrunkServer", "load_run_trunk"]
+
+#: Seconds in which the trunk's thread finds for itself that another process is gone, if it waits for that one.
+_SAYS_WHY = 1.0
 
 
 class TrunkServer:
@@ -63,6 +67,7 @@ class TrunkServer:
         transport: Any = None,
         group: Group | None = None,
         shards: ShardGroup | None = None,
+        watch: Watch | None = None,
         **channel_options: Any,
     ) -> None:
         """Load everything, open nothing.
@@ -70,13 +75,14 @@ class TrunkServer:
         ``resume``: go on from the newest checkpoint of the run's directory. ``echo``: a text stream for readable log lines.
         ``group``: the other replicas of this server, each of which makes one of these; rank 0's keeps the run.
         ``shards``: the ranks that hold the trunk, of which this one leads; the others run ``building.follow_leader``.
+        ``watch``: knows whether the processes of all of these live.
         ``transport``: in place of sockets. ``channel_options``: further arguments of :class:`ServerChannel`, for tests and
         benchmarks.
 
         Raises:
             ModelError, ConfigError, KeyFileError, CheckpointError: each one sentence with the mend.
         """
-        self._group = group
+        self._group, self._watch = group, watch
         if group is not None:
             group.agree(config.terms() | {"sync": config.sync})
             config = group.place.settle(config)
@@ -257,21 +263,31 @@ class TrunkServer:
 
         Raises:
             NotWritten: a checkpoint cannot be written.
-            SplitflError: the trunk's thread failed, or another replica is gone.
+            SplitflError: the trunk's thread failed, or another process of the server is gone.
         """
         done = self._done if self._replica is None else self._replica.stopped
         waited = 0.0
         while timeout is None or waited < timeout:
             if done.wait(0.1):
                 return True
-            if self._replica is not None and self._replica.failure is not None:
-                raise self._replica.failure
+            gone = self._gone
+            if gone is not None:
+                raise gone
             waited += 0.1
             if isinstance(self._loop.failure, NotWritten):
                 raise self._loop.failure
             if self._loop.failure is not None:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
         return False
+
+    @property
+    def _gone(self) -> SplitflError | None:
+        """Why another process of this server is gone; None where none is."""
+        found = self._replica.failure if self._replica is not None else None
+        return found or (self._watch.failure if self._watch is not None else None)
+
+    def _has_failed(self) -> bool:
+        return self._loop.failure is not None or self._gone is not None
 
     def stop(self, text: str = "the server is stopping", *, back: bool = False, patience: float = 0.0) -> None:
         """Finish the batch under way, write a last checkpoint, tell the clients, close. Raises NotWritten once all is closed.
@@ -283,13 +299,17 @@ class TrunkServer:
             return
         replica, whole = self._replica, True
         if replica is not None:
-            whole = self._loop.failure is None and replica.await_stop(patience, lambda: self._loop.failure is not None)
+            whole = not self._has_failed() and replica.await_stop(patience, self._has_failed)
             back = back or replica.back
+        elif self._gone is not None or isinstance(self._loop.failure, GroupLost):
+            whole = False
         elif patience:
             self._loop.finish_step(patience)
-        if whole:  # else the trunk's thread may wait for a replica that is gone
+        if whole:  # else the trunk's thread may wait for a process that is gone
             self._loop.stop()
             self._engine.close()
+        elif not self._loop.join(_SAYS_WHY) and self._gone is not None:
+            self._log.write("failed", error=str(self._gone))
         try:
             # Where the trunk failed amid an optimizer step, the weights are of no step: the last checkpoint stands.
             # Where it stops amid a round, the step that ended it was said to nobody: a checkpoint of it would lack the average.

@@ -82,6 +82,7 @@ class RunConfig:
     replicas: int = 0
     sync: str = "step"
     restarts: int = 3
+    silence: float = 60.0
     on_loss: str = "drop"
     step_deadline: float = 300.0
     round_steps: int = 0
@@ -325,8 +326,8 @@ def _check_idle(config: RunConfig) -> None:
 def _check_replicas(config: RunConfig) -> None:
     if config.mode != "hierarchical":
         defaults = RunConfig(model="")
-        for key in ("replicas", "sync", "restarts"):
-            if getattr(config, key) != getattr(defaults, key) and not (key == "restarts" and config.ranks > 1):
+        for key in ("replicas", "sync", "restarts", "silence"):
+            if getattr(config, key) != getattr(defaults, key) and not (key in ("restarts", "silence") and config.ranks > 1):
                 raise ConfigError(f"{key} has no say where there are no replicas: use --mode hierarchical, or leave {key} out")
     elif config.round_steps % config.local_steps:
         raise ConfigError(

@@ -104,6 +104,13 @@ SETTINGS: tuple[Setting, ...] = (
         _at_least(0),
         "max-restarts",
     ),
+    Setting(
+        "silence",
+        float,
+        "several processes: seconds without a sign of life after which one is taken for dead, and all start again (0: no limit)",
+        _seconds,
+        "max-silence",
+    ),
     Setting("async_contributions", int, "async: finished parts of clients that make an optimizer step", _at_least(1)),
     Setting(
         "max_staleness",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from server_trunk.replicas.group import Group
 from server_trunk.replicas.launch import AGENT, MISTAKEN
 from server_trunk.replicas.place import Place
 from server_trunk.sharding.group import ShardGroup, check_ranks, join_shards, own_device
+from server_trunk.watch import Watch
 from splitfl.config import RunConfig
 from splitfl.errors import GroupLost, SplitflError, UserError
 from splitfl.tensors import resolve_device
@@ -25,15 +27,21 @@ __all__ = ["Joined", "run_process"]
 
 #: A mistake in what all were given is found by all: rank 0 says it, and has this long, seconds.
 _FIRST_SPEAKS = 3.0
+#: Seconds that a process may take to its end once another is gone: to tell its clients, where it has any.
+_LAST_WORDS = 30.0
+_GOODBYE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a process is part of. ``group``: the replicas, where there are several; ``shards``: the ranks of its trunk."""
+    """What a process is part of. ``group``: the replicas, where there are several; ``shards``: the ranks of its trunk; ``watch``:
+    whether all the other processes live.
+    """
 
     place: Place
     group: Group | None
     shards: ShardGroup | None
+    watch: Watch
 
     @property
     def leads(self) -> bool:
@@ -44,11 +52,16 @@ class Joined:
 def run_process(config: RunConfig, place: Place, work: Callable[[RunConfig, Joined], None]) -> NoReturn:
     """Join the other processes, do the ``work`` and end: a group of which one is gone can be left in no other way."""
     code = 1
+    joined = None
     try:
-        work(*_joined(config, place))
+        config, joined = _joined(config, place)
+        work(config, joined)
+        joined.watch.close(_GOODBYE)
         code = 0
     except (SplitflError, ValueError) as error:
         code = 2 if isinstance(error, UserError | ValueError) else 1
+        if joined is not None:
+            joined.watch.mute()
         # So has what a rank learns from another's end.
         if not place.is_first and (code == 2 or isinstance(error, GroupLost)):
             time.sleep(_FIRST_SPEAKS)
@@ -74,7 +87,15 @@ def _joined(config: RunConfig, place: Place) -> tuple[RunConfig, Joined]:
     if config.mode == "hierarchical":
         config = dataclasses.replace(config, replicas=place.size // config.ranks)
         group = Group.join(place, device, config.ranks)
-    return config, Joined(place, group, join_shards(config))
+    shards = join_shards(config)
+    return config, Joined(place, group, shards, Watch(config.silence, functools.partial(_end, shards is None or shards.leads)))
+
+
+def _end(leads: bool, error: SplitflError) -> None:
+    """Another process is gone. Whoever leads ends by itself, unless it hangs too; a rank may wait for the lost one for ever."""
+    time.sleep(_LAST_WORDS if leads else _FIRST_SPEAKS)
+    print(f"splitfl serve: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _device(device: str, place: Place) -> str:

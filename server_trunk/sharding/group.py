@@ -27,6 +27,8 @@ __all__ = ["ShardGroup", "check_ranks", "join_shards", "own_device"]
 # A follower hears nothing while clients are silent; that its leader has died it learns from the connection.
 _FOR_EVER = timedelta(days=365)
 _VOTE = timedelta(minutes=10)
+# A rank that has failed may be the one which the others wait for, in a collective of the model's.
+_VOTE_OF_FAILED = timedelta(minutes=1)
 
 
 class ShardGroup:
@@ -95,9 +97,12 @@ class ShardGroup:
     # --- together ---------------------------------------------------------------------------------------------------------------
 
     def vote(self, well: bool) -> list[bool]:
-        """Whether it went well, for each rank. Raises GroupLost where one does not answer."""
+        """Whether it went well, for each rank. Raises GroupLost where one does not answer; to a rank that has failed, within a
+        minute.
+        """
         votes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        _guarded(lambda: dist.all_gather(votes, torch.tensor([int(well)]), group=self._votes))
+        patience = _VOTE if well else _VOTE_OF_FAILED
+        _guarded(lambda: dist.all_gather(votes, torch.tensor([int(well)]), group=self._votes, async_op=True).wait(patience))
         return [bool(int(vote)) for vote in votes]
 
     @property

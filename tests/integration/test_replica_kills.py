@@ -38,20 +38,20 @@ def wait_for_step(replicas: Replicas, step: int) -> None:
     wait_until(lambda: log.exists() and any(event["step"] >= step for event in replicas.events("checkpoint")), 120)
 
 
-def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories, monkeypatch):
-    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)  # seconds between attempts
+def check_disturbed(tmp_path: Path, data: Path, stories: str, number: int, **settings) -> Replicas:
+    """Replica 1 gets signal ``number`` amid a run, which goes on from where it was and ends as the reference."""
     steps = 6
     batches = story_batches(data, CLIENTS, steps=steps)
-    replicas = Replicas(tmp_path, stories, 2, CLIENTS, trainables="lora", **KEPT, **TRUNK)
+    replicas = Replicas(tmp_path, stories, 2, CLIENTS, trainables="lora", **KEPT, **settings, **TRUNK)
 
-    def kill() -> None:
+    def disturb() -> None:
         wait_for_step(replicas, 1)
-        os.kill(processes(replicas)[1], signal.SIGKILL)
+        os.kill(processes(replicas)[1], number)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
     mine = train(replicas, batches)
-    killer.join()
+    disturber.join()
     start, theirs = train_central(replicas, batches, "lora")
     assert_equal(mine, theirs, start)
     assert len(replicas.events("resumed")) == 1
@@ -59,6 +59,20 @@ def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories, monke
     assert [step for step, _ in ledger] == list(range(steps))
     targets = [sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step) for step in batches]
     assert [sum(given.values()) for _, given in ledger] == targets
+    return replicas
+
+
+def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories, monkeypatch):
+    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)  # seconds between attempts
+    check_disturbed(tmp_path, data, stories, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_replica_that_hangs_is_taken_for_dead_and_changes_nothing(tmp_path, data, stories, monkeypatch):
+    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)
+    replicas = check_disturbed(tmp_path, data, stories, signal.SIGSTOP, silence=3)
+    said = [event["error"] for event in replicas.events("failed")]
+    assert said == ["process 1 of this server is gone (silent for 3 s), so this one ends too"]
 
 
 class Killed(Replicas):

@@ -202,3 +202,19 @@ def test_a_rank_that_dies_ends_the_server_with_a_clear_error(served):
     served.train(join, "again", 1)
     assert finish(server)[0] == 0
     assert served.events("sharded", "step")[-1]["step"] == last + 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_taken_for_dead_and_all_start_again(served):
+    settings = ("--shard", "fsdp", "--shard-size", 2, "--checkpoint-every", 2, "--max-silence", 3)
+    server, join = served.serve("sharded", *settings, ranks=False)
+    client = served.start_training(join, "ends", 12)
+    wait_until(lambda: len(served.events("sharded", "step")) >= 4, 60)
+    (follower,) = [p for p in psutil.Process(server.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    follower.send_signal(signal.SIGSTOP)
+    _, said = client.communicate(timeout=240)  # the agent gives the rank 30 s more
+    assert client.returncode == 0, said
+    assert finish(server)[0] == 0
+    assert len(served.events("sharded", "resumed")) == 1
+    assert "silent for 3 s" in served.events("sharded", "failed")[0]["error"]
+    assert served.events("sharded", "step")[-1]["step"] == 11
