@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.engine import Engine
 from server_trunk.keeping import RunKeeper
@@ -105,7 +103,7 @@ class Replica:
             if isinstance(training, AveragedTraining):
                 # Amid a round each replica's weights are its own: what they have learned since is kept too.
                 on_all_ranks("average")
-                engine.closed = self._furthest(engine.closed)
+                engine.closed = self._run.broke_off(engine.closed, self._steps.counted)
             self._run.keep_adapters()
             self.stopped.set()
 
@@ -136,14 +134,9 @@ class Replica:
         self._run = ReplicaRun(keeper, self.group, self.meetings)
         return self._run
 
-    def _furthest(self, closed: int | None) -> int:
-        """The newest step that any replica has closed."""
-        steps = torch.zeros(self.group.size, dtype=torch.int64)
-        steps[self.group.rank] = -1 if closed is None else closed
-        self.group.all_reduce_tensors([steps])
-        return int(steps.max())
-
-    def meet(self, serve: Callable[[], tuple[str, int]], *, wake: Callable[[], None], loads: Callable[[], dict[str, float]]) -> None:
+    def meet(
+        self, serve: Callable[[], tuple[str, int]], *, wake: Callable[[], None], loads: Callable[[], dict[str, float]]
+    ) -> None:
         """Let all replicas open their endpoints, rank 0 last: so it knows from its first client on where the others are. From
         then on words come.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,13 +32,32 @@ class ReplicaRun:
     def made(self, ledger: Ledger) -> bool:
         if not self._meetings.meets_at(ledger.step):
             return False
-        for step in range(self._keeper.ledger.next_step(ledger.step), ledger.step):
-            self._keeper.ledger.enter(Ledger(step))  # what counted in it, at whichever replica, is entered where they met
-        self._keeper.ledger.enter(ledger)
+        self._enter(ledger)
         if not self._keeper.is_due(ledger.step):
             return False
         self.save(ledger.step)
         return True
+
+    def _enter(self, ledger: Ledger) -> None:
+        """Replicas have met after a step: what counted in those before it, at whichever replica, is entered there."""
+        entered = self._keeper.ledger
+        for step in range(entered.next_step(self._keeper.saved + 1), ledger.step):
+            entered.enter(Ledger(step))
+        entered.enter(ledger)
+
+    def broke_off(self, closed: int | None, counted: Mapping[str, int]) -> int | None:
+        """The run ends, amid a round: ``closed`` is the newest step that was made here, ``counted`` what counted by client since
+        replicas met. All say so together; returns the newest step that any has made.
+        """
+        total: Counter[str] = Counter()
+        steps = [closed]
+        for step, theirs in self._group.exchange((closed, dict(counted))):
+            steps.append(step)
+            total.update(theirs)
+        newest = max((step for step in steps if step is not None), default=None)
+        if newest is not None and self._keeper.ledger.next_step(self._keeper.saved + 1) <= newest:
+            self._enter(Ledger(newest, met=dict(total)))
+        return newest
 
     def save(self, step: int) -> None:
         """Rank 0 writes the checkpoint; the others wait for it, as it must be there before anybody is told."""

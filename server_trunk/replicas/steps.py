@@ -201,6 +201,11 @@ class ReplicaSteps(Steps):
         """Whether all that has come of it has its gradient, and as many as ever have come."""
         return part.done is None and part.taken == part.arrived and self._usual.get(part.client) == (part.arrived,) * 2
 
+    @property
+    def counted(self) -> Counter[str]:
+        """Target tokens by client since the replicas met, of steps that have closed here."""
+        return self._counted.copy()
+
     def _close_with_all(self, word: Close) -> Ledger:
         is_whole = self._phase is Phase.WHOLE
         assert is_whole or not self.is_open, "rank 0 closes what is not whole"
@@ -228,7 +233,8 @@ class ReplicaSteps(Steps):
         if self._phase is Phase.IN:
             return State(self._heard, Phase.IN, self.number)
         here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number)
-        counted = self._counted + Counter(here.targets_by_client)
+        counted = self.counted
+        counted.update(here.targets_by_client)  # as a sum would lose who has counted nothing
         waiting = len(self._enrolled), len(self._awaited)
         movable = self._movable() if self._phase is Phase.WHOLE else ()
         return State(self._heard, self._phase, self.number, *waiting, dict(counted), len(here.parts), self._holds(), movable)
