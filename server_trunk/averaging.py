@@ -76,13 +76,15 @@ class Whole:
 @dataclass(frozen=True, slots=True)
 class Done:
     """A round's average is there (None: nobody's ends were in it), of so many ``members`` on all replicas, with so many
-    ``targets``. ``fits``: whether this replica's clients train what the others' do; if not, theirs are not in it.
+    ``targets``. ``fits``: whether this replica's clients train what the others' do; if not, theirs are not in it. ``void``: some
+    replica has given the round up.
     """
 
     average: Average | None
     members: int
     targets: int
     fits: bool = True
+    void: bool = False
 
 
 @dataclass
@@ -121,11 +123,11 @@ class Averager:
         """Forget what a session has sent."""
         self._do(lambda: self._forget(session))
 
-    def average(self, number: int, layout: Layout | None, weights: Mapping[str, int]) -> None:
+    def average(self, number: int, layout: Layout | None, weights: Mapping[str, int], *, void: bool = False) -> None:
         """Average the whole uploads of the sessions in ``weights``, in that order, and forget all uploads. ``layout``: of this
-        replica's clients; None where it has had none.
+        replica's clients; None where it has had none. ``void``: give the round up, on all replicas.
         """
-        self._do(lambda: self._average(number, layout, dict(weights)))
+        self._do(lambda: self._average(number, layout, dict(weights), void))
 
     def take(self) -> list[Whole | Done]:
         """What has happened since this was asked last. Raises what the thread failed with, if it did."""
@@ -219,13 +221,16 @@ class Averager:
         self._sum(said)  # the others add nothing
         return Layout.from_bytes(bytes(byte_view(said)))
 
-    def _average(self, number: int, layout: Layout | None, weights: dict[str, int]) -> None:
+    def _average(self, number: int, layout: Layout | None, weights: dict[str, int], void: bool) -> None:
         agreed = self._agree(layout)
         fits = layout is None or layout == agreed
         members = [(_whole(self._uploads[session]), weight) for session, weight in weights.items()] if fits else []
-        total = torch.tensor([sum(weight for _, weight in members), len(members)], dtype=torch.int64)
+        total = torch.tensor([sum(weight for _, weight in members), len(members), void], dtype=torch.int64)
         self._sum(total)
-        targets, count = total.tolist()
+        targets, count, voids = total.tolist()
+        if voids:
+            self._say(Done(None, 0, 0, void=True))
+            return
         average = self._mean(number, agreed, members, targets) if agreed is not None and targets else None
         for session in list(self._uploads):
             self._forget(session)

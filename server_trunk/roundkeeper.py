@@ -43,6 +43,7 @@ class RoundKeeper:
         self._whole: set[str] = set()
         self._over: tuple[RoundClosed, Average | None] | None = None  # a round that nobody was told of yet
         self._closing = False  # whether the average is being made
+        self.is_void = False  # whether the open round was given up, on all replicas
         self._left_out: dict[str, str] = {}  # why, by client's name
         self._step = -1
         self._began = 0.0
@@ -130,6 +131,12 @@ class RoundKeeper:
         if self._rounds.is_gathered:
             self._gather()
 
+    def give_up(self) -> None:
+        """The run ends amid the round: there is no average, unless every replica has begun to make it."""
+        if self.is_open and not self._closing:
+            self._closing = True
+            self._averager.average(self._rounds.number, self._book.layout, {}, void=True)
+
     def _leave_out(self, session: str, why: str) -> None:
         self._left_out[self._named(session)] = why
         self._averager.discard(session)
@@ -142,6 +149,9 @@ class RoundKeeper:
         self._averager.average(self._rounds.number, self._book.layout, weights)
 
     def _close(self, done: Done) -> None:
+        if done.void:
+            self.is_void = True
+            return
         weights, average = self._rounds.weights if done.fits else {}, done.average
         self._rounds.close()
         closed = RoundClosed(self._rounds.number, done.members, done.targets)

@@ -201,6 +201,8 @@ class StepKeeper:
     def turn(self) -> None:
         """Close the step that is whole, open the next, and tell whom it concerns."""
         if not self._finish():
+            if self._rounds is not None and self._rounds.is_void:
+                self._steps.close()  # hears that the run ends
             return
         for part in self._steps.ended():
             self._tell_closed(part, part.step, part.targets, 1)
@@ -303,6 +305,8 @@ class StepKeeper:
     def _finish(self) -> bool:
         """Say what is unsaid, once the round that it ends is over; False while that goes on."""
         if self._rounds is not None:
+            if isinstance(self._steps, Steps) and self._steps.stops_now:
+                self._rounds.give_up()
             self._rounds.turn()
             if self._rounds.is_open:
                 return False

@@ -29,6 +29,7 @@ class Steps:
         self.number = first  # the open step, or the next to open
         self.is_open = False
         self.is_awaited = False  # whether somebody who is not here waits for the open step
+        self.stops_now = False  # whether the run ends, over several replicas, without waiting for the end of a round
         self._needed = clients
         self._last = last
         self._waits, self._deadline = on_loss == "wait", deadline

@@ -48,7 +48,7 @@ class Coordinator:
         self._needed, self._begun, self._kept = clients, False, kept
         self._meetings, self._choose = meetings, choose
         self._replicas = [_Replica(State(0, Phase.OUT, first)) for _ in range(size)]
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._stopped_now = False
 
     def hear(self, rank: int, state: State) -> list[Told]:
         """What a replica's report leads to, in the order of telling."""
@@ -80,13 +80,13 @@ class Coordinator:
         out = all(replica.state.phase is Phase.OUT for replica in self._replicas)
         return self.stop() if self._draining and out else []
 
-    def stop(self) -> list[Told]:
-        """No step closes any more: what was told before holds for all."""
-        if self._stopped:
+    def stop(self, *, now: bool = False) -> list[Told]:
+        """No step closes any more: what was told before holds for all. ``now``: nobody waits for the end of a round either."""
+        if self._stopped_now or (self._stopped and not now):
             return []
-        self._stopped = True
+        self._stopped, self._stopped_now = True, now
         # Only a server that means to be back lets the open step come to its end.
-        return [(rank, Stop(self._draining)) for rank in range(len(self._replicas))]
+        return [(rank, Stop(self._draining, now)) for rank in range(len(self._replicas))]
 
     def _grant(self) -> list[Told]:
         """Let those in who have participants. Nobody comes in once a part is whole: the others would wait for all of theirs."""

@@ -223,7 +223,7 @@ class Replica:
         if word.patience:
             threading.Timer(word.patience, self._take, (0, StopAsked())).start()
             return self._coordinator.drain()
-        return self._coordinator.stop()
+        return self._coordinator.stop(now=True)
 
     def _await_company(self, state: State) -> None:
         """As one server does (:class:`server_trunk.steps.Steps`): a run that was taken up again waits no longer than a step."""

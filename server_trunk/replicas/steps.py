@@ -61,6 +61,8 @@ class ReplicaSteps(Steps):
     def hear(self, word: Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays) -> None:
         """A word from rank 0; from any thread. The trunk's thread has to be woken for it."""
         self._words.append(word)
+        if isinstance(word, Stop) and word.now:
+            self.stops_now = True
 
     def wake(self, now: float) -> float | None:
         if self._words:
@@ -170,7 +172,7 @@ class ReplicaSteps(Steps):
                 self._forget_coming(word.client)
             elif isinstance(word, Drain):
                 self._draining = True
-            else:
+            elif not self._stopped:
                 self._stopped = True
                 self._on_stop(word.back)
         if self._stopped or self._phase is Phase.WHOLE or not self._is_settled:

@@ -147,9 +147,12 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """From rank 0: no step closes any more. ``back``: the server means to start again, so that clients wait for it."""
+    """From rank 0: no step closes any more. ``back``: the server means to start again, so that clients wait for it. ``now``: nor
+    does a round of the clients' ends come to its end; may follow one without.
+    """
 
     back: bool = False
+    now: bool = False
 
 
 @dataclass(frozen=True, slots=True)
