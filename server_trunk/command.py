@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ __all__ = ["add_arguments", "config_from", "run"]
 
 #: Seconds that an open step may take to its end after SIGTERM; most supervisors kill after 30.
 PATIENCE = 20.0
+#: Seconds within which a second signal is the first again: who signals a whole group of processes reaches each by its agent too.
+_ECHO = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
@@ -127,11 +130,13 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
         print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)
         print(f"join string (clients need this and a line in the list of authorised clients):\n\n  {server.join}\n", flush=True)
     stopping = threading.Event()
-    asked: list[int] = []
+    asked: list[tuple[int, float]] = []
 
     def ask_to_stop(number: int, *_: Any) -> None:
-        asked.append(number)
+        asked.append((number, time.monotonic()))
         stopping.set()
+        if asked[-1][1] - asked[0][1] >= _ECHO:
+            server.hurry()
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), ask_to_stop)
@@ -144,5 +149,5 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
         raise
     finally:
         # Ctrl-C is a person who ends the run; SIGTERM comes from what starts it again.
-        asked_politely = signal.SIGTERM in asked
+        asked_politely = any(number == signal.SIGTERM for number, _ in asked)
         server.stop(back=back or asked_politely, patience=PATIENCE if asked_politely else 0.0)

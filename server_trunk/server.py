@@ -126,6 +126,7 @@ class TrunkServer:
             if self._is_first:
                 self._write_config()  # what cannot go on leaves the run's own as it is
         self._done = threading.Event()
+        self._hurried = False
         self._channel: ServerChannel | None = None
         self._transport = transport
         self._channel_options = channel_options
@@ -289,6 +290,13 @@ class TrunkServer:
     def _has_failed(self) -> bool:
         return self._loop.failure is not None or self._gone is not None
 
+    def hurry(self) -> None:
+        """Wait no longer for the end of the open step, in :meth:`stop`. From any thread, and a signal's handler."""
+        self._hurried = True
+
+    def _hurries(self) -> bool:
+        return self._hurried
+
     def stop(self, text: str = "the server is stopping", *, back: bool = False, patience: float = 0.0) -> None:
         """Finish the batch under way, write a last checkpoint, tell the clients, close. Raises NotWritten once all is closed.
 
@@ -299,12 +307,12 @@ class TrunkServer:
             return
         replica, whole = self._replica, True
         if replica is not None:
-            whole = not self._has_failed() and replica.await_stop(patience, self._has_failed)
+            whole = not self._has_failed() and replica.await_stop(patience, has_failed=self._has_failed, hurries=self._hurries)
             back = back or replica.back
         elif self._gone is not None or isinstance(self._loop.failure, GroupLost):
             whole = False
         elif patience:
-            self._loop.finish_step(patience)
+            self._loop.finish_step(patience, self._hurries)
         if whole:  # else the trunk's thread may wait for a process that is gone
             self._loop.stop()
             self._engine.close()

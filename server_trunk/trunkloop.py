@@ -117,11 +117,13 @@ class TrunkLoop:
             self._thread.join()
         self._mailer.close()
 
-    def finish_step(self, timeout: float) -> bool:
-        """Open no further step, and wait for the end of the open one; True where none is open any more."""
+    def finish_step(self, timeout: float, hurries: Callable[[], bool] = lambda: False) -> bool:
+        """Open no further step, and wait for the end of the open one, unless somebody ``hurries``; True where none is open any
+        more.
+        """
         self._keeper.ending = True
         deadline = time.monotonic() + timeout
-        while self._keeper.is_amid_step and self._thread.is_alive() and time.monotonic() < deadline:
+        while self._keeper.is_amid_step and self._thread.is_alive() and time.monotonic() < deadline and not hurries():
             self.wake()
             self._thread.join(0.02)
         return not self._keeper.is_amid_step

@@ -245,15 +245,19 @@ class Replica:
 
     # --- the end ----------------------------------------------------------------------------------------------------------------
 
-    def await_stop(self, patience: float, has_failed: Callable[[], bool] = lambda: False) -> bool:
+    def await_stop(self, patience: float, *, has_failed: Callable[[], bool], hurries: Callable[[], bool]) -> bool:
         """Let the open step come to its end, for at most so many seconds, and wait until all replicas stand still.
 
-        ``has_failed``: whether the trunk's thread has. Returns False where it has, or a replica is gone.
+        ``has_failed``: whether the trunk's thread has; returns False where it has, or a replica is gone. ``hurries``: whether the
+        open step is waited for no longer.
         """
         self._tell_first(StopAsked(patience))
         while self.failure is None and not has_failed():
             if self.stopped.wait(0.05):
                 return self.failure is None
+            if patience and hurries():
+                patience = 0.0
+                self._tell_first(StopAsked())
         return False
 
     def halt(self) -> None:

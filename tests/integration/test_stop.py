@@ -1,0 +1,61 @@
+"""A server that is asked to end waits for the open step, and no longer than whoever asks wants it to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.replicas import ENVIRONMENT, Replicas
+from tests.rounds_world import batch
+from tests.unit.channel_world import wait_until
+from tests.world import World, running, tiny_llama
+
+
+def begin_step(split) -> None:
+    """A step is open that its client does not bring to its end."""
+    split.train()
+    split(**batch(0, 0))
+
+
+def test_who_hurries_waits_no_longer_for_the_open_step(tmp_path):
+    world = World(tmp_path, tiny_llama(tmp_path / "model"), 1)
+    with running(world):
+        split = world.join_as(0, reconnect=0)
+        begin_step(split)
+        stop = threading.Thread(target=world.server.stop, kwargs={"back": True, "patience": 1000.0}, daemon=True)
+        stop.start()
+        wait_until(lambda: world.server._loop._keeper.ending)
+        assert stop.is_alive()
+        world.server.hurry()
+        stop.join(30)
+        assert not stop.is_alive()
+        split.close()
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_replicas_that_wait_for_a_step(tmp_path: Path, monkeypatch):
+    """Which comes to them through torchrun's agent."""
+    (tmp_path / "sitecustomize.py").write_text("import server_trunk.command as c\nc.PATIENCE = 1000.0\n")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
+    replicas = Replicas(tmp_path, tiny_llama(tmp_path / "model"), 2, 1)
+    replicas.start()
+    try:
+        split = replicas.join_as(0, reconnect=0)
+        begin_step(split)
+        assert replicas.process is not None
+        replicas.process.send_signal(signal.SIGTERM)
+        time.sleep(4)  # one that comes sooner is taken for the same
+        assert replicas.process.poll() is None
+        assert not replicas.events("stopped")
+        replicas.process.send_signal(signal.SIGTERM)
+        replicas.process.wait(60)
+        assert [len(replicas.events("stopped", replica)) for replica in range(2)] == [1, 1]
+        split.close()
+    finally:
+        replicas.stop()
