@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from server_trunk.replicas.words import Move
 
-__all__ = ["Assignment"]
+__all__ = ["COMING", "REST", "Assignment"]
 
 #: A client is moved where that takes this share off the greatest load, and once it has been where it is for so many steps: a few
 #: do not say what it brings, and its new session costs a handshake, during which a step stands still.
 WORTH, REST = 0.2, 20
+#: Seconds after which a client that was sent to a replica, and was not seen there, weighs nothing there any more.
+COMING = 60.0
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A client that was assigned, and not seen there, ``since`` then. ``tokens``: what it brings, 0 where that is unknown."""
+
+    tokens: float
+    since: float
 
 
 class Assignment:
     """Load is what a replica's clients bring to a step, in tokens. A client that has not trained yet is expected to bring the
-    mean of the others.
+    mean of the others. ``now`` is the caller's clock, seconds.
     """
 
     def __init__(self, size: int) -> None:
         self.places: dict[str, int] = {}  # by client, kept while the replica lives
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
-        self._coming: dict[str, float] = {}  # assigned, not seen there yet: what they bring, 0 where that is unknown
+        self._coming: dict[str, _Coming] = {}
         self._since: dict[str, int] = {}  # by client: the step after which it was moved, or could first have been
 
     def hear(self, rank: int, tokens: Mapping[str, float]) -> None:
@@ -29,27 +40,31 @@ class Assignment:
         # Who has moved on may still be reported from where it was; whoever is there by itself has no other place.
         here = {client: each for client, each in tokens.items() if self.places.setdefault(client, rank) == rank}
         # After a move a client is counted anew.
-        self._present[rank] = {client: each or self._coming.get(client, 0.0) for client, each in here.items()}
+        self._present[rank] = {client: each or self._expected(client) for client, each in here.items()}
         for client, each in here.items():
-            if each or not self._coming.get(client):
+            if each or not self._expected(client):
                 self._coming.pop(client, None)
 
-    def place(self, client: str) -> int:
+    def _expected(self, client: str) -> float:
+        coming = self._coming.get(client)
+        return 0.0 if coming is None else coming.tokens
+
+    def place(self, client: str, now: float = 0.0) -> int:
         """The replica that ``client`` goes to."""
         if client not in self.places:
-            loads = self._loads()
+            loads = self._loads(now)
             self.places[client] = loads.index(min(loads))
         if all(client not in tokens for tokens in self._present):
-            self._coming.setdefault(client, 0.0)
+            self._coming[client] = _Coming(self._expected(client), now)
         return self.places[client]
 
-    def rebalance(self, step: int, movable: Sequence[Sequence[str]]) -> Move | None:
+    def rebalance(self, step: int, movable: Sequence[Sequence[str]], now: float = 0.0) -> Move | None:
         """Who of the ``movable`` clients of each replica is to go from the most to the least loaded one after ``step``, if that
         is worth it; from now on it belongs there.
         """
         for client in (each for clients in movable for each in clients):
             self._since.setdefault(client, step)
-        loads = self._loads()
+        loads = self._loads(now)
         origin, target = loads.index(max(loads)), loads.index(min(loads))
         present = self._present[origin]
         worth = [
@@ -61,14 +76,18 @@ class Assignment:
         if origin == target or lowest > (1 - WORTH) * loads[origin]:
             return None
         self._present[origin] = {other: each for other, each in present.items() if other != client}
-        self.places[client], self._since[client], self._coming[client] = target, step, present[client]
+        self.places[client], self._since[client] = target, step
+        self._coming[client] = _Coming(present[client], now)
         return Move(client, origin, target)
 
-    def _loads(self) -> list[float]:
+    def _loads(self, now: float) -> list[float]:
         known = [each for tokens in self._present for each in tokens.values() if each]
         mean = sum(known) / len(known) if known else 1.0
         loads = [sum(each or mean for each in tokens.values()) for tokens in self._present]
-        for client, each in self._coming.items():
-            if client not in self._present[self.places[client]]:
-                loads[self.places[client]] += each or mean
+        awaited = {client: each for client, each in self._coming.items() if client not in self._present[self.places[client]]}
+        for client, each in awaited.items():
+            if now - each.since < COMING:
+                loads[self.places[client]] += each.tokens or mean
+            else:
+                del self._coming[client]
         return loads

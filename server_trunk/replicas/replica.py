@@ -158,7 +158,7 @@ class Replica:
         if not self.group.is_first:
             return None
         with self._lock:
-            rank = self._assignment.place(client)
+            rank = self._assignment.place(client, time.monotonic())
         if rank == self.group.rank:
             return None
         machine, host, port = self._addresses[rank]
@@ -171,7 +171,7 @@ class Replica:
         config = self._config
         if config.round_steps or (config.adapters == "per-client" and not self._run.is_due(step)):
             return None
-        return self._assignment.rebalance(step, movable)
+        return self._assignment.rebalance(step, movable, time.monotonic())
 
     def present(self, clients: int, trained: bool) -> None:
         """So many clients are here now, or waited for; from the trunk's thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server_trunk.replicas.assignment import REST, Assignment
+from server_trunk.replicas.assignment import COMING, REST, Assignment
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.place import Place
 from server_trunk.replicas.words import Move
@@ -72,6 +72,19 @@ def test_a_client_moves_where_that_spreads_the_load_and_rests_then():
     assignment.hear(0, {"c": 10.0, "d": 10.0, "a": 100.0})
     assignment.hear(1, {"b": 100.0})
     assert assignment.rebalance(5 * REST, ["acd", "b"]) is None  # not worth it
+
+
+def test_a_client_that_never_comes_weighs_nothing_after_a_while():
+    assignment = Assignment(2)
+    assignment.hear(0, {"a": 10.0})
+    assert assignment.place("never", 0.0) == 1
+    assert [assignment.place(name, COMING - 1) for name in "bc"] == [0, 1]  # it is still expected
+    assignment.hear(0, {"a": 10.0, "b": 10.0})
+    assignment.hear(1, {"c": 10.0})
+    assert assignment.place("d", COMING) == 1
+    assignment.hear(1, {"c": 10.0, "d": 10.0})
+    assert assignment.place("never", 2 * COMING) == 1  # it comes after all
+    assert assignment.place("e", 2 * COMING) == 0
 
 
 def test_replicas_meet_after_so_many_steps_and_at_the_end():
