@@ -198,8 +198,8 @@ def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
 def prune_checkpoints(
     run_dir: str | os.PathLike[str], keep: int, *, among: Callable[[int], bool] = lambda step: True
 ) -> list[int]:
-    """Delete all but the newest ``keep`` checkpoints of a run (of steps ``among`` which to choose) and what interrupted writes
-    left; return the steps gone.
+    """Delete all but the newest ``keep`` checkpoints of a run (of steps ``among`` which to choose), undone ones that are older
+    than all that are left, and what interrupted writes left; return the steps gone.
 
     Not to be called while another thread writes a checkpoint of the same run.
     """
@@ -209,7 +209,9 @@ def prune_checkpoints(
     for step in gone:
         shutil.rmtree(checkpoint_directory(run_dir, step))
     folder = Path(run_dir) / "checkpoints"
-    for leftover in folder.glob(".step-*") if folder.is_dir() else ():
+    oldest = min(checkpoint_steps(run_dir), default=0)
+    undone = [entry for entry in folder.glob("undone-*") if (m := _STEP.search(entry.name)) and int(m[1]) < oldest]
+    for leftover in (*undone, *folder.glob(".step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
     return gone
 

@@ -18,6 +18,7 @@ from splitfl.checkpoint import (
     newest_checkpoint,
     pack_state,
     prune_checkpoints,
+    put_aside,
     save_checkpoint,
     unpack_state,
 )
@@ -147,6 +148,20 @@ def test_newest_and_pruning(tmp_path):
     assert checkpoint_steps(tmp_path) == [20, 100_000_000]
     assert not list((tmp_path / "checkpoints").glob(".step-*"))
     assert prune_checkpoints(tmp_path / "nothing", keep=1) == []
+
+
+def test_what_was_undone_goes_with_what_is_as_old(tmp_path):
+    for step in (3, 4, 9):
+        save_checkpoint(checkpoint_directory(tmp_path, step), {}, {"step": step})
+        put_aside(checkpoint_directory(tmp_path, step), "damaged" if step == 3 else "undone")
+    for step in (2, 3, 4, 5):
+        save_checkpoint(checkpoint_directory(tmp_path, step), {}, {"step": step})
+    assert prune_checkpoints(tmp_path, keep=2) == [2, 3]
+    left = ["damaged-step-00000003", "step-00000004", "step-00000005", "undone-step-00000004", "undone-step-00000009"]
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == left
+    save_checkpoint(checkpoint_directory(tmp_path, 6), {}, {"step": 6})
+    assert prune_checkpoints(tmp_path, keep=2) == [4]
+    assert [entry.name for entry in (tmp_path / "checkpoints").glob("undone-*")] == ["undone-step-00000009"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
