@@ -95,7 +95,8 @@ class TrunkLoop:
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
         self._absent = Absent()
-        if steps.complete:  # taken up again at its end, which clients may not have heard of
+        self._taken_up, self._has_clients = steps.number > 0, False
+        if self._taken_up:  # perhaps at its end, which clients may not have heard of
             self._absent.lost("", time.monotonic())
         self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
         self._rounds = rounds
@@ -172,8 +173,11 @@ class TrunkLoop:
         self._keeper.turn()
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
+        if self._keeper.trained:
+            self._absent.back("")  # not at its end
         clients = self._keeper.present() | self._absent.clients(time.monotonic())
-        presence = len(clients), self._keeper.trained or self._steps.complete
+        # Clients of a run that was taken up again may have had no more than an evaluation to do.
+        presence = len(clients), self._keeper.trained or self._steps.complete or (self._taken_up and self._has_clients)
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)
@@ -217,6 +221,7 @@ class TrunkLoop:
                 if self._names.get(event.replaces) == event.name:
                     self._end(event.replaces, "replaced", "another session of this client has taken its place")
                 self._names[session] = event.name
+                self._has_clients = True
                 self._absent.back(event.name)
                 try:
                     self._engine.training.joined(event.name)

@@ -64,3 +64,28 @@ def test_a_run_taken_up_at_its_end_waits_for_those_who_have_not_heard(model, tmp
     desk = Desk(model, tmp_path, last=1, first=1)
     desk.run(("a", "open"), ("a", None))
     assert desk.presence[-1] == (1, True)
+
+
+def test_a_run_taken_up_after_the_last_data_ends_though_no_further_step_closes(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(absent, "RETURN", 0.05)
+    desk = Desk(model, tmp_path, first=3)
+    deadline = time.monotonic() + 10
+    while desk.presence[-1:] != [(0, False)]:  # nobody has come yet, who may after all
+        assert time.monotonic() < deadline
+        desk.loop.wake()
+        desk.loop._turn()
+    desk.run(("a", "open"), ("a", forward(0, step=3, grad=False)))
+    assert desk.presence[-1] == (1, True)
+    desk.run(("a", None))
+    assert desk.presence[-1] == (0, True)
+
+
+def test_a_run_taken_up_waits_for_those_who_have_yet_to_come_until_a_step_closes(model, tmp_path):
+    desk = Desk(model, tmp_path, first=3)
+    desk.run(("a", "open"), ("a", None))
+    assert desk.presence[-1] == (1, True)
+    desk.join("a")
+    desk.run(("a", forward(0, step=3)))
+    desk.run(*honest("a", step=3))
+    desk.run(("a", None))
+    assert desk.presence[-1] == (0, True)
