@@ -4,10 +4,12 @@ bookkeeping; no clock of its own.
 
 from __future__ import annotations
 
-__all__ = ["RETURN", "Absent"]
+__all__ = ["ANYBODY", "RETURN", "Absent"]
 
 #: Seconds for which a client that said no goodbye is taken to come again, though no step is held for it: several of its attempts.
 RETURN = 120.0
+#: Stands for whoever was there before a run was taken up again.
+ANYBODY = ""
 
 
 class Absent:
@@ -15,12 +17,14 @@ class Absent:
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}
+        self.has_returned = False  # whether a client has come since the run was taken up again
 
     def lost(self, client: str, now: float) -> None:
         self._until[client] = now + RETURN
 
     def back(self, client: str) -> None:
         self._until.pop(client, None)
+        self.has_returned = self.has_returned or ANYBODY in self._until
 
     def clients(self, now: float) -> set[str]:
         """Who may still come back."""

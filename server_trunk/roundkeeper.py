@@ -37,6 +37,7 @@ class RoundKeeper:
         self.names: Mapping[str, str] = {}
         self.average: Average | None = None  # the newest
         self._given: dict[str, int] = {}  # by session: the round whose average it was given
+        self._replaces: dict[str, str] = {}  # by session: the lost one of its client whose place it has taken
         self._closed = RoundClosed(0, 0, 0)  # of the newest average
         self._present: dict[str, str] = {}  # clients by session that await the end of the open round
         self._asked: dict[str, int] = {}  # the weights of those asked for their ends
@@ -52,11 +53,17 @@ class RoundKeeper:
     def is_open(self) -> bool:
         return self._rounds.is_open
 
+    def opened(self, session: str, replaces: str) -> None:
+        """A session is there; its client says which lost one it stands for."""
+        if replaces:
+            self._replaces[session] = replaces
+
     def joins(self, session: str, held: Sequence[int]) -> None:
         """A session takes part for the first time; ``held`` are the steps after which its client can go on."""
         client = self.names[session]
         if self._rounds.waits_for(client):
-            weight = self._rounds.returns(session, client, time.monotonic(), holds=self._step in held)
+            replaces = self._replaces.get(session, "")
+            weight = self._rounds.returns(session, client, time.monotonic(), holds=self._step in held, replaces=replaces)
             if weight:
                 self._present = {one: name for one, name in self._present.items() if name != client or one in self.names}
                 self._present[session], self._asked[session] = client, weight
@@ -100,6 +107,7 @@ class RoundKeeper:
     def forget(self, session: str) -> None:
         """The session is gone."""
         self._given.pop(session, None)
+        self._replaces.pop(session, None)
         self._rounds.lose(session, time.monotonic())
         if session in self._asked and session not in self._whole:
             if self._rounds.waits_for(self._present[session]):

@@ -33,7 +33,7 @@ class Rounds:
         self._awaited: set[str] = set()
         self._present: dict[str, str] = {}  # clients by session that were there when the round opened
         self._stay: set[str] = set()  # those of them that are to take part in the next step too
-        self._lost: dict[str, tuple[int, float]] = {}  # by client that is waited for: its weight, and since when
+        self._lost: dict[str, tuple[str, int, float]] = {}  # by lost session: its client, that is waited for, weight, since when
         self._since: float | None = None  # since when others wait: the first was whole
         self.number = -1  # the open round, or the newest
         self.is_open = False
@@ -119,17 +119,19 @@ class Rounds:
             self._awaited.discard(session)
             weight = self._weights.pop(session)
             if self._waits and now is not None and session in self._stay:
-                self._lost[self._present[session]] = weight, now
+                self._lost[session] = self._present[session], weight, now
 
     def waits_for(self, client: str) -> bool:
         """Whether a client that was lost is waited for."""
-        return self.is_open and client in self._lost
+        return self.is_open and any(each == client for each, _, _ in self._lost.values())
 
-    def returns(self, session: str, client: str, now: float = 0.0, *, holds: bool) -> int:
+    def returns(self, session: str, client: str, now: float = 0.0, *, holds: bool, replaces: str = "") -> int:
         """A client that was waited for is back in another session. ``holds``: as it stood at the end of the round's last step.
-        Returns its weight if it is to send its ends, else 0: then it is gone on without.
+        ``replaces``: the lost session whose ends these are, where the client says so; else they are its oldest's. Returns its
+        weight if it is to send its ends, else 0: then it is gone on without.
         """
-        weight, _ = self._lost.pop(client)
+        lost = [each for each, (name, _, _) in self._lost.items() if name == client]
+        _, weight, _ = self._lost.pop(replaces if replaces in lost else lost[0])
         if not holds:
             return 0
         self._weights[session] = weight
@@ -141,10 +143,8 @@ class Rounds:
 
     def give_up(self, now: float) -> list[str]:
         """The clients whose return others have waited for longer than the deadline allows: they are gone on without."""
-        late = [client for client, (_, since) in self._lost.items() if self._deadline and now - since >= self._deadline]
-        for client in late:
-            del self._lost[client]
-        return late
+        late = [each for each, (_, _, since) in self._lost.items() if self._deadline and now - since >= self._deadline]
+        return [self._lost.pop(each)[0] for each in late]
 
     def exclude(self, session: str) -> None:
         """Ends that are whole, but of no use."""
@@ -161,7 +161,7 @@ class Rounds:
         """Seconds until :meth:`overdue` is worth asking again though nothing has happened; None: no need."""
         if not self._deadline:
             return None
-        times = [since for _, since in self._lost.values()]
+        times = [since for _, _, since in self._lost.values()]
         times += [self._since] if self._since is not None and self._awaited else []
         return max(0.0, min(times) + self._deadline - now) if times else None
 

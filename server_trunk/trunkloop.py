@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from server_trunk.absent import Absent
+from server_trunk.absent import ANYBODY, Absent
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
 from server_trunk.meter import Meter
@@ -95,9 +95,8 @@ class TrunkLoop:
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
         self._absent = Absent()
-        self._taken_up, self._has_clients = steps.number > 0, False
-        if self._taken_up:  # perhaps at its end, which clients may not have heard of
-            self._absent.lost("", time.monotonic())
+        if steps.number:  # taken up again, perhaps at its end, which clients may not have heard of
+            self._absent.lost(ANYBODY, time.monotonic())
         self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
         self._rounds = rounds
         if rounds is not None:
@@ -174,10 +173,10 @@ class TrunkLoop:
         if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
             self._keeper.turn()
         if self._keeper.trained:
-            self._absent.back("")  # not at its end
+            self._absent.back(ANYBODY)  # not at its end
         clients = self._keeper.present() | self._absent.clients(time.monotonic())
         # Clients of a run that was taken up again may have had no more than an evaluation to do.
-        presence = len(clients), self._keeper.trained or self._steps.complete or (self._taken_up and self._has_clients)
+        presence = len(clients), self._keeper.trained or self._steps.complete or self._absent.has_returned
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)
@@ -221,7 +220,8 @@ class TrunkLoop:
                 if self._names.get(event.replaces) == event.name:
                     self._end(event.replaces, "replaced", "another session of this client has taken its place")
                 self._names[session] = event.name
-                self._has_clients = True
+                if self._rounds is not None:
+                    self._rounds.opened(session, event.replaces)
                 self._absent.back(event.name)
                 try:
                     self._engine.training.joined(event.name)
