@@ -140,7 +140,9 @@ def run_device(config: RunConfig, shards: ShardGroup | None = None) -> torch.dev
 
 
 def _layer_devices(config: RunConfig) -> list[torch.device]:
-    """The GPUs of this process that a trunk's blocks are spread over; none where it is not. Raises ConfigError."""
+    """The GPUs that this process's trunk is spread over, behind those of other replicas on this machine; none where it is not
+    spread. Raises ConfigError.
+    """
     if config.shard != "layers":
         return []
     if config.device not in ("auto", "cuda"):
@@ -149,7 +151,8 @@ def _layer_devices(config: RunConfig) -> list[torch.device]:
     count = torch.cuda.device_count()
     if count < first + config.shard_size:
         raise ConfigError(
-            f"shard = layers asks for {config.shard_size} GPUs, this machine has {count}: give a smaller --shard-size"
+            f"shard = layers asks for {first + config.shard_size} GPUs, this machine has {count}: give a smaller --shard-size"
+            + (", or start fewer replicas" if config.mode == "hierarchical" else "")
         )
     return [torch.device("cuda", first + number) for number in range(config.shard_size)]
 

@@ -242,8 +242,6 @@ def _check_shard(config: RunConfig) -> None:
     if config.shard_size < 2:
         raise ConfigError(f"shard = {config.shard} needs two or more to spread the trunk over: give --shard-size")
     if config.shard == "layers":
-        if config.mode == "hierarchical":
-            raise ConfigError("shard = layers and several replicas do not go together yet: use --shard tensor or fsdp")
         return
     contradictions = {
         "mode": (config.mode == "async", "every rank takes each step with the others: use --mode sync, or --shard layers"),

@@ -36,8 +36,9 @@ class Group:
     """
 
     @classmethod
-    def join(cls, place: Place, device: torch.device, ranks: int = 1) -> Group:
-        """Meet the other processes that torchrun has started; ``ranks`` of them, neighbours, are one replica.
+    def join(cls, place: Place, device: torch.device | None, ranks: int = 1) -> Group:
+        """Meet the other processes that torchrun has started; ``ranks`` of them, neighbours, are one replica. ``device``: where
+        this process has its part of the trunk; None: on several.
 
         Raises:
             SplitflError: the group cannot be formed.
@@ -49,19 +50,20 @@ class Group:
             # torchrun keeps the store when it starts the group anew; what the one before has left there is of dead processes.
             store = dist.PrefixStore(f"splitfl-{place.restarts}", store)  # type: ignore[attr-defined]
             # Ranks of one trunk lay a mesh over the world, which needs what their devices speak.
-            backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device is not None and device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise SplitflError(f"the replicas cannot meet ({str(error).splitlines()[0][:200]})") from None
         return cls(place, device, ranks)
 
-    def __init__(self, place: Place, device: torch.device, ranks: int = 1) -> None:
+    def __init__(self, place: Place, device: torch.device | None, ranks: int = 1) -> None:
         self.place = place.among_replicas(ranks)
         self.rank, self.size = self.place.rank, self.place.size
         where: list[Any] = [None] * place.size
         dist.all_gather_object(where, (place.machine, str(device)))
-        # NCCL refuses two ranks on one device.
-        apart = device.type == "cuda" and len(set(where)) == place.size and dist.is_nccl_available()
+        # NCCL refuses two ranks on one device, and knows one device of a rank.
+        single = device is not None and device.type == "cuda"
+        apart = single and len(set(where)) == place.size and dist.is_nccl_available()
         self.backend = "nccl" if apart else "gloo"
         counterparts = [list(range(first, place.size, ranks)) for first in range(ranks)]
         self.control, self.gradients, self._host = (

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from server_trunk.building import run_device
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.launch import AGENT, MISTAKEN
 from server_trunk.replicas.place import Place
@@ -78,8 +79,11 @@ def run_process(config: RunConfig, place: Place, work: Callable[[RunConfig, Join
 
 def _joined(config: RunConfig, place: Place) -> tuple[RunConfig, Joined]:
     check_ranks(config, place.size)
+    device: torch.device | None = None
     if config.ranks > 1:
         device = own_device(config)
+    elif config.shard == "layers":
+        run_device(config)  # a machine that lacks the GPUs is found out before the others are met
     else:
         config = dataclasses.replace(config, device=_device(config.device, place))
         device = resolve_device(config.device)

@@ -92,7 +92,6 @@ def test_a_client_is_not_told_where_on_the_servers_disk_the_model_lies(tmp_path)
         ({"shard_size": 2}, "say how, with --shard"),
         ({"shard": "tensor"}, "give --shard-size"),
         ({"shard": "fsdp", "shard_size": 2, "mode": "async"}, "use --mode sync"),
-        ({"shard": "layers", "shard_size": 2, "mode": "hierarchical"}, "use --shard tensor or fsdp"),
         ({"shard": "fsdp", "shard_size": 2, "adapters": "per-client"}, "use --adapters shared"),
         ({"shard": "tensor", "shard_size": 2, "lanes": 2}, "leave lanes at 0"),
         ({"shard": "tensor", "shard_size": 2, "lora.dropout": 0.1}, "set --lora-dropout 0"),

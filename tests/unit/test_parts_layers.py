@@ -6,7 +6,9 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from server_trunk.building import run_device
+from server_trunk.building import _layer_devices, run_device
+from server_trunk.replicas import process
+from server_trunk.replicas.place import Place
 from splitfl.config import build_config
 from splitfl.errors import ConfigError, ModelError
 from splitfl.parts.layers import layer_map
@@ -56,3 +58,29 @@ def test_a_machine_without_the_gpus_says_so(monkeypatch, device, said):
     config = build_config({"model": "m", "shard": "layers", "shard_size": 2, "device": device})
     with pytest.raises(ConfigError, match=said):
         run_device(config)
+
+
+def test_replicas_of_one_machine_have_gpus_of_their_own(monkeypatch):
+    config = build_config({"model": "m", "mode": "hierarchical", "replicas": 2, "shard": "layers", "shard_size": 2})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for replica in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(replica))
+        assert run_device(config) == torch.device("cuda", 2 * replica)
+        assert _layer_devices(config) == [torch.device("cuda", 2 * replica + number) for number in range(2)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ConfigError, match=r"asks for 4 GPUs, this machine has 3: give a smaller --shard-size, or start fewer"):
+        run_device(config)
+
+
+def test_a_replica_over_several_gpus_joins_as_such(monkeypatch):
+    """Whatever it is that torchrun says of its rank: the GPUs are counted by its place on the machine."""
+    config = build_config({"model": "m", "mode": "hierarchical", "shard": "layers", "shard_size": 2})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    joined: list[object] = []
+    monkeypatch.setattr(process.Group, "join", lambda place, device, ranks: joined.append((device, ranks)))
+    monkeypatch.setattr(process, "Watch", lambda limit, lost: None)
+    own, _ = process._joined(config, Place(3, 4, 1, 2, 1))
+    assert joined == [(None, 1)]
+    assert (own.device, own.replicas) == ("auto", 4)
