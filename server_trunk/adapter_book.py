@@ -42,8 +42,8 @@ class AdapterBook:
         self._trained: set[str] = set()
         self._lock = threading.Lock()
 
-    def agree(self, client: str, asked: Mapping[str, Any]) -> AdapterSettings:
-        """The settings that ``client`` would have; changes nothing.
+    def agree(self, client: str, asked: Mapping[str, Any], *, max_rank: int | None = None) -> AdapterSettings:
+        """The settings that ``client`` would have; changes nothing. ``max_rank``: this client's own limit.
 
         What is not asked for is as the client's adapter has it already, or else as the run's config says. A client that comes
         back may ask for another learning rate and weight decay, but for no other rank and alpha once its adapter has trained.
@@ -64,6 +64,8 @@ class AdapterBook:
         wanted = replace(present or self._default, **_checked(asked))
         if wanted.rank > self._limits.max_rank:
             raise _refused(f"the adapter's rank {wanted.rank} is above this run's limit: ask for at most {self._limits.max_rank}")
+        if max_rank is not None and wanted.rank > max_rank:
+            raise _refused(f"the adapter's rank {wanted.rank} is above your key's limit: ask for at most {max_rank}")
         if wanted.learning_rate > self._limits.max_learning_rate:
             raise _refused(
                 f"the adapter's learning rate {wanted.learning_rate:g} is above this run's limit: ask for at most "

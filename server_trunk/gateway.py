@@ -111,7 +111,7 @@ class Gateway:
         difference = compare(identity, self._identity)
         if difference:
             raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
-        self._book.agree(peer.name, message.adapter)
+        self._book.agree(peer.name, message.adapter, max_rank=peer.limits.get("max_rank"))
         return self._stands()
 
     def elsewhere(self, peer: Any) -> Redirect | None:

@@ -202,6 +202,7 @@ class TrunkServer:
             authorized=self.authorized,
             window=config.window,
             max_message=config.window,
+            bulk=config.bulk,
             **self._channel_options,
         )
         self.meter.watch(

@@ -105,6 +105,7 @@ class RunConfig:
     advertise: str = ""
     identity: str = ""
     authorized_clients: str = ""
+    bulk: str = "sealed"
     window: int = 64 * MIB
     policy: str = "client-batching"
     batch_tokens: int = 16384

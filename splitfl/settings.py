@@ -187,6 +187,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("advertise", str, "HOST:PORT at which clients reach the data endpoint, where that differs from what is bound"),
     Setting("identity", str, "the server's secret key file (made on first use)"),
     Setting("authorized_clients", str, "file with one client key a line"),
+    Setting(
+        "bulk",
+        str,
+        "data connections: sealed (records behind a ticket), or curve: the same inside ZeroMQ CURVE, which refuses even injected "
+        "junk and costs several times the CPU",
+        _one_of("sealed", "curve"),
+    ),
     Setting("window", int, "bytes a client may have in flight towards the server", _between(MIB, MOST_WINDOW + 1)),
     Setting(
         "policy",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from splitfl.channel.handler import Peer
 from splitfl.errors import KeyFileError
-from splitfl.protocol.control import TICKET_BYTES
-from splitfl.protocol.keys import AuthorizedClients, PublicKey
+from splitfl.protocol.control import CURVE, SEALED, TICKET_BYTES
+from splitfl.protocol.keys import AuthorizedClients, Identity, PublicKey
+from splitfl.protocol.limits import Limit
 
 
 class Admission:
     """A :class:`splitfl.transport.base.Gate` over the list of authorized clients. Used on the I/O thread only."""
 
-    def __init__(self, authorized: AuthorizedClients, ticket_seconds: int, clock: Callable[[], float]) -> None:
-        self._authorized, self.ticket_seconds, self._clock = authorized, ticket_seconds, clock
+    def __init__(
+        self, authorized: AuthorizedClients, ticket_seconds: int, clock: Callable[[], float], bulk: str = SEALED
+    ) -> None:
+        self._authorized, self.ticket_seconds, self._clock, self._bulk = authorized, ticket_seconds, clock, bulk
         self._generation = authorized.generation
         self._tickets: dict[bytes, tuple[str, float]] = {}
 
@@ -23,15 +26,18 @@ class Admission:
         """The user of a connection on the control endpoint: its key's text."""
         return str(key) if self._authorized.lookup(key) is not None else None
 
-    def admit_ticket(self, ticket: bytes, address: str) -> str | None:
-        """The user of a connection on the data endpoint: its session. A ticket works once."""
-        session, expires = self._tickets.pop(ticket, ("", 0.0))
+    def admit_ticket(self, shown: bytes, address: str) -> str | None:
+        """The user of a connection on the data endpoint: its session. A ticket works once. ``shown``: the ticket, or the public
+        key of the one that is a CURVE secret.
+        """
+        session, expires = self._tickets.pop(shown, ("", 0.0))
         return session if session and self._clock() < expires else None
 
     def ticket(self, session: str) -> bytes:
         """A fresh ticket for this session."""
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._tickets[ticket] = session, self._clock() + self.ticket_seconds
+        shown = Identity.from_secret(ticket).public.raw if self._bulk == CURVE else ticket
+        self._tickets[shown] = session, self._clock() + self.ticket_seconds
         return ticket
 
     def peer(self, user: str, address: str) -> tuple[Peer, bool] | None:
@@ -59,6 +65,7 @@ class Admission:
         known, self._generation = self._generation, self._authorized.generation
         return known != self._generation
 
-    def lists(self, peer: Peer) -> bool:
-        """Whether the list has this peer now."""
-        return self._authorized.lookup(peer.public_key) is not None
+    def limits(self, peer: Peer) -> Mapping[str, Limit] | None:
+        """This peer's limits as the list has them now; None where it is not on the list."""
+        client = self._authorized.lookup(peer.public_key)
+        return client.limits if client is not None else None

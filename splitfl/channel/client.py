@@ -16,6 +16,7 @@ from splitfl.channel.timing import Timing
 from splitfl.errors import ConnectError, LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError
 from splitfl.protocol.assembly import Allocate, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
+from splitfl.protocol.control import CURVE
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
@@ -347,7 +348,8 @@ class ClientChannel:
         self._opened = opened
         self._path = DataPath(opened, secrets, aead_factory=self._aead, allocate=self._allocate, admit=self._admit)
         self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
-        self._transport.connect_data(host, port, opened.ticket, self._timeout)
+        curve = self._join.key if opened.bulk == CURVE else None
+        self._transport.connect_data(host, port, opened.ticket, self._timeout, curve=curve)
         self._path.add(Attach(), b"")
 
     def _admit(self, message: DataMessage) -> None:

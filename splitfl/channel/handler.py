@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from splitfl.protocol.keys import Limit, PublicKey
+from splitfl.protocol.keys import PublicKey
+from splitfl.protocol.limits import Limit
 from splitfl.protocol.messages import ControlMessage, DataMessage, Hello, Open, Redirect, Welcome
 
 

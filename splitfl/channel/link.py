@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from splitfl.channel.allowance import Allowance
 from splitfl.channel.handler import Peer
 from splitfl.channel.tally import Tally
 from splitfl.protocol.assembly import Inbox, Outbox
@@ -29,6 +30,7 @@ class Link:
     heard: float
     deadline: float  # for the handshake: to be attached by then
     tally: Tally
+    allowance: Allowance
     beat: float = 0.0
     told: int = 0  # control frames sent
     records_sent: int = 0
@@ -46,4 +48,5 @@ class Link:
     data_peer: bytes | None = None
     attached: bool = False
     goodbye: int | None = None  # the records that the client says it has sent, once it has said Bye
+    moved: float = 0.0  # when a record last left, or there was none to send
     stuck: bytearray | None = None  # a sealed record the peer's pipe had no room for

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from splitfl.channel.admission import Admission
 from splitfl.channel.handler import ServerHandler
 from splitfl.channel.link import Link
-from splitfl.channel.sessions import Offer, Sessions
+from splitfl.channel.offer import Offer
+from splitfl.channel.sessions import Sessions
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConfigError, LocalProtocolError
 from splitfl.protocol.assembly import payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
+from splitfl.protocol.control import CURVE, SEALED
 from splitfl.protocol.keys import AuthorizedClients
 from splitfl.protocol.messages import ControlMessage, DataMessage, Fault
 from splitfl.protocol.records import DEFAULT_RECORD_BYTES, MAX_RECORD_BYTES, MIN_RECORD_BYTES, OVERHEAD_BYTES
@@ -36,7 +38,8 @@ class ServerChannel:
     """All sessions of one server. ``send``, ``tell``, ``credit`` and ``end`` may be called from any thread.
 
     Sizes in bytes: ``window`` is each client's credit, ``max_message`` the largest payload (at most the window),
-    ``record`` the plaintext of a full record (256 KiB to 4 MiB). ``aead_factory`` is for benchmarks and tests.
+    ``record`` the plaintext of a full record (256 KiB to 4 MiB). ``bulk``: the data endpoint's gate, see
+    :data:`splitfl.protocol.control.BULK`. ``aead_factory`` is for benchmarks and tests.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ServerChannel:
         timing: Timing | None = None,
         ticket_seconds: int = TICKET_SECONDS,
         ciphers: tuple[str, ...] | None = None,
+        bulk: str = SEALED,
         aead_factory: AeadFactory = make_aead,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -58,10 +62,10 @@ class ServerChannel:
             raise ConfigError(f"the credit window ({window} bytes) must cover the largest message ({max_message} bytes)")
         if not MIN_RECORD_BYTES <= record <= MAX_RECORD_BYTES:
             raise ConfigError(f"a record has {MIN_RECORD_BYTES} to {MAX_RECORD_BYTES} bytes, not {record}")
-        self._transport, self._record = transport, record
+        self._transport, self._record, self._bulk = transport, record, bulk
         self._timing, self._clock = timing or Timing(), clock
-        self._admission = Admission(authorized, ticket_seconds, clock)
-        offer = Offer(window, max_message, record, ciphers or pick_ciphers(), aead_factory)
+        self._admission = Admission(authorized, ticket_seconds, clock, bulk)
+        offer = Offer(window, max_message, record, ciphers or pick_ciphers(), aead_factory, bulk)
         self._sessions = Sessions(transport, handler, self._admission, offer, self._timing, clock)
         self._commands: deque[tuple[Link, Callable[[], None]]] = deque()
         self._stopping: str | None = None
@@ -143,8 +147,9 @@ class ServerChannel:
 
     def _run(self) -> None:
         self._transport.on_refused(self._sessions.refusal)
+        self._transport.on_cut(self._sessions.cut)
         try:
-            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES)
+            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES, curve=self._bulk == CURVE)
         except BaseException as error:
             self._failure = error
             self._transport.close(0)
@@ -190,8 +195,12 @@ class ServerChannel:
             frame = link.stuck or link.outbox.next_frame()
             link.stuck = None
             if frame is None:
-                self._sessions.give_credit(link)
-                self._sessions.active.pop(link, None)
+                link.moved = self._clock()
+                held = self._sessions.give_credit(link)
+                if held > 0:
+                    self._wait = min(self._wait, held)
+                else:
+                    self._sessions.active.pop(link, None)
                 return
             sent = self._transport.send_data(link.data_peer, frame)
             if sent is Sent.FULL:
@@ -203,6 +212,7 @@ class ServerChannel:
                 return
             link.traffic.sent += len(frame)
             link.records_sent += 1
+            link.moved = self._clock()
         self._wait = 0.0
 
     def _flush(self) -> None:

@@ -10,17 +10,18 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from splitfl.channel.admission import Admission
+from splitfl.channel.allowance import Allowance
 from splitfl.channel.handler import ServerHandler, SessionInfo
 from splitfl.channel.link import Link, Traffic
+from splitfl.channel.offer import Offer, check_room
 from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, RemoteProtocolError, SealError
 from splitfl.protocol.assembly import Inbox, Outbox
-from splitfl.protocol.ciphers import AeadFactory, choose_cipher
+from splitfl.protocol.ciphers import choose_cipher
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.fields import presentable
 from splitfl.protocol.messages import (
@@ -31,6 +32,7 @@ from splitfl.protocol.messages import (
     Credit,
     DataMessage,
     Fault,
+    Forward,
     Heartbeat,
     Hello,
     Message,
@@ -56,17 +58,6 @@ _TEXT_BYTES = 4000
 _REMOVED = "your key was removed from the server's list"
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What the server offers every session; sizes in bytes, see :class:`splitfl.protocol.messages.Opened`."""
-
-    window: int
-    max_message: int
-    record: int
-    ciphers: tuple[str, ...]
-    aead_factory: AeadFactory
-
-
 class Sessions:
     """All links of one server. Everything runs on the I/O thread, save ``lock``, ``find``: other threads look sessions
     up and advance their state under the lock.
@@ -88,6 +79,7 @@ class Sessions:
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
+        self._allowances: dict[str, Allowance] = {}  # by the client's name
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -103,8 +95,9 @@ class Sessions:
 
     def activate(self, link: Link) -> None:
         """Something may have to be sent to this client."""
-        if self._sessions.get(link.id) is link:
+        if self._sessions.get(link.id) is link and link not in self.active:
             self.active[link] = None
+            link.moved = self._clock()
 
     def ready_links(self) -> list[Link]:
         """The active links whose data connection stands and whose client listens."""
@@ -148,15 +141,20 @@ class Sessions:
         if frame is not None:
             self.deliver(link, frame)
 
-    def give_credit(self, link: Link) -> None:
-        """Gives back what the handler's owner has given, once the replies to this client do not pile up."""
-        if not link.credit_due or link.outbox is None or link.outbox.pending > self._offer.window:
-            return
+    def give_credit(self, link: Link) -> float:
+        """Gives back what the handler's owner has given, once the replies to this client do not pile up and it has not sent more
+        than it may. Returns the seconds until the latter.
+        """
+        if not link.credit_due or link.outbox is None or link.account is None or link.outbox.pending > link.account.window:
+            return 0.0
+        wait = link.allowance.wait()
+        if wait > 0:
+            return wait
         with self.lock:
-            assert link.account is not None
             due, link.credit_due = link.credit_due, 0
             link.account.give(due)
         self.tell(link, Credit(due))
+        return 0.0
 
     # --- what comes in ---
 
@@ -189,15 +187,18 @@ class Sessions:
         if found is None:
             return None
         peer, listed = found
-        now = self._clock()
-        link = Link(frame.peer, peer, now, deadline=now + _OPENING_SECONDS, tally=Tally(self._timing.overdue))
+        allowance = self._allowances.setdefault(peer.name, Allowance(peer.limits, self._clock)) if listed else None
         underway = sum(other.peer.public_key == peer.public_key and not other.attached for other in self._links.values())
-        if not listed or underway >= _HANDSHAKES_A_KEY:
+        if allowance is None or underway >= _HANDSHAKES_A_KEY or allowance.sessions.wait() > 0:
             code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
             text = "too many sessions of your key are opening" if listed else _REMOVED
             self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
             self.refusal(peer.who, code, text)
             return None
+        allowance.sessions.take(1)
+        allowance.limit(peer.limits)
+        now = self._clock()
+        link = Link(frame.peer, peer, now, now + _OPENING_SECONDS, Tally(self._timing.overdue), allowance)
         with self.lock:
             self._links[frame.peer] = link
             link.traffic = self._traffic.setdefault(peer.name, link.traffic)
@@ -207,6 +208,9 @@ class Sessions:
         if frame.user != str(link.peer.public_key):
             raise RemoteProtocolError("the peer behind this session changed")
         link.tally.heard += 1
+        link.allowance.control.take(1)
+        if link.allowance.control.wait() > 0:
+            raise RemoteProtocolError("more control messages than a client has use for")
         try:
             with self.lock:
                 message = link.session.receive(bytes(frame.frame))
@@ -237,6 +241,8 @@ class Sessions:
                 RefusalCode.CIPHER,
                 f"the server has none of the client's ciphers; it has {', '.join(self._offer.ciphers)}",
             )
+        others = [other.id for other in self._sessions.values() if other.peer.name == link.peer.name and other.goodbye is None]
+        check_room(link.peer, others, message.replaces, self._timing.silence)
         step = self._handler.admit(link.peer, message)
         elsewhere = self._handler.elsewhere(link.peer)
         if elsewhere is not None:
@@ -245,6 +251,7 @@ class Sessions:
             return
         link.open = message
         session = secrets.token_hex(8)
+        window, max_message = self._offer.sizes_for(link.peer)
         with self.lock:
             _, frame = link.session.send_opened(
                 session=session,
@@ -252,14 +259,15 @@ class Sessions:
                 ticket_seconds=self._admission.ticket_seconds,
                 data_address=self._transport.data_address,
                 cipher=cipher,
-                window=self._offer.window,
-                max_message=self._offer.max_message,
+                window=window,
+                max_message=max_message,
                 record=self._offer.record,
                 step=step,
+                bulk=self._offer.bulk,
             )
             keys = link.session.secrets
             assert keys is not None
-            link.id, link.account = session, CreditAccount(self._offer.window)
+            link.id, link.account = session, CreditAccount(window)
             link.outbox = Outbox(Sealer(keys.server, cipher, aead_factory=self._offer.aead_factory), self._offer.record)
             link.inbox = self._inbox(link, Opener(keys.client, cipher, aead_factory=self._offer.aead_factory))
             self._sessions[session] = link
@@ -282,6 +290,7 @@ class Sessions:
             raise RemoteProtocolError("Attach comes first on a data connection, and once")
         with self.lock:
             link.session.check_receive(message)
+        link.allowance.begun(message.payload_bytes, message.rows if isinstance(message, Forward) else 0)
 
     def _charge(self, link: Link, size: int) -> None:
         with self.lock:
@@ -325,7 +334,7 @@ class Sessions:
         # Told before Attached leaves: the client's first message finds a handler that knows the session.
         self._handler.on_opened(SessionInfo(link.id, link.peer, link.open, link.hello))
         link.outbox.add(Attached(), b"")
-        self.active[link] = None
+        self.activate(link)
 
     # --- endings ---
 
@@ -371,6 +380,17 @@ class Sessions:
         self.active.pop(link, None)
         return known
 
+    def cut(self, endpoint: Endpoint, peer: bytes | None) -> None:
+        """The transport has cut a connection whose peer sent a message without an end; or, None, all of an endpoint because of
+        several such.
+        """
+        for link in list(self._links.values()):
+            if peer is None and (endpoint is Endpoint.CONTROL or link.data_peer is not None):
+                self._send(link, encode(Closing("a flood of other clients", True)))
+                self.drop(link, f"a flood on the {endpoint.value} endpoint, which was opened anew")
+            elif peer and peer == (link.control_peer if endpoint is Endpoint.CONTROL else link.data_peer):
+                self.end(link, RefusalCode.PROTOCOL, f"a message without an end on the {endpoint.value} endpoint")
+
     def close_all(self, text: str, *, back: bool) -> None:
         """Tells everybody Closing; ``back``: the server means to be back."""
         text = presentable(text, _TEXT_BYTES)
@@ -384,10 +404,15 @@ class Sessions:
         self._admission.expire()
         edited = self._admission.changed()
         for link in list(self._links.values()):
-            if edited and not self._admission.lists(link.peer):
+            limits = self._admission.limits(link.peer) if edited else None
+            if limits is not None:
+                link.allowance.limit(limits)
+            if edited and limits is None:
                 self.end(link, RefusalCode.NOT_AUTHORIZED, _REMOVED)
             elif now - link.heard >= self._timing.silence:
                 self.drop(link, f"silent for {self._timing.silence:g} s")
+            elif (link.outbox or link.stuck) and link.attached and now - link.moved >= self._timing.stall:
+                self.drop(link, f"it has read nothing for {self._timing.stall:g} s of what was sent to it")
             elif not link.attached and now >= link.deadline:
                 self.end(link, RefusalCode.STALE, "the session was not opened in time")
             elif link.hello is not None and link.goodbye is None and now - link.beat >= self._timing.heartbeat:

@@ -65,7 +65,11 @@ def pick_ciphers(clock: Callable[[], float] = time.perf_counter) -> tuple[str, .
 
 
 def choose_cipher(offered: Sequence[str], own: Sequence[str]) -> str | None:
-    """The server's choice: the client's most preferred cipher that the server has too (the weaker machine is the
-    client).
+    """The server's choice among the ciphers of both, each side's fastest first: what both prefer, else ChaCha20-Poly1305. Who
+    prefers that has no AES in hardware, and would be slowed down by far more than the other side is by ChaCha20.
     """
-    return next((name for name in offered if name in own and name in CIPHERS), None)
+    common = [name for name in offered if name in own and name in CIPHERS]
+    theirs, ours = common[:1], [name for name in own if name in common][:1]
+    if theirs != ours:
+        return CHACHA20_POLY1305
+    return theirs[0] if theirs else None

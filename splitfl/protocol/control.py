@@ -35,6 +35,10 @@ TICKET_BYTES = 32
 KEM_PUBLIC_BYTES = 1184  # ML-KEM-768 encapsulation key, FIPS 203 table 3
 KEM_CIPHERTEXT_BYTES = 1088
 
+# How the data endpoint is gated: a ticket shown as a password, or one that is a CURVE key, so that frames are CURVE's too.
+SEALED, CURVE = "sealed", "curve"
+BULK = frozenset({SEALED, CURVE})
+
 # Tensors that one Ends names: their names fit a control frame.
 MAX_NAMED = 128
 MAX_DIMENSION = 2**40
@@ -237,7 +241,7 @@ class Welcome(Message):
 class Opened(Message):
     """Answers :class:`Open`. Sizes in bytes: ``window`` the credit granted, ``max_message`` the largest payload,
     ``record`` the plaintext of a full record. ``data_address``: ``tcp://host:port``; an empty host or ``*`` means the
-    host that was dialled. ``step``: the run's open step, or the next to open.
+    host that was dialled. ``step``: the run's open step, or the next to open. ``bulk``: one of BULK.
     """
 
     session: str
@@ -251,6 +255,7 @@ class Opened(Message):
     max_message: int
     record: int
     step: int = 0
+    bulk: str = SEALED
 
     TYPE: ClassVar[int] = 34
     FIELDS: ClassVar = {
@@ -265,6 +270,7 @@ class Opened(Message):
         "max_message": integer(1, 2**40),
         "record": integer(4096, 4 * 2**20),
         "step": integer(0, MAX_STEP),
+        "bulk": one_of(BULK),
     }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from splitfl.errors import KeyFileError
+from splitfl.protocol.limits import Limit, parse_limit
 
 _log = logging.getLogger(__name__)
 
@@ -156,14 +157,11 @@ def read_identity(path: str | os.PathLike[str]) -> Identity:
 # --- Who may join: the authorized_clients file ---
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-_LIMIT = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
-
-Limit = int | float | str
 
 
 @dataclass(frozen=True)
 class AuthorizedClient:
-    """One line of the file. ``limits`` are the operator's, numbers where they look like numbers."""
+    """One line of the file. ``limits`` are the operator's, see :data:`splitfl.protocol.limits.LIMITS`."""
 
     name: str
     limits: Mapping[str, Limit] = field(default_factory=dict)
@@ -184,28 +182,19 @@ def parse_line(line: str) -> tuple[PublicKey, AuthorizedClient] | None:
     limits: dict[str, Limit] = {}
     for word in words[2:]:
         limit, equals, value = word.partition("=")
-        if not equals or not _LIMIT.match(limit) or not value:
+        if not equals or not limit or not value:
             raise KeyFileError(f"{word[:64]!r} is not a limit: write key=value")
         if limit in limits:
             raise KeyFileError(f"the limit {limit} is given twice")
-        limits[limit] = _value(value)
+        limits[limit] = parse_limit(limit, value)
     return key, AuthorizedClient(name, limits)
-
-
-def _value(text: str) -> Limit:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 class AuthorizedClients:
     """The ``authorized_clients`` file, re-read when it changes: one client a line, with its public key, its name, and
     limits as ``key=value``; ``#`` begins a comment.
 
-        splitfl-pub-...  hospital-a  max_tokens=65536  # agreed on 2 May
+        splitfl-pub-...  hospital-a  tokens_per_second=20000 sessions=2  # agreed on 2 May
 
     At the start a malformed line is a KeyFileError. Later it is logged and passed over, the other lines hold: an edit
     never stops a running server, and never lets anybody in who is not on a good line. A file that has vanished admits

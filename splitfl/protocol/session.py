@@ -12,6 +12,7 @@ from typing import Any
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol import schedule
+from splitfl.protocol.control import SEALED
 from splitfl.protocol.messages import (
     CONTROL_FROM_CLIENT,
     CONTROL_FROM_SERVER,
@@ -305,6 +306,7 @@ class ServerSession(_Session):
         max_message: int,
         record: int,
         step: int = 0,
+        bulk: str = SEALED,
     ) -> tuple[Opened, bytes]:
         """Opened with fresh secrets, and its frame; derives the keys. Raises RemoteProtocolError for a bad ML-KEM
         key.
@@ -325,6 +327,7 @@ class ServerSession(_Session):
             max_message,
             record,
             step,
+            bulk,
         )
         frame = self.send(opened)
         assert frame is not None

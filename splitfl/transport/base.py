@@ -49,6 +49,11 @@ class Sent(Enum):
     GONE = "gone"
 
 
+#: Of a server: (endpoint, peer) of a connection that was cut because it flooded the server; peer empty: it had not said anything
+#: yet, None: all connections of the endpoint.
+Cut = Callable[[Endpoint, bytes | None], None]
+
+
 class Gate(Protocol):
     """Who may connect; asked by the transport on the I/O thread. The answer is the ``user`` of every frame, None
     refuses.
@@ -56,7 +61,7 @@ class Gate(Protocol):
 
     def admit_key(self, key: PublicKey, address: str) -> str | None: ...
 
-    def admit_ticket(self, ticket: bytes, address: str) -> str | None: ...
+    def admit_ticket(self, shown: bytes, address: str) -> str | None: ...
 
 
 class ClientTransport(Protocol):
@@ -65,8 +70,8 @@ class ClientTransport(Protocol):
     def connect_control(self, host: str, port: int, server_key: PublicKey, identity: Identity, timeout: float) -> None:
         """Blocks until the handshake is through. Raises ConnectError with one clear sentence."""
 
-    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float) -> None:
-        """Likewise for the data endpoint."""
+    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float, *, curve: PublicKey | None = None) -> None:
+        """Likewise for the data endpoint. ``curve``: the server's key, where the ticket is a CURVE secret."""
 
     def set_record_limit(self, frame_bytes: int) -> None:
         """The largest frame the data endpoint accepts; told before ``connect_data``."""
@@ -92,8 +97,8 @@ class ClientTransport(Protocol):
 class ServerTransport(Protocol):
     """The server's two endpoints."""
 
-    def bind(self, gate: Gate, record_frame_bytes: int) -> None:
-        """Opens both endpoints and proves that a stranger is refused. Raises ConfigError."""
+    def bind(self, gate: Gate, record_frame_bytes: int, *, curve: bool = False) -> None:
+        """Opens both endpoints and proves that a stranger is refused, else ConfigError. ``curve``: tickets are CURVE keys."""
 
     @property
     def control_port(self) -> int:
@@ -112,6 +117,9 @@ class ServerTransport(Protocol):
 
     def on_refused(self, report: Callable[[str, str, str], None]) -> None:
         """Who is told of refusals below the protocol: report(who, code, text)."""
+
+    def on_cut(self, report: Cut) -> None:
+        """Who is told of connections that the transport has cut."""
 
     def wake(self) -> None: ...
 

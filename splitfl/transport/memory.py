@@ -15,7 +15,7 @@ from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.transport import wording
-from splitfl.transport.base import ClientFrame, Endpoint, Gate, Sent, ServerFrame
+from splitfl.transport.base import ClientFrame, Cut, Endpoint, Gate, Sent, ServerFrame
 
 QUEUE_FRAMES = 16  # data frames under way to one peer before it is full, as the sockets' high-water mark
 
@@ -94,7 +94,10 @@ class MemoryServerTransport:
     def on_refused(self, report: Callable[[str, str, str], None]) -> None:
         self._report = report
 
-    def bind(self, gate: Gate, record_frame_bytes: int) -> None:
+    def on_cut(self, report: Cut) -> None:
+        """There is nothing here that floods could fill."""
+
+    def bind(self, gate: Gate, record_frame_bytes: int, *, curve: bool = False) -> None:
         self.gate, self._frame_limit = gate, record_frame_bytes
         with self.network.lock:
             self.network.server = self
@@ -222,14 +225,15 @@ class MemoryClientTransport:
             raise wording.not_listed(key)
         self._server, self._link = server, server.attach(user)
 
-    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float) -> None:
+    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float, *, curve: PublicKey | None = None) -> None:
         server, link = self._server, self._link
         assert server is not None
         assert link is not None
         if port != server.data_port:
             raise wording.data_unreachable(host, port, "nothing listens there")
+        shown = ticket if curve is None else Identity.from_secret(ticket).public.raw
         try:
-            user = server.knock(lambda gate: gate.admit_ticket(ticket, "memory"), "memory, a data connection", timeout)
+            user = server.knock(lambda gate: gate.admit_ticket(shown, "memory"), "memory, a data connection", timeout)
         except TimeoutError:
             raise wording.data_unreachable(host, port, "it stayed silent") from None
         if user is None:

@@ -29,16 +29,17 @@ class RefusalLog:
         self._report, self._burst, self._seconds, self._limit, self._clock = report, burst, seconds, addresses, clock
         self._seen: dict[str, tuple[float, int]] = {}  # address -> (start of its interval, refusals since)
 
-    def refused(self, address: str, who: str, code: str, text: str) -> None:
-        """One refusal."""
-        now = self._clock()
+    def refused(self, address: str, who: str, code: str, text: str, *, once: bool = False) -> None:
+        """One refusal. ``once``: of this kind one line an interval is enough."""
+        now, burst = self._clock(), 1 if once else self._burst
+        address += " once" * once
         start, count = self._seen.get(address, (now, 0))
         left_out = 0
         if now - start >= self._seconds:
-            left_out = max(0, count - self._burst)
+            left_out = max(0, count - burst)
             start, count = now, 0
         if address not in self._seen and len(self._seen) >= self._limit:
             del self._seen[next(iter(self._seen))]
         self._seen[address] = start, count + 1
-        if count < self._burst:
+        if count < burst:
             self._report(who, code, f"{text} ({left_out} more refusals not shown)" if left_out else text)

@@ -22,12 +22,14 @@ from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, Endpoint
 from splitfl.transport.zmq_common import (
     FRAMES_A_TURN,
-    PLAIN_USER,
     Wake,
     bracketed,
     common_options,
+    curve_client,
+    data_frame_limit,
     data_options,
     keep_large_buffers,
+    plain_client,
 )
 
 _LAST_WORDS_SECONDS = 0.25
@@ -66,9 +68,7 @@ class ZmqClientTransport:
     def connect_control(self, host: str, port: int, server_key: PublicKey, identity: Identity, timeout: float) -> None:
         address = _reach(host, port, timeout)
         sock = self._socket(address, affinity=1, max_frame=MAX_CONTROL_BYTES)
-        sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.raw)
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, identity.public.raw)
-        sock.setsockopt(zmq.CURVE_SECRETKEY, identity.secret)
+        curve_client(sock, server_key, identity)
         outcome, value = self._shake_hands(sock, address, port, timeout)
         if outcome == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise wording.not_listed(identity.public)
@@ -84,16 +84,17 @@ class ZmqClientTransport:
         self._control = sock
         self._poller.register(sock, zmq.POLLIN)
 
-    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float) -> None:
+    def connect_data(self, host: str, port: int, ticket: bytes, timeout: float, *, curve: PublicKey | None = None) -> None:
         try:
             address = _reach(host, port, timeout)
         except ConnectError as error:
             raise wording.data_unreachable(host, port, str(error.__cause__ or "no connection")) from None
-        sock = self._socket(address, affinity=2, max_frame=self._frame_limit)
+        sock = self._socket(address, affinity=2, max_frame=data_frame_limit(self._frame_limit, curve=curve is not None))
         data_options(sock)
-        sock.setsockopt(zmq.PLAIN_USERNAME, PLAIN_USER)
-        # As text: an option of libzmq that is documented as a string should not hold zero bytes.
-        sock.setsockopt(zmq.PLAIN_PASSWORD, ticket.hex().encode())
+        if curve is not None:
+            curve_client(sock, curve, Identity.from_secret(ticket))
+        else:
+            plain_client(sock, ticket)
         outcome, _ = self._shake_hands(sock, address, port, timeout)
         if outcome == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise wording.ticket_refused()

@@ -10,9 +10,13 @@ import sys
 
 import zmq
 
+from splitfl.protocol.keys import Identity, PublicKey
+
 # Frames queued in one peer's pipe. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16
 # MiB.
 DATA_FRAMES_QUEUED = 16
+# Control frames of one client, at most 64 KiB each, that wait for the server to take them.
+CONTROL_FRAMES_QUEUED = 64
 # Frames taken from one socket before the other sockets are looked at again.
 FRAMES_A_TURN = 32
 # A peer that has not finished its handshake by then is cut.
@@ -21,6 +25,8 @@ HANDSHAKE_MILLISECONDS = 5000
 _HEARTBEAT_MILLISECONDS, _HEARTBEAT_TIMEOUT_MILLISECONDS = 10_000, 30_000
 
 PLAIN_USER = b"splitfl"
+# What CURVE adds to a frame (RFC 26, MESSAGE): its name, a nonce, flags, a tag.
+CURVE_BYTES = 33
 
 
 def common_options(sock: zmq.Socket[bytes], *, max_frame: int, ipv6: bool) -> None:
@@ -37,6 +43,32 @@ def data_options(sock: zmq.Socket[bytes]) -> None:
     """Options of the data sockets on top of the common ones."""
     sock.setsockopt(zmq.SNDHWM, DATA_FRAMES_QUEUED)
     sock.setsockopt(zmq.RCVHWM, DATA_FRAMES_QUEUED)
+
+
+def data_frame_limit(record_frame: int, *, curve: bool) -> int:
+    """The largest frame of the data endpoint, bytes: a record, and what CURVE puts around it."""
+    return record_frame + CURVE_BYTES * curve
+
+
+def curve_client(sock: zmq.Socket[bytes], server_key: PublicKey, identity: Identity) -> None:
+    """CURVE with a pinned server."""
+    sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.raw)
+    sock.setsockopt(zmq.CURVE_PUBLICKEY, identity.public.raw)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, identity.secret)
+
+
+def curve_server(sock: zmq.Socket[bytes], identity: Identity) -> None:
+    """CURVE's other side."""
+    sock.setsockopt(zmq.CURVE_SERVER, 1)
+    sock.setsockopt(zmq.CURVE_PUBLICKEY, identity.public.raw)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, identity.secret)
+
+
+def plain_client(sock: zmq.Socket[bytes], ticket: bytes) -> None:
+    """PLAIN with a ticket."""
+    sock.setsockopt(zmq.PLAIN_USERNAME, PLAIN_USER)
+    # As text: an option of libzmq that is documented as a string should not hold zero bytes.
+    sock.setsockopt(zmq.PLAIN_PASSWORD, ticket.hex().encode())
 
 
 def bracketed(host: str) -> str:

@@ -121,10 +121,10 @@ def test_a_damaged_key_file_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_lines_of_the_list() -> None:
-    line = f"  {ONE.public}  hospital-a  max_tokens=65536 share=0.5 group=red  # since May"
+    line = f"  {ONE.public}  hospital-a  tokens_per_second=65536 sessions=2  # since May"
     assert parse_line(line) == (
         ONE.public,
-        AuthorizedClient("hospital-a", {"max_tokens": 65536, "share": 0.5, "group": "red"}),
+        AuthorizedClient("hospital-a", {"tokens_per_second": 65536, "sessions": 2}),
     )
     assert parse_line("# only a comment") is None
     assert parse_line("   ") is None
@@ -136,8 +136,14 @@ def test_lines_of_the_list() -> None:
         (f"{ONE.public}", "a name must follow"),
         (f"{ONE.public} a/b", "the name 'a/b' must have"),
         (f"{ONE.public} a 65536", "write key=value"),
-        (f"{ONE.public} a max=", "write key=value"),
-        (f"{ONE.public} a max=1 max=2", "given twice"),
+        (f"{ONE.public} a sessions=", "write key=value"),
+        (f"{ONE.public} a sessions=1 sessions=2", "given twice"),
+        (f"{ONE.public} a session=1", "did you mean sessions"),
+        (f"{ONE.public} a colour=red", "there are bytes_per_second, tokens_per_second"),
+        (f"{ONE.public} a sessions=0", "a whole number from 1, not '0'"),
+        (f"{ONE.public} a window=1000", "a whole number from 4194304"),
+        (f"{ONE.public} a bytes_per_second=1e6", "a whole number from 1, not '1e6'"),
+        (f"{ONE.public} a bytes_per_second=-5", "a whole number from 1, not '-5'"),
         (f"{ONE.secret_text()} a", "public key"),
         ("alice splitfl-pub-", "begins with"),
     ],
@@ -159,8 +165,8 @@ def test_the_list_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.L
     assert clients.lookup(ONE.public) == AuthorizedClient("one")
     assert clients.lookup(TWO.public) is None
     assert not clients.refresh()
-    path.write_text(f"{ONE.public} one\n{TWO.public} two max_tokens=3\n")
-    assert clients.lookup(TWO.public) == AuthorizedClient("two", {"max_tokens": 3})
+    path.write_text(f"{ONE.public} one\n{TWO.public} two sessions=3\n")
+    assert clients.lookup(TWO.public) == AuthorizedClient("two", {"sessions": 3})
     path.write_text(f"{TWO.public} two\nrubbish on a line\n")
     assert clients.lookup(ONE.public) is None
     assert clients.lookup(TWO.public) == AuthorizedClient("two")

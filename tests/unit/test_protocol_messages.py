@@ -70,6 +70,7 @@ FROM_SERVER = st.one_of(
         st.integers(1, 2**40),
         st.integers(4096, 2**22),
         STEP,
+        st.sampled_from(["sealed", "curve"]),
     ),
     st.builds(m.Refused, WORD, TEXT),
     st.builds(m.Redirect, WORD, st.integers(1, 65535)),

@@ -193,6 +193,18 @@ def test_the_ciphers_on_offer() -> None:
     assert choose_cipher(("x",), (AES_256_GCM,)) is None
 
 
+@pytest.mark.parametrize("client_has_aes", [True, False])
+@pytest.mark.parametrize("server_has_aes", [True, False])
+def test_the_cipher_is_the_one_that_slows_neither_side_down_much(client_has_aes: bool, server_has_aes: bool) -> None:
+    def machine(has_aes: bool) -> tuple[str, ...]:
+        # Seconds a pass: AES 1 in hardware and 12 without, ChaCha20 3.
+        ticks = iter([0.0, 1.0 if has_aes else 12.0] * 3 + [0.0, 3.0] * 3)
+        return pick_ciphers(lambda: next(ticks))
+
+    chosen = choose_cipher(machine(client_has_aes), machine(server_has_aes))
+    assert chosen == (AES_256_GCM if client_has_aes and server_has_aes else CHACHA20_POLY1305)
+
+
 # --- Messages from records ---
 
 RECORD = 1024

@@ -1,0 +1,77 @@
+"""What one client may send in a second, over all its sessions. Who has sent more gets its credit later; nobody else waits for it.
+
+Buckets that may be overdrawn (a token bucket, RFC 2697, that lets the message through which empties it): a message is charged
+when it begins, and the wait comes with the credit for the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from splitfl.protocol.limits import Limit
+
+# Of every client, whatever its line says: a message costs the server time however small it is, so small ones are counted.
+_SMALL_BYTES = 16 * 1024
+_SMALL_A_SECOND, _SMALL_AT_ONCE = 2000, 8192
+_CONTROL_A_SECOND, _CONTROL_AT_ONCE = 1000, 4096
+_SESSIONS_A_SECOND, _SESSIONS_AT_ONCE = 2, 120
+
+
+class Bucket:
+    """Holds at most ``burst``, gains ``rate`` a second; overdrawn, it is to be waited for. A rate of 0 stands for no limit."""
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float]) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._level, self._since = burst, clock()
+
+    def set(self, rate: float, burst: float) -> None:
+        """Another rate from now on; what is overdrawn stays so."""
+        if (rate, burst) != (self._rate, self._burst):
+            self._gain()
+            self._level = min(self._level, burst) if self._rate else burst
+            self._rate, self._burst = rate, burst
+
+    def take(self, amount: float) -> None:
+        """Takes ``amount``, be it there or not."""
+        if self._rate:
+            self._gain()
+            self._level -= amount
+
+    def wait(self) -> float:
+        """Seconds until nothing is overdrawn."""
+        if not self._rate:
+            return 0.0
+        self._gain()
+        return max(0.0, -self._level / self._rate)
+
+    def _gain(self) -> None:
+        now = self._clock()
+        self._level = min(self._burst, self._level + self._rate * (now - self._since))
+        self._since = now
+
+
+class Allowance:
+    """The buckets of one client."""
+
+    def __init__(self, limits: Mapping[str, Limit], clock: Callable[[], float]) -> None:
+        self._bytes, self._tokens = Bucket(0, 0, clock), Bucket(0, 0, clock)
+        self._small = Bucket(_SMALL_A_SECOND, _SMALL_AT_ONCE, clock)
+        self.control = Bucket(_CONTROL_A_SECOND, _CONTROL_AT_ONCE, clock)
+        self.sessions = Bucket(_SESSIONS_A_SECOND, _SESSIONS_AT_ONCE, clock)
+        self.limit(limits)
+
+    def limit(self, limits: Mapping[str, Limit]) -> None:
+        """The line's limits, as they are now."""
+        for bucket, name in ((self._bytes, "bytes_per_second"), (self._tokens, "tokens_per_second")):
+            rate = float(limits.get(name, 0))
+            bucket.set(rate, rate)
+
+    def begun(self, payload_bytes: int, tokens: int) -> None:
+        """A data message has begun."""
+        self._small.take(payload_bytes < _SMALL_BYTES)
+        self._bytes.take(payload_bytes)
+        self._tokens.take(tokens)
+
+    def wait(self) -> float:
+        """Seconds until this client may have more credit."""
+        return max(self._bytes.wait(), self._tokens.wait(), self._small.wait())

@@ -1,0 +1,130 @@
+"""The TCP connections of one listening endpoint, as ZeroMQ's monitor tells of them.
+
+ZeroMQ owns the file descriptors and may close one at any moment, so each is looked at through a duplicate, and only if it still
+is the connection that was accepted under its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from splitfl.transport.door import network_of
+
+_BYTES_RECEIVED = slice(128, 136)  # tcpi_bytes_received in struct tcp_info, since Linux 4.1
+
+
+@dataclass(eq=False)
+class Connection:
+    """``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``: their routing id, once one has come."""
+
+    number: int
+    address: str
+    port: int
+    half_open: bool = True
+    handed_on: int = 0
+    peer: bytes = b""
+    received: int = 0  # by ZeroMQ, when last looked
+
+    @property
+    def network(self) -> str:
+        return network_of(self.address)
+
+    @property
+    def held(self) -> int:
+        """Bytes that ZeroMQ had, when last looked, and has not given out since."""
+        return max(0, self.received - self.handed_on)
+
+
+class Connections:
+    """By file descriptor, in the order in which they were accepted."""
+
+    def __init__(self) -> None:
+        self._all: dict[int, Connection] = {}
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._all.values()))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def find(self, number: int) -> Connection | None:
+        return self._all.get(number)
+
+    def accepted(self, number: int) -> Connection:
+        """A new connection; of one that is gone already no address is known."""
+        self._all.pop(number, None)
+        with _duplicate(number) as sock:
+            address, port = _name(sock)
+        self._all[number] = Connection(number, address, port)
+        return self._all[number]
+
+    def gone(self, number: int) -> Connection | None:
+        return self._all.pop(number, None)
+
+    def cut(self, connection: Connection) -> bool:
+        """Ends a connection; ZeroMQ notices and forgets it."""
+        with _duplicate(connection.number) as sock:
+            if sock is None or _name(sock) != (connection.address, connection.port):
+                return False
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            return True
+
+    def look(self) -> bool:
+        """Learns how much ZeroMQ has read of each connection; False where the system does not say."""
+        if not sys.platform.startswith("linux"):
+            return False
+        for connection in self:
+            with _duplicate(connection.number) as sock:
+                if sock is not None and _name(sock) == (connection.address, connection.port):
+                    connection.received = _read_so_far(sock)
+        return True
+
+
+def _read_so_far(sock: socket.socket) -> int:
+    """Bytes that have come in on a connection, less those that nobody has read yet."""
+    import fcntl
+    import termios
+
+    try:
+        unread: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    except OSError:
+        return 0
+    return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder) - unread
+
+
+@contextlib.contextmanager
+def _duplicate(number: int) -> Iterator[socket.socket | None]:
+    if os.name != "posix":  # elsewhere a socket is no file descriptor
+        yield None
+        return
+    try:
+        sock = socket.socket(fileno=os.dup(number))
+    except OSError:
+        yield None
+        return
+    with sock:
+        yield sock
+
+
+def _name(sock: socket.socket | None) -> tuple[str, int]:
+    try:
+        name = sock.getpeername() if sock is not None else None
+    except OSError:
+        name = None
+    # Closed and opened again as something else by now, the descriptor may have a name of another form.
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else ("unknown address", 0)
+
+
+@contextlib.contextmanager
+def listener(number: int) -> Iterator[socket.socket | None]:
+    """A listening socket of ZeroMQ's, to set options of."""
+    with _duplicate(number) as sock:
+        yield sock

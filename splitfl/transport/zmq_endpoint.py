@@ -1,0 +1,230 @@
+"""One listening socket of the server: its frames, who is connected to it, and what strangers and floods may cost.
+
+ZeroMQ holds an unfinished message of several parts without a bound, and before Python sees anything of it. So each connection's
+account is kept from both ends: what the kernel says has been read from it, less what ZeroMQ has given out. Whoever lets more than
+a few frames pile up in between sends a message without end, and is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from splitfl.errors import ConfigError
+from splitfl.protocol.ciphers import Buffer
+from splitfl.transport.accept_filter import shut_out
+from splitfl.transport.base import Endpoint, Sent, ServerFrame
+from splitfl.transport.connections import Connection, Connections, listener
+from splitfl.transport.door import Door, excess
+from splitfl.transport.zmq_common import CURVE_BYTES, FRAMES_A_TURN, bracketed
+
+_EVENTS_A_TURN = 512
+# Parts of one message that are passed over before the other sockets are looked at again.
+_PARTS_A_TURN = 4096
+# Forgiven at each look: heartbeats and their answers are read from a connection and given out to nobody.
+_FORGIVEN = 16
+_REBIND_SECONDS = 5.0
+_SLACK = 2 * 2**20
+#: Bytes that ZeroMQ may hold over all connections of an endpoint, each of which is within its own bound.
+TOTAL_HELD = 256 * 2**20
+
+_WATCHED = (
+    zmq.EVENT_LISTENING
+    | zmq.EVENT_ACCEPTED
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+
+
+class ListeningEndpoint:
+    """``make`` gives a fresh socket, ready to bind. ``half_open``: connections that have not said anything yet; ``frame``: bytes
+    of its largest frame; ``queued``: frames that ZeroMQ keeps of a connection until they are taken; ``curve``: whether they come
+    in CURVE.
+    """
+
+    def __init__(
+        self,
+        kind: Endpoint,
+        make: Callable[[], zmq.Socket[bytes]],
+        *,
+        half_open: int,
+        frame: int,
+        queued: int,
+        curve: bool,
+        refuse: Callable[[str, str, str], None],
+    ) -> None:
+        self.kind, self._make, self._half_open, self._refuse = kind, make, half_open, refuse
+        self.bound, self._queued, self.total = 2 * frame + _SLACK, queued * frame, TOTAL_HELD
+        self._around = CURVE_BYTES if curve else 0
+        self.door = Door()
+        self._failed_protocol = False
+        self._blocked: list[str] = []
+        self._skipping = self._looked = False
+
+    def bind(self, host: str, port: int, *, patience: float = 0.0) -> None:
+        """Listens. ``patience``: seconds that whoever had the port before may take to let go of it. Raises ConfigError."""
+        self.socket = self._make()
+        self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        self.connections = Connections()
+        self._listener: int | None = None
+        self._skipping = self._looked = False
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self.socket.bind(f"tcp://{bracketed(host)}:{port or '*'}")
+                break
+            except zmq.ZMQError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+                raise ConfigError(
+                    f"cannot listen at {host}:{port}: {error.strerror.lower()}; choose another port or host"
+                ) from None
+        endpoint: bytes = self.socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
+        self._host, self.port = host, int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+    def close(self, milliseconds: int) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close(0)
+        self.socket.close(milliseconds)
+
+    def reopen(self) -> None:
+        """Closes, with everything that ZeroMQ holds for it, and listens at the same port again."""
+        self.close(0)
+        self.bind(self._host, self.port, patience=_REBIND_SECONDS)
+
+    # --- frames ---
+
+    def send(self, peer: bytes, frame: Buffer, *, copy: bool) -> Sent:
+        try:
+            # The ROUTER judges the peer on the first part: after it the second cannot fail.
+            self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        self.socket.send(frame, zmq.NOBLOCK, copy=copy)
+        return Sent.SENT
+
+    def receive(self, frames: list[ServerFrame]) -> bool:
+        """Takes frames; True when no more are there."""
+        if self._skipping and not self._skip():
+            return False
+        for _ in range(FRAMES_A_TURN):
+            try:
+                peer = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            part: Any = self.socket.recv(copy=False)
+            # A message of several parts is no frame of ours: an empty one stands for it, which ends the session.
+            self._skipping = part.more
+            body: Buffer = b"" if part.more else part.bytes if self.kind is Endpoint.CONTROL else part.buffer
+            self._count(part, peer)
+            with contextlib.suppress(zmq.ZMQError):
+                frames.append(ServerFrame(self.kind, peer, str(part.get("User-Id")), str(part.get("Peer-Address")), body))
+            if self._skipping and not self._skip():
+                return False
+        return False
+
+    def _count(self, part: Any, peer: bytes) -> None:
+        try:
+            connection = self.connections.find(int(part.get("__fd")))
+        except zmq.ZMQError:
+            return
+        if connection is not None:
+            connection.half_open, connection.peer = False, peer or connection.peer
+            size = len(part) + self._around
+            connection.handed_on += size + (2 if size < 256 else 9)
+
+    def _skip(self) -> bool:
+        """Passes over the further parts of a message, some at a time; True at its end."""
+        for _ in range(_PARTS_A_TURN):
+            try:
+                part: Any = self.socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return False
+            self._count(part, b"")
+            if not part.more:
+                self._skipping = False
+                return True
+        return False
+
+    # --- who is connected ---
+
+    def watch(self) -> list[str]:
+        """Follows what happened to connections; the addresses of those that broke the handshake off as no client does."""
+        failed = []
+        for _ in range(_EVENTS_A_TURN):
+            if not self.monitor.poll(0):
+                break
+            event = parse_monitor_message(self.monitor.recv_multipart())
+            kind, value = event["event"], int(event["value"])
+            if kind == zmq.EVENT_LISTENING:
+                self._listener = value
+            elif kind == zmq.EVENT_ACCEPTED:
+                connection = self.connections.accepted(value)
+                if not self.door.knock(connection.network):
+                    self._cut(connection)
+            elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+                # Only a command that does not decrypt is worth a line; every port scan breaks off.
+                self._failed_protocol = kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            elif kind == zmq.EVENT_DISCONNECTED:
+                gone = self.connections.gone(value)
+                if self._failed_protocol:
+                    failed.append(gone.address if gone is not None else "unknown address")
+                self._failed_protocol = False
+        waiting = {each.number: each.network for each in self.connections if each.half_open}
+        for number in excess(waiting, self._half_open):
+            connection_ = self.connections.find(number)
+            if connection_ is not None:
+                self._cut(connection_)
+        self._shut_out()
+        return failed
+
+    def _cut(self, connection: Connection) -> None:
+        connection.half_open = False
+        self.connections.cut(connection)
+
+    def _shut_out(self) -> None:
+        """Tells the kernel who is to be kept away for a while."""
+        blocked = self.door.blocked()
+        if blocked == self._blocked or self._listener is None:
+            return
+        for network in set(blocked) - set(self._blocked):
+            self._refuse(network, "flood", f"too many connections to the {self.kind.value} endpoint: shut out for a while")
+        self._blocked = blocked
+        with listener(self._listener) as sock:
+            if sock is not None:
+                shut_out(sock, blocked)
+
+    # --- what ZeroMQ holds ---
+
+    def look(self) -> None:
+        """Learns what ZeroMQ has read of each connection, to be held against what it gives out from now on."""
+        self._looked = self.connections.look()
+        self._shut_out()
+
+    def flooders(self, *, drained: bool) -> tuple[list[Connection], bool]:
+        """Cuts and returns the connections of which ZeroMQ holds more than an honest one leaves there; and whether it holds too
+        much over all others together. ``drained``: it has just given out all it could.
+        """
+        if not self._looked:
+            return [], False
+        self._looked = not drained
+        bound = self.bound if drained else self.bound + self._queued
+        found = [each for each in self.connections if each.held > bound]
+        for connection in found:
+            self._cut(connection)
+            connection.handed_on = connection.received
+        if drained:
+            for connection in self.connections:
+                connection.handed_on += min(_FORGIVEN, connection.held)
+        return found, drained and sum(each.held for each in self.connections) > self.total
