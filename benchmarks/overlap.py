@@ -68,7 +68,7 @@ def replica(pipe: Connection, settings: dict[str, Any], rank: int, port: int, ro
 
     torch.set_num_threads(1)
     config, device = build_config(settings), torch.device("cpu")
-    group = Group.join(Place(rank, REPLICAS, rank, REPLICAS), device)
+    group = Group.join(Place(rank, REPLICAS, rank, REPLICAS, machine=rank), device)
     link = PacedLink(sums.reduce)
     sums.reduce = link
     model = load_run_trunk(config, device)

@@ -17,8 +17,9 @@ from splitfl.errors import SplitflError
 
 __all__ = ["BUCKET_BYTES", "Averages", "Bucket", "buckets_of", "reduce"]
 
-#: As DistributedDataParallel's (Li et al., arXiv 2006.15704): below it latency counts, above it nothing is gained.
-BUCKET_BYTES = 25 * 2**20
+#: By backend. NCCL's as DistributedDataParallel's (Li et al., arXiv 2006.15704). To gloo a byte of a bucket of 1 MB costs no
+#: more CPU than of one of 20 (of 0.3 MB twice as much), and the smaller the last one is, the less is left when a backward ends.
+BUCKET_BYTES = {"nccl": 25 * 2**20, "gloo": 2 * 2**20}
 
 
 class Bucket:
@@ -39,15 +40,16 @@ class Bucket:
         return [part.as_strided(p.shape, p.stride()) for part, p in zip(parts, self.parameters, strict=True)]
 
 
-def buckets_of(parameters: Sequence[Parameter]) -> list[Bucket]:
+def buckets_of(parameters: Sequence[Parameter], group: Any) -> list[Bucket]:
     """The last parameters first, as their gradients are the first to be there."""
+    most = BUCKET_BYTES[dist.get_backend(group)]
     buckets: list[Bucket] = []
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.element_size()
         room = buckets[-1] if buckets else None
         first = room.parameters[0] if room else None
         alike = first is not None and (first.dtype, first.device) == (parameter.dtype, parameter.device)
-        if room is None or not alike or sum(p.numel() * p.element_size() for p in room.parameters) + size > BUCKET_BYTES:
+        if room is None or not alike or sum(p.numel() * p.element_size() for p in room.parameters) + size > most:
             buckets.append(Bucket([parameter]))
         else:
             room.parameters.append(parameter)
@@ -80,7 +82,7 @@ class Averages:
     def __init__(self, parameters: Sequence[Parameter], group: Any) -> None:
         self._device = parameters[0].device
         self._group = group
-        self._buckets = buckets_of(parameters)
+        self._buckets = buckets_of(parameters, group)
 
     def take(self, weight: int) -> None:
         """Set the parameters to ``sum_r w_r p_r / sum_r w_r``, with ``weight`` this replica's; leave them where all are zero."""

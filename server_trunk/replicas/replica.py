@@ -125,7 +125,7 @@ class Replica:
             deadline=config.step_deadline,
             on_whole=partial(on_all_ranks, "begin") if isinstance(training, ReducedTraining) else lambda targets: None,
             on_stop=on_stop,
-            foresees=isinstance(training, ReducedTraining) and self._shards is None,
+            foresees=isinstance(training, ReducedTraining) and self._shards is None and training.leaves_early,
         )
         return self._steps
 

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from server_trunk.replicas.buckets import Bucket, buckets_of, reduce
 
-__all__ = ["EarlySums", "Sums"]
+__all__ = ["EarlySums", "Sums", "fill"]
 
 
 class Sums:
@@ -26,7 +26,7 @@ class Sums:
 
     def __init__(self, parameters: Sequence[Parameter], group: Any) -> None:
         self._parameters, self._group = parameters, group
-        self._buckets = [(bucket, flat := bucket.flat(), bucket.views(flat)) for bucket in buckets_of(parameters)]
+        self._buckets = [(bucket, flat := bucket.flat(), bucket.views(flat)) for bucket in buckets_of(parameters, group)]
         self._counts = torch.zeros(0)
         self._waits: list[Callable[[], None]] = []
         self._present: set[int] = set()  # the parameters, by id, that had a gradient when their bucket left
@@ -43,7 +43,7 @@ class Sums:
         bucket, flat, views = self._buckets[self.left]
         self.left += 1
         self._present |= {id(p) for p in bucket.parameters if p.grad is not None or id(p) in (more or {})}
-        _fill(bucket, flat, views, more or {})
+        fill(bucket, flat, views, more)
         self._waits.append(reduce(flat, self._group))
 
     def leave_all(self) -> None:
@@ -77,13 +77,16 @@ class Sums:
     def _add_late(self) -> None:
         for bucket, flat, _ in self._buckets:
             late = bucket.flat()
-            _fill(bucket, late, bucket.views(late), {})
+            fill(bucket, late, bucket.views(late))
             reduce(late, self._group)()
             flat.add_(late)
 
 
-def _fill(bucket: Bucket, flat: torch.Tensor, views: Sequence[torch.Tensor], more: dict[int, torch.Tensor]) -> None:
-    """Bring the gradients of a bucket's parameters together, from where they then are gone."""
+def fill(bucket: Bucket, flat: torch.Tensor, views: Sequence[torch.Tensor], more: dict[int, torch.Tensor] | None = None) -> None:
+    """Bring the gradients of a bucket's parameters together in ``flat``, of which ``views`` are; from where they were they are
+    then gone. ``more``: to be added to them, by the parameter's id.
+    """
+    more = more or {}
     held = [(view, p.grad) for view, p in zip(views, bucket.parameters, strict=True) if p.grad is not None]
     added = [(view, more[id(p)]) for view, p in zip(views, bucket.parameters, strict=True) if id(p) in more]
     if len(held) < len(views):

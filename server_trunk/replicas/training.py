@@ -15,6 +15,7 @@ from torch.nn import Module
 from server_trunk.replicas.buckets import Averages
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.shared import SharedSums
 from server_trunk.replicas.sums import EarlySums, Sums
 from server_trunk.sharding.group import ShardGroup
 from server_trunk.sharding.training import ShardedTraining
@@ -28,12 +29,21 @@ class ReducedTraining(SharedTraining):
     """``sync: step``. Every replica calls the same sums in the same order, once a step, whatever it has contributed."""
 
     def __init__(self, model: Module, settings: OptimizerSettings, group: Group, *more: Any) -> None:
+        """``more``: where the trunk is sharded. All replicas must make theirs at the same point."""
         super().__init__(model, settings, *more)
-        self._sums = Sums(self._stepped, group.gradients) if self._parameters else None
+        self._sums: Sums | SharedSums | None = None
+        if self._parameters:
+            shared = None if more else SharedSums.of(self._stepped, group)
+            self._sums = shared or Sums(self._stepped, group.gradients)
+
+    @property
+    def leaves_early(self) -> bool:
+        """Whether there is anything in knowing which backward is a step's last."""
+        return isinstance(self._sums, Sums)
 
     def early(self, *, in_place: bool) -> EarlySums | None:
         sums = self._sums
-        return None if sums is None or sums.left else EarlySums(sums, in_place=in_place)
+        return EarlySums(sums, in_place=in_place) if isinstance(sums, Sums) and not sums.left else None
 
     def begin(self, targets: int) -> None:
         """Nothing more of this replica counts towards the step, of ``targets`` target tokens: its gradients leave now, while

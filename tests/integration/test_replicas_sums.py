@@ -15,6 +15,7 @@ from benchmarks.relay import free_port
 SIZE = 3
 
 WORKER = """
+import dataclasses
 import sys
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from server_trunk.replicas.place import Place
 from server_trunk.replicas.training import AveragedTraining, ReducedTraining
 from splitfl.config import OptimizerSettings
 
-buckets.BUCKET_BYTES = 64  # several, of unequal size
+buckets.BUCKET_BYTES["gloo"] = 64  # several, of unequal size
 place = Place.from_environment()
 group = Group.join(place, torch.device("cpu"))
 rank = group.rank
@@ -51,17 +52,20 @@ def gradients(model, seed):
 
 found = {}
 settings = OptimizerSettings(learning_rate=0.1, weight_decay=0.5, clip=0.0)
-model = Model()
-training = ReducedTraining(model, settings, group)
-for step, targets in enumerate([{0: 10, 1: 20, 2: 0}, {0: 0, 1: 0, 2: 0}, {0: 1, 1: 2, 2: 3}]):
-    gradients(model, 100 * step + rank)
-    if rank == 2:
-        model.zero_grad()  # nobody is here
-    if step == 2:
-        training.begin(targets[rank])
-    report = training.close(step, {"a": targets[rank]} if rank < 2 else {})
-    assert report.skipped == (step == 1), report
-found["reduced"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+for kind, machine in (("reduced", rank), ("shared", 0)):
+    group.place = dataclasses.replace(group.place, machine=machine)
+    model = Model()
+    training = ReducedTraining(model, settings, group)
+    assert training.leaves_early == (kind == "reduced")
+    for step, targets in enumerate([{0: 10, 1: 20, 2: 0}, {0: 0, 1: 0, 2: 0}, {0: 1, 1: 2, 2: 3}]):
+        gradients(model, 100 * step + rank)
+        if rank == 2:
+            model.zero_grad()  # nobody is here
+        if step == 2:
+            training.begin(targets[rank])
+        report = training.close(step, {"a": targets[rank]} if rank < 2 else {})
+        assert report.skipped == (step == 1), report
+    found[kind] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 model = Model()
 training = AveragedTraining(model, settings, group, Meetings(every=2))
@@ -92,11 +96,16 @@ def found(tmp_path_factory) -> list[dict]:
     return [torch.load(work / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
 
 
-@pytest.mark.parametrize("kind", ["reduced", "averaged"])
+@pytest.mark.parametrize("kind", ["reduced", "shared", "averaged"])
 def test_all_replicas_end_with_the_same_bits(found, kind):
     for other in found[1:]:
         for name, mine in found[0][kind].items():
             assert torch.equal(mine, other[kind][name]), name
+
+
+def test_it_makes_no_difference_where_gradients_are_summed(found):
+    for name, mine in found[0]["shared"].items():
+        torch.testing.assert_close(mine, found[0]["reduced"][name])
 
 
 def test_replicas_are_apart_between_meetings(found):
