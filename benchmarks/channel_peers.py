@@ -21,7 +21,7 @@ import zmq
 from splitfl.channel.handler import Peer, SessionInfo
 from splitfl.channel.server import ServerChannel
 from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity, PublicKey
-from splitfl.protocol.messages import PROTOCOL_VERSION, Hello, Hidden, Open, Redirect, Welcome
+from splitfl.protocol.messages import PROTOCOL_VERSION, Enrol, Hello, Hidden, Open, Redirect, StepOpened, Welcome
 from splitfl.transport.zmq_server import ZmqServerTransport
 
 MIB = 2**20
@@ -131,10 +131,13 @@ def _exactly(sock: ssl.SSLSocket, into: memoryview) -> memoryview:
 
 
 class _Sink:
-    """Gives the credit of each message back as soon as it is there, and answers those that are numbered for it."""
+    """Gives the credit of each message back as soon as it is there, and answers those that are numbered for it; opens a step for
+    whoever enrols.
+    """
 
     def __init__(self) -> None:
         self.channel: ServerChannel | None = None
+        self.step = 0
 
     def welcome(self, peer: Peer, hello: Hello) -> Welcome:
         return Welcome(PROTOCOL_VERSION, hello.run, {}, {}, time.time())
@@ -160,7 +163,11 @@ class _Sink:
         if message.ordinal:
             self.channel.send(session, Hidden(-1, message.micro, 1, 1, "bfloat16", "raw"), bytes(2))
 
-    def on_control(self, session: str, message: Any) -> None: ...
+    def on_control(self, session: str, message: Any) -> None:
+        assert self.channel is not None
+        if isinstance(message, Enrol):
+            self.step += 1
+            self.channel.tell(session, StepOpened(self.step))
 
     def on_refused(self, who: str, code: str, text: str) -> None: ...
 

@@ -15,8 +15,8 @@ from splitfl.protocol.records import Opener, Sealer
 from splitfl.protocol.schedule import TrafficSecrets
 from splitfl.transport.base import ClientTransport
 
-# Records sealed and handed over before the connections are read again.
-_RECORDS_A_TURN = 8
+# Records, and their bytes, sealed and handed over before the connections are read again.
+_RECORDS_A_TURN, _BYTES_A_TURN = 16, 4 * 2**20
 
 
 class DataPath:
@@ -66,7 +66,10 @@ class DataPath:
 
     def pump(self, transport: ClientTransport) -> bool:
         """Seals and sends a few records; True when there is more to do at once."""
+        enough = self.bytes_sent + _BYTES_A_TURN
         for _ in range(_RECORDS_A_TURN):
+            if self.bytes_sent >= enough:
+                return True
             frame = self.stuck if self.stuck is not None else self._outbox.next_frame()
             self.stuck = None
             if frame is None:

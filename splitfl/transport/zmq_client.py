@@ -21,6 +21,7 @@ from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, Endpoint
 from splitfl.transport.zmq_common import (
+    BYTES_A_TURN,
     FRAMES_A_TURN,
     Wake,
     bracketed,
@@ -186,13 +187,17 @@ class ZmqClientTransport:
         return outcome
 
     def _receive(self, sock: Any, endpoint: Endpoint, frames: list[ClientFrame]) -> None:
+        taken = 0
         for _ in range(FRAMES_A_TURN):
+            if taken >= BYTES_A_TURN:
+                return
             try:
                 frame = sock.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             if frame.more:
                 raise SessionLost("the server sent a frame of more than one part")
+            taken += len(frame)
             frames.append(ClientFrame(endpoint, frame.bytes if endpoint is Endpoint.CONTROL else frame.buffer))
 
     def _check_links(self, frames: list[ClientFrame]) -> None:

@@ -17,8 +17,10 @@ from splitfl.protocol.keys import Identity, PublicKey
 DATA_FRAMES_QUEUED = 16
 # Control frames of one client, at most 64 KiB each, that wait for the server to take them.
 CONTROL_FRAMES_QUEUED = 64
-# Frames taken from one socket before the other sockets are looked at again.
+# Frames, and bytes, taken from one socket before the other sockets are looked at again: a control message that comes meanwhile
+# waits for as many records to be opened.
 FRAMES_A_TURN = 32
+BYTES_A_TURN = 2 * 2**20
 # A peer that has not finished its handshake by then is cut.
 HANDSHAKE_MILLISECONDS = 5000
 # ZMTP's own heartbeats only reap dead TCP connections; the channel's heartbeats decide when a session is lost.

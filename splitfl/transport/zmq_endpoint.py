@@ -21,7 +21,7 @@ from splitfl.transport.accept_filter import shut_out
 from splitfl.transport.base import Endpoint, Sent, ServerFrame
 from splitfl.transport.connections import Connection, Connections, listener
 from splitfl.transport.door import Door, excess
-from splitfl.transport.zmq_common import CURVE_BYTES, FRAMES_A_TURN, bracketed
+from splitfl.transport.zmq_common import BYTES_A_TURN, CURVE_BYTES, FRAMES_A_TURN, bracketed
 
 _EVENTS_A_TURN = 512
 # Parts of one message that are passed over before the other sockets are looked at again.
@@ -118,7 +118,10 @@ class ListeningEndpoint:
         """Takes frames; True when no more are there."""
         if self._skipping and not self._skip():
             return False
+        taken = 0
         for _ in range(FRAMES_A_TURN):
+            if taken >= BYTES_A_TURN:
+                return False
             try:
                 peer = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -128,6 +131,7 @@ class ListeningEndpoint:
             self._skipping = part.more
             body: Buffer = b"" if part.more else part.bytes if self.kind is Endpoint.CONTROL else part.buffer
             self._count(part, peer)
+            taken += len(part)
             with contextlib.suppress(zmq.ZMQError):
                 frames.append(ServerFrame(self.kind, peer, str(part.get("User-Id")), str(part.get("Peer-Address")), body))
             if self._skipping and not self._skip():

@@ -103,3 +103,15 @@ def test_flood():
         assert each["flood"]["junk_bytes"] > 0.9 * result["junk_bytes"]
     assert result["kept"] > 0
     assert result["errors"] == 0
+
+
+def test_channel():
+    result = run("channel")
+    assert result["gb_per_s"].keys() == {"64_kib", "1024_kib", "16384_kib", "65536_kib"}
+    for row in result["gb_per_s"].values():
+        assert all(row[way] > 0 for way in ("aes_256_gcm", "zeromq", "curve", "tls", "ours"))
+    row = result["gb_per_s"]["16384_kib"]
+    # One round, so the medians of ratios are the ratios.
+    assert result["times_curve_16mib"] == pytest.approx(row["ours"] / row["curve"])
+    assert result["share_of_bound_16mib"] == pytest.approx(row["ours"] * (1 / row["aes_256_gcm"] + 1 / row["zeromq"]))
+    assert result["small_amid_64mib_p50_ms"] > 0

@@ -86,6 +86,20 @@ def test_the_list_on_disk_is_followed_while_running(keep: Any, tmp_path: Path) -
     assert world.join(identity=newcomer).echo(b"ab") == inverted(b"ab")
 
 
+def test_a_client_takes_another_key_while_the_server_runs(keep: Any, tmp_path: Path) -> None:
+    world = keep(World("zmq"))
+    path = tmp_path / "authorized_clients"
+    path.write_text(f"{world.identity.public} alice\n")
+    world.server._admission._authorized = AuthorizedClients(path)
+    client, fresh = world.join(), Identity.generate()
+    path.write_text(f"{fresh.public} alice\n")
+    wait_until(lambda: client.lost)
+    assert world.join(identity=fresh).echo(b"ab") == inverted(b"ab")
+    assert [session.peer.name for session in world.handler.opened] == ["alice", "alice"]
+    with pytest.raises(ConnectError, match="not on the server's list"):
+        world.join()
+
+
 # --- What else may listen at the address ---
 
 
