@@ -70,6 +70,29 @@ def test_what_is_in_the_sum_is_used_and_the_rest_counts_in_the_next():
     assert (ledger.targets, ledger.parts["b"].staleness) == (2, 1)
 
 
+def test_a_forward_whose_gradient_never_came_holds_nothing_back_once_its_part_has_ended():
+    steps = begun("a", max_staleness=0)
+    for ordinal in range(2):
+        forward(steps, "a", ordinal=ordinal)
+    backward(steps, "a")
+    assert steps.close() is None
+    steps.done("a", StepDone(0, 2, 1, "continue"))
+    steps.ended()
+    assert steps.close() is not None
+
+
+def test_what_there_is_is_used_once_nobody_could_add_to_it():
+    steps = begun("a", "b", contributions=3)
+    contribute(steps, "a", then="leave")
+    steps.ended()
+    forward(steps, "b")
+    steps.done("b", StepDone(0, 1, 1, "leave"))  # its gradient is still to come
+    assert steps.close() is None
+    backward(steps, "b")
+    steps.ended()
+    assert steps.close() is not None
+
+
 def test_an_empty_sum_makes_no_step():
     steps = begun("a")
     steps.done("a", StepDone(0, 0, 0, "continue"))

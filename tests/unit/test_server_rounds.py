@@ -50,6 +50,10 @@ def test_a_member_weighs_what_counted_since_the_last_round():
     assert rounds.open(3, here) == {"a1": 1}
 
 
+def test_a_round_ends_after_so_many_steps():
+    assert [step for step in range(9) if Rounds(steps=3).ends_with(step)] == [2, 5, 8]
+
+
 def test_who_others_have_waited_for_too_long_is_late():
     rounds = Rounds(steps=1, deadline=5.0)
     here = {"a1": "a", "b1": "b"}

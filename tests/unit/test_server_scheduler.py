@@ -76,6 +76,39 @@ def test_a_lost_member_is_not_waited_for():
     assert scheduler.kept_tokens("a") == scheduler.kept_tokens("b") == 0
 
 
+def test_whose_gradient_is_here_is_not_waited_for_twice():
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add_forward("a", forward(0), None)
+    scheduler.add_forward("b", forward(0), None)
+    scheduler.next(always)
+    scheduler.add_backward("a", backward(0), "dy")
+    scheduler.abandon("a")
+    assert scheduler.next(always) is None
+    scheduler.add_backward("b", backward(0), "dy")
+    assert isinstance(scheduler.next(always), BackwardBatch)
+
+
+def test_a_session_waits_for_its_own_forwards_with_a_graph_alone():
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add_forward("a", forward(0, train=False), None)
+    scheduler.add_forward("b", forward(0), None)
+    assert not scheduler.waits("a")
+    assert scheduler.waits("b")
+
+
+def test_members_that_run_apart_have_a_graph_each():
+    scheduler = Scheduler(batch_tokens=100)
+    for session in "ab":
+        scheduler.add_forward(session, forward(0), None)
+    apart = scheduler.split(scheduler.next(always))
+    assert [members(one) for one in apart] == [[("a", 0)], [("b", 0)]]
+    assert scheduler.kept_graph_tokens == 20
+    scheduler.add_backward("b", backward(0), "dy")
+    ready = scheduler.next(always)
+    assert (ready.number, members(ready)) == (apart[1].number, [("b", 0)])
+    assert scheduler.kept_graph_tokens == 10
+
+
 def test_a_batch_nobody_is_left_in_is_void():
     scheduler = Scheduler(batch_tokens=100)
     scheduler.add_forward("a", forward(0), None)
