@@ -81,6 +81,29 @@ def test_a_forward_whose_gradient_never_came_holds_nothing_back_once_its_part_ha
     assert steps.close() is not None
 
 
+def test_a_graph_that_failed_is_gone():
+    steps = begun("a", "b", max_staleness=0)
+    forward(steps, "a")
+    contribute(steps, "b")
+    steps.ended()
+    assert steps.close() is None
+    steps.backward_arrived("a", 0, 0)
+    steps.backward_failed("a", 0, 0)
+    assert steps.close() is not None
+
+
+def test_what_has_arrived_of_a_part_is_known_at_its_end():
+    steps = begun("a")
+    assert steps.is_open
+    forward(steps, "a")
+    backward(steps, "a")
+    assert steps.all_arrived("a") is None  # more may come
+    steps.done("a", StepDone(0, 1, 1, "leave"))
+    assert steps.all_arrived("a") == 0
+    steps.ended()
+    assert not steps.is_open
+
+
 def test_what_there_is_is_used_once_nobody_could_add_to_it():
     steps = begun("a", "b", contributions=3)
     contribute(steps, "a", then="leave")

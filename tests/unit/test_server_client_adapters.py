@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from server_trunk.adapter_book import AdapterBook
+from server_trunk.adapter_book import AdapterBook, AdapterSettings
 from server_trunk.client_adapters import ClientTraining
 from splitfl.checkpoint import client_directory, clients_of, pack_state, prune_client_checkpoints, save_checkpoint, unpack_state
 from splitfl.config import build_config
@@ -125,6 +125,15 @@ def test_who_comes_back_goes_on_with_another_rate_where_it_asks_for_one(model):
     assert (group["lr"], group["weight_decay"]) == (0.002, 0.5)
     with pytest.raises(Refused, match="rank 3 and alpha 16, and keeps them"):
         book.agree("ada", {"rank": 4})
+
+
+def test_the_least_that_may_be_asked_for():
+    book = AdapterBook(build_config({"model": "m"} | BASE))
+    least = {"rank": 1, "learning_rate": 0, "weight_decay": 0}
+    assert book.agree("ada", least) == AdapterSettings(1, 16.0, 0.0, 0.0)
+    for name, value in (("rank", 0), ("alpha", 0), ("learning_rate", -1e-9), ("weight_decay", -1e-9)):
+        with pytest.raises(Refused, match=f"the adapter's {name.replace('_', ' ')} is"):
+            book.agree("ada", {name: value})
 
 
 def test_one_adapters_state_comes_back_whole(model):

@@ -103,6 +103,9 @@ def test_under_wait_a_lost_member_is_waited_for_if_it_was_to_go_on():
     lost()
     assert rounds.give_up(104.0) == []
     assert rounds.returns("a2", "a", holds=True) == 3
+    rounds.lose("a2", 104.0)
+    assert rounds.waits_for("a")
+    assert rounds.returns("a2", "a", holds=True) == 3
     assert rounds.awaits("a2", 0)
     rounds.whole("a2", 106.0)
     assert rounds.is_gathered
@@ -130,6 +133,7 @@ def test_what_counted_on_another_replica_comes_along_with_its_client():
 
 def test_targets_are_taken_up_again_with_the_run():
     rounds = Rounds(steps=2)
+    rounds.count(ledger(5, b9=7), {"b9": "b"})  # of a step that the run has undone
     rounds.joins("a9", goes_on=True)
     rounds.targets = {"a": 3, "b": 5}
     here = {"a9": "a", "b9": "b"}
