@@ -21,20 +21,14 @@ from splitfl.protocol.control import (
     Enrol,
     Fault,
     Heartbeat,
-    Hello,
     Leave,
-    Open,
-    Opened,
     Pause,
-    Redirect,
     RefusalCode,
-    Refused,
     RoundClosed,
     RoundOpened,
     StepClosed,
     StepDone,
     StepOpened,
-    Welcome,
 )
 from splitfl.protocol.data import (
     EVALUATION,
@@ -48,6 +42,7 @@ from splitfl.protocol.data import (
     Grad,
     Hidden,
 )
+from splitfl.protocol.handshake import Hello, Open, Opened, Redirect, Refused, Welcome
 from splitfl.protocol.message import MAX_CONTROL_BYTES, MAX_METADATA_BYTES, PROTOCOL_VERSION, Message
 
 __all__ = [
