@@ -50,6 +50,7 @@ class _Run:
         self.ends = self.gateway._ends = EndsBook(averaged=True, part_bytes=PART)
         self.gateway._book = AdapterBook(self.gateway._config)
         self.gateway._inbox = queue.Queue(8)
+        self.wanted: list[tuple[int, int, int]] = []  # parts of the ends that were asked for, in order
         self.account = CreditAccount(WINDOW)
         self.round = 0
         own = m.Open(bytes(32), bytes(1184), (AES_256_GCM,), _IDENTITY.to_plain(), (1, 1), "a")
@@ -70,6 +71,8 @@ class _Run:
         if not message.payload_bytes:
             return
         tensor, view = self.gateway.allocate(SESSION, message)
+        if isinstance(message, m.EndsPart):
+            assert (message.tensor, message.offset, message.size) == self.wanted.pop(0), "memory for what nobody asked for"
         assert len(view) == message.payload_bytes
         assert not view.readonly
         view[-1] = 7
@@ -83,11 +86,14 @@ class _Run:
 
     def ask(self, said: bytes) -> None:
         """The server wants this client's ends for a round."""
+        if SESSION in self.ends._declared and self.ends.layout is not None:
+            self.wanted.extend(self.ends.layout.parts(PART))
         self.ends.ask(SESSION, self.round)
         self.round += 1
 
     def leave(self, said: bytes) -> None:
         self.ends.left(SESSION)
+        self.wanted.clear()
 
 
 def payloads(data: bytes) -> None:

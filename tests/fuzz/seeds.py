@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgpack
+
 from server_trunk.replicas import words
 from splitfl.protocol import messages as m
 from splitfl.protocol.ciphers import AES_256_GCM
@@ -29,7 +31,7 @@ FROM_CLIENT: tuple[m.Message, ...] = (
     m.Heartbeat(1.5),
     m.Bye(3),
     m.Ends(_ENDS[:1], True),
-    m.Ends(_ENDS),
+    m.Ends(_ENDS[1:]),
 )
 FROM_SERVER: tuple[m.Message, ...] = (
     m.Welcome(m.PROTOCOL_VERSION, "run", {"cut": "1:1", "lora": {"rank": 8}, "names": ["a"]}, {"torch": "2"}, 0.0),
@@ -125,7 +127,8 @@ def _step(client: int, step: int, micro: int) -> list[bytes]:
 def seeds(name: str) -> list[bytes]:
     """Inputs of the target ``name``."""
     if name == "control":
-        return [m.encode(message) for message in (*FROM_CLIENT, *FROM_SERVER)]
+        odd = msgpack.packb({"type": m.Pause.TYPE, "\x1b[2J" * 200: 1})
+        return [*(m.encode(message) for message in (*FROM_CLIENT, *FROM_SERVER)), odd]
     if name == "metadata":
         return [m.encode(message) for message in (*DATA_FROM_CLIENT, *DATA_FROM_SERVER)]
     if name == "replicas":
@@ -156,11 +159,13 @@ def seeds(name: str) -> list[bytes]:
         honest = [b"\3", *_acts(0, FROM_CLIENT[3:4]), b"\4\0\0", *_sealed(2, DATA_FROM_CLIENT[1], 1, bytes(160), 4096)]
         honest += [*_acts(0, FROM_CLIENT[4:5]), b"\4\1\0", b"\6\0\xa0", b"\5\1", *_acts(0, FROM_CLIENT[5:])]
         slow = _acts(0, FROM_CLIENT[:2])
+        large = m.Forward(-1, 0, ((256, 0),), 8, "float32", "raw", False, False, True)
         return [
             joined(honest),
             joined([*slow, b"\5\1", b"\5\5"]),
             joined([*slow, b"\7x", b"\1" + bytes(60)]),
             joined([b"\3", b"\10" + bytes(60)]),
+            joined([b"\3", *(_sealed(2, large, number, bytes(8192), 8192)[0] for number in (1, 2, 3))]),
         ]
     if name == "client":
         told = [b"\4", b"\5\0", *_acts(0, FROM_SERVER[4:5]), *_sealed(2, DATA_FROM_SERVER[1], 1, bytes(80), 4096), b"\5\1"]
@@ -180,6 +185,7 @@ def seeds(name: str) -> list[bytes]:
             b"\0" + joined(asked),
             b"\1" + joined(asked),
             b"\0" + joined([*_acts(0, FROM_CLIENT[9:]), b"\3"]),
+            b"\0" + joined([*_acts(0, FROM_CLIENT[9:]), b"\2", *_acts(1, [m.EndsPart(0, 1, 0, 6)])]),
         ]
     assert name == "trunk", name
     enrol = [bytes([client, 2, 0, 0, 0, 0, 0, 1]) for client in (0, 1)]

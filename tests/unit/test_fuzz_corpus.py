@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from splitfl.protocol import messages as m
@@ -38,3 +40,26 @@ def test_a_target_notices_a_decoder_that_takes_too_much(monkeypatch: pytest.Monk
     monkeypatch.setattr("splitfl.protocol.assembly.Inbox._continue", lambda self, frame, header: None)
     with pytest.raises(AssertionError):
         assembly(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "instead"),
+    [
+        ("server", "splitfl.protocol.credit.CreditAccount.charge", lambda self, size: None),
+        ("client", "splitfl.protocol.credit.CreditAccount.receive", lambda self, size: setattr(self, "left", self.left + size)),
+        ("control", "splitfl.protocol.messages._names", lambda names: "".join(names)),
+        ("payloads", "splitfl.adapters.layout.PartCursor.take", lambda self, message: None),
+        ("trunk", "server_trunk.scheduler.Scheduler.withdraw", lambda self, session, chosen=None: []),
+        ("trunk", "server_trunk.scheduler.Scheduler.abandon", lambda self, session, step=None: None),
+    ],
+)
+def test_a_target_is_not_blind(name: str, what: str, instead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one check of the program gone, some known input fails."""
+    monkeypatch.setattr(what, instead)
+    failed = 0
+    for data in [*inputs_of(name), *seeds(name)]:
+        try:
+            TARGETS[name].run(data)
+        except Exception:
+            failed += 1
+    assert failed
