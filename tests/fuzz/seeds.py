@@ -61,6 +61,15 @@ DATA_FROM_SERVER: tuple[m.Message, ...] = (
     m.Grad(0, 0, 5, 8, "float64", "raw"),
     m.AveragePart(0, 1, 0, 6),
 )
+#: Data messages that fit the protocol, and no run of width 8 in float32 with 64 positions.
+_MISFITS: tuple[m.Message, ...] = (
+    m.Forward(0, 0, ((2, 0),), 16, "float32", "raw", True, True, True),
+    m.Forward(0, 0, ((2, 0),), 8, "bfloat16", "raw", True, True, True),
+    m.Forward(0, 0, ((2, 0),), 8, "float32", "raw", False, True, True),
+    m.Forward(0, 0, ((8, 60),), 8, "float32", "raw", True, True, True),
+    m.EndsPart(0, 0, 0, 64),
+    m.Forward(0, 0, ((2**16, 0),), 8, "float32", "raw", True, True, True),
+)
 _WORDS: tuple[words.Word, ...] = (
     words.State(3, words.Phase.IN, 4, 1, 0, {"a": 5}, 1, (3, 2), ("a",)),
     words.Presence({"a": 2.0}, 1, True),
@@ -165,6 +174,12 @@ def seeds(name: str) -> list[bytes]:
             joined([*slow, b"\5\1", b"\5\5"]),
             joined([*slow, b"\7x", b"\1" + bytes(60)]),
             joined([b"\3", b"\10" + bytes(60)]),
+            joined([b"\0" + msgpack.packb({"type": 1, "protocol": 9}), *_acts(0, FROM_CLIENT[:1])]),
+            joined(_acts(0, [FROM_CLIENT[3], m.Hello(m.PROTOCOL_VERSION, "another", {}, "")])),
+            joined([*slow, *_acts(0, FROM_CLIENT[3:4])]),
+            joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), bytes(1184), ("none",), {}, (1, 1), "a")])),
+            joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), b"\xff" * 1184, _CIPHERS, {}, (1, 1), "a")])),
+            joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), bytes(1184), _CIPHERS, {}, (1, 1), "refused")])),
             joined([b"\3", *(_sealed(2, large, number, bytes(8192), 8192)[0] for number in (1, 2, 3))]),
         ]
     if name == "client":
@@ -180,7 +195,11 @@ def seeds(name: str) -> list[bytes]:
     if name == "payloads":
         said = [*_acts(0, FROM_CLIENT[9:]), *_acts(0, FROM_CLIENT[3:4]), b"\2", *_acts(1, DATA_FROM_CLIENT[1:])]
         asked = [*_acts(0, FROM_CLIENT[:3])]
+        alone = [*_acts(1, _MISFITS), *_acts(0, FROM_CLIENT[3:4])]
         return [
+            *(b"\0" + joined([piece]) for piece in alone),
+            b"\0" + joined(_acts(0, [*FROM_CLIENT[9:], FROM_CLIENT[10]])),
+            b"\0" + joined(_acts(0, [m.Ends((("b", ("float32", (1,))), ("a", ("float32", (1,)))))])),
             b"\0" + joined(said),
             b"\0" + joined(asked),
             b"\1" + joined(asked),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from splitfl.checkpoint import DESCRIPTION, load_checkpoint, load_meta, pack_state, save_checkpoint, unpack_state
 from splitfl.config import build_config, read_toml, to_toml
-from splitfl.errors import CheckpointError, ConfigError
+from splitfl.errors import CheckpointError, ConfigError, KeyFileError
+from splitfl.protocol.keys import AuthorizedClients, Identity, PublicKey, read_identity, write_identity
 from splitfl.settings import SETTINGS_BY_KEY
 
 SHARED = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -141,3 +142,51 @@ def test_a_state_of_any_bytes(content: bytes, at: int, byte: int) -> None:
             unpack_state(each)
         except CheckpointError as error:
             says_something(error)
+
+
+IDENTITY = Identity.from_secret(bytes(range(32)))
+LINES = st.lists(
+    TEXT
+    | st.sampled_from(
+        [IDENTITY.secret_text(), IDENTITY.secret_text().upper(), IDENTITY.secret_text()[:-1], str(IDENTITY.public), "# x", "\x85"]
+    )
+    | st.builds(lambda words: f"{IDENTITY.public} {' '.join(words)}", st.lists(TEXT, max_size=3)),
+    max_size=4,
+).map(lambda lines: "\n".join(lines).encode())
+
+
+@SHARED
+@given(LINES | st.binary(max_size=60))
+def test_a_key_file_of_any_content(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "key"
+    file.touch(mode=0o600)
+    file.write_bytes(content)
+    try:
+        assert read_identity(file) == IDENTITY
+    except KeyFileError as error:
+        says_something(error)
+
+
+@SHARED
+@given(LINES | st.binary(max_size=60))
+def test_a_list_of_clients_of_any_content(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "authorized_clients"
+    file.write_bytes(content)
+    try:
+        listed = AuthorizedClients(file)
+    except KeyFileError as error:
+        says_something(error)
+        file.write_text("")
+        listed = AuthorizedClients(file)
+        file.write_bytes(content)  # once it serves, a bad line is passed over
+    client = listed.lookup(IDENTITY.public)
+    assert client is None or client.name.strip(".")
+
+
+def test_keys_of_another_length_and_places_that_cannot_be_written(tmp_path: Path) -> None:
+    for make in (PublicKey, Identity.from_secret):
+        with pytest.raises(KeyFileError, match="32 bytes"):
+            make(bytes(31))
+    (tmp_path / "file").touch()
+    with pytest.raises(KeyFileError, match="cannot be written"):
+        write_identity(tmp_path / "file" / "key")
