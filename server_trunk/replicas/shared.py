@@ -29,7 +29,7 @@ _ALIGNED = 64
 
 def share(size: int, group: Group) -> list[torch.Tensor] | None:
     """So many bytes ``(size,)`` of each replica by rank, zero at first, seen by all; None where not all are processes of one
-    machine, or there is no room. All replicas must call it at the same point.
+    machine, there is no room, or some replica has nothing to share (0). All replicas must call it at the same point.
     """
     with contextlib.ExitStack() as files:
         try:
@@ -65,10 +65,11 @@ class SharedSums:
     @classmethod
     def of(cls, parameters: Sequence[Parameter], group: Group) -> SharedSums | None:
         """None where they cannot be had. All replicas must call it at the same point."""
-        if group.size < 2 or any(parameter.device.type != "cpu" for parameter in parameters):
+        if group.size < 2:
             return None
         buckets = buckets_of(parameters, group.gradients)
-        regions = share(sum(_room(bucket) for bucket in buckets), group)
+        on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+        regions = share(sum(_room(bucket) for bucket in buckets) if on_cpu else 0, group)
         return None if regions is None else cls(parameters, buckets, regions, group)
 
     def __init__(

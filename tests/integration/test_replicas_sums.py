@@ -16,6 +16,7 @@ SIZE = 3
 
 WORKER = """
 import dataclasses
+import os
 import sys
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from server_trunk.replicas import buckets
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.place import Place
+from server_trunk.replicas.shared import share
 from server_trunk.replicas.training import AveragedTraining, ReducedTraining
 from splitfl.config import OptimizerSettings
 
@@ -67,6 +69,18 @@ for kind, machine in (("reduced", rank), ("shared", 0)):
         assert report.skipped == (step == 1), report
     found[kind] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
+
+def no_room(*_):
+    raise OSError("no space left")
+
+
+room = os.posix_fallocate
+assert share(64, group) is not None
+if rank == 1:
+    os.posix_fallocate = no_room
+found["without_room"] = share(64, group) is None
+os.posix_fallocate = room
+
 model = Model()
 training = AveragedTraining(model, settings, group, Meetings(every=2))
 for step, targets in enumerate([{0: 10, 1: 20}, {0: 5}, {}, {}]):
@@ -106,6 +120,10 @@ def test_all_replicas_end_with_the_same_bits(found, kind):
 def test_it_makes_no_difference_where_gradients_are_summed(found):
     for name, mine in found[0]["shared"].items():
         torch.testing.assert_close(mine, found[0]["reduced"][name])
+
+
+def test_where_one_has_no_room_none_shares(found):
+    assert [own["without_room"] for own in found] == [True] * SIZE
 
 
 def test_replicas_are_apart_between_meetings(found):
