@@ -122,8 +122,8 @@ class _Server:
     def link(self) -> Link | None:
         return self.sessions._links.get(b"peer")
 
-    def control(self, frame: bytes, user: str | None = None) -> None:
-        self.sessions.take(ServerFrame(Endpoint.CONTROL, b"peer", user or self.user, "here", frame))
+    def control(self, frame: bytes, user: str | None = None, peer: bytes = b"peer") -> None:
+        self.sessions.take(ServerFrame(Endpoint.CONTROL, peer, user or self.user, "here", frame))
 
     def data(self, frame: bytes, peer: bytes = b"data") -> None:
         if self.link is not None and self.link.id:
@@ -184,6 +184,8 @@ def server(data: bytes) -> None:
         one.credit,
         lambda said: one.control(said, "somebody else"),
         lambda said: one.data(said, b"another"),
+        lambda said: one.control(said[1:], peer=b"of the same key" + said[:1]),
+        lambda said: one.control(said, "no key", b"odd"),
     )
     for piece in split(data):
         if piece:

@@ -177,6 +177,8 @@ def seeds(name: str) -> list[bytes]:
             joined([b"\0" + msgpack.packb({"type": 1, "protocol": 9}), *_acts(0, FROM_CLIENT[:1])]),
             joined(_acts(0, [FROM_CLIENT[3], m.Hello(m.PROTOCOL_VERSION, "another", {}, "")])),
             joined([*slow, *_acts(0, FROM_CLIENT[3:4])]),
+            joined(bytes([9, number]) + m.encode(FROM_CLIENT[0]) for number in range(18)),
+            joined(_acts(10, FROM_CLIENT[:1])),
             joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), bytes(1184), ("none",), {}, (1, 1), "a")])),
             joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), b"\xff" * 1184, _CIPHERS, {}, (1, 1), "a")])),
             joined(_acts(0, [FROM_CLIENT[0], m.Open(bytes(32), bytes(1184), _CIPHERS, {}, (1, 1), "refused")])),
