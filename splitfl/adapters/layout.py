@@ -23,6 +23,9 @@ __all__ = ["Layout", "PartCursor", "TensorSpec", "part_bytes_for"]
 #: The largest part, bytes.
 _PART_BYTES = 4 << 20
 
+#: What the ends of one client may have, bytes: who says more would have all others refused, as theirs are not like it.
+_MOST_BYTES = 2**40
+
 
 def part_bytes_for(window: int) -> int:
     """Bytes of a full part where a client may have ``window`` bytes under way: several at a time, and whole elements."""
@@ -60,10 +63,12 @@ class Layout:
 
     @classmethod
     def from_messages(cls, messages: Sequence[Ends]) -> Layout:
-        """What :meth:`messages` said. Raises RemoteProtocolError where names do not ascend."""
+        """What :meth:`messages` said. Raises RemoteProtocolError where names do not ascend, or no machine could hold it."""
         tensors = [TensorSpec(name, dtype, shape) for message in messages for name, (dtype, shape) in message.tensors]
         if any(first.name >= second.name for first, second in itertools.pairwise(tensors)):
             raise RemoteProtocolError("the tensors of the ends are not by ascending name")
+        if sum(spec.bytes for spec in tensors) > _MOST_BYTES:
+            raise RemoteProtocolError(f"ends of more than {_MOST_BYTES} bytes")
         return cls(tuple(tensors))
 
     def messages(self) -> list[Ends]:

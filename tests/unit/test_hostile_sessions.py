@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server_trunk.ends_book import EndsBook
 from splitfl.channel.datapath import data_address
 from splitfl.errors import ConnectError, KeyFileError, RemoteProtocolError
 from splitfl.protocol import messages as m
@@ -154,6 +155,16 @@ def test_any_data_address_is_a_host_and_a_port_or_refused(text: str) -> None:
         return
     assert host
     assert 0 < port < 65536
+
+
+def test_absurd_ends_do_not_settle_what_the_others_train() -> None:
+    book = EndsBook(averaged=True, part_bytes=64)
+    with pytest.raises(RemoteProtocolError, match="bytes"):
+        book.declare("liar", m.Ends((("a", ("float32", (2**40,) * 8)),)))
+    book.left("liar")
+    book.declare("honest", m.Ends((("a", ("float32", (2, 8))),)))
+    assert book.layout is not None
+    assert book.layout.bytes == 64
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".org", ".", "a" * 300])
