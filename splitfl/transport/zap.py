@@ -15,7 +15,7 @@ CONTROL_DOMAIN, DATA_DOMAIN = b"splitfl.control", b"splitfl.data"
 
 _ADDRESS = "inproc://zeromq.zap.01"
 
-# (address, who, text, whether to say so once only)
+# (address, who, text, whether at the data endpoint)
 Refuse = Callable[[str, str, str, bool], None]
 
 

@@ -20,6 +20,7 @@ from splitfl.protocol.keys import Identity
 from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.protocol.messages import RefusalCode
 from splitfl.transport.base import Cut, Endpoint, Gate, Sent, ServerFrame
+from splitfl.transport.door import network_of
 from splitfl.transport.refusals import RefusalLog
 from splitfl.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN, Zap
 from splitfl.transport.zmq_common import (
@@ -187,9 +188,11 @@ class ZmqServerTransport:
         self._register(endpoint)
         self._cut(endpoint.kind, None)
 
-    def _refuse(self, address: str, who: str, text: str, once: bool) -> None:
+    def _refuse(self, address: str, who: str, text: str, at_data: bool) -> None:
         if not self._testing:
-            self._refusals.refused(address, who, RefusalCode.NOT_AUTHORIZED, text, once=once)
+            # Counted once more: it has cost a whole handshake, and may be gone before its connection was looked at.
+            (self._data if at_data else self._control).door.knock(network_of(address))
+            self._refusals.refused(address, who, RefusalCode.NOT_AUTHORIZED, text, once=at_data)
 
     def _flood(self, who: str, code: str, text: str) -> None:
         self._refusals.refused(who, who, code, text)
