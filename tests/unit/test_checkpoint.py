@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_a_description_cannot_point_outside(tmp_path):
     save_checkpoint(tmp_path / "c", tensors(), {})
     file = tmp_path / "c" / "checkpoint.json"
     description = json.loads(file.read_text())
-    description["files"]["../secret"] = {"bytes": 1, "sha256": "0"}
+    description["files"]["../secret"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     file.write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(tmp_path / "c")

@@ -58,6 +58,9 @@ def test_flags_win_over_the_file(tmp_path):
         ({"model": "m", "graphs": "keep", "graph_tokens": 9}, "graph_tokens at 0"),
         ({"model": "m", "mode": "async", "batch_wait": 1.0}, "batch_wait at 0"),
         ({"model": "m", "mode": "async", "round_steps": 2}, "round_steps at 0"),
+        ({"model": "m", "restarts": 5}, "use --mode hierarchical"),
+        ({"model": "m", "quantize": "4bit", "dtype": "float64"}, "computes in float32 or bfloat16"),
+        ({"model": "m", "quantize": "4bit", "trainables": "full"}, "use --trainables lora"),
         ({"model": "m", "async_contributions": 2}, "use --mode async"),
         ({"model": "m", "mode": "hierarchical", "max_staleness": 2}, "use --mode async"),
         ({"model": "m", "limits.max_rank": 8}, "use --adapters per-client"),
@@ -100,6 +103,13 @@ def test_a_client_is_not_told_where_on_the_servers_disk_the_model_lies(tmp_path)
 def test_a_trunk_that_cannot_be_spread_so_is_refused_with_the_mend(values, said):
     with pytest.raises(ConfigError, match=said):
         build_config({"model": "m"} | values)
+
+
+def test_what_has_a_say_only_in_some_runs_is_taken_there():
+    build_config({"model": "m", "shard": "fsdp", "shard_size": 2, "restarts": 5})
+    build_config({"model": "m", "quantize": "4bit", "dtype": "bfloat16"})
+    build_config({"model": "m", "mode": "async", "async_contributions": 2, "max_staleness": 0})
+    build_config({"model": "m", "adapters": "per-client", "limits.max_rank": 8})
 
 
 def test_processes_that_are_not_there_are_asked_for_by_their_command(monkeypatch):

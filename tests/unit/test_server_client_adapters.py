@@ -158,6 +158,7 @@ def test_clients_checkpoints_go_when_no_checkpoint_of_the_run_names_them(tmp_pat
         save_checkpoint(tmp_path / "checkpoints" / f"step-{step:08d}", {}, {"clients": named})
     for client, step in (("ada", 1), ("ada", 2), ("ben", 3), ("ben", 4)):
         save_checkpoint(client_directory(tmp_path, client) / "checkpoints" / f"step-{step:08d}", {}, {})
+    (tmp_path / "clients" / "ada" / "checkpoints" / ".step-00000005.1234.tmp").mkdir()  # an interrupted write
     prune_client_checkpoints(tmp_path)
     left = {(path.parent.parent.name, path.name) for path in (tmp_path / "clients").glob("*/checkpoints/*")}
     assert left == {("ada", "step-00000002"), ("ben", "step-00000004")}
