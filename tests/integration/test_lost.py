@@ -18,6 +18,7 @@ from splitfl.config import LoraSettings
 from splitfl.errors import SessionLost
 from splitfl.parts.loading import load_ends
 from tests.integration.test_equality import ENDS, LOSS, TRUNK, WEIGHTS, fraction_of, snapshot
+from tests.replicas import Replicas
 from tests.world import World, running, side_by_side, tiny_llama
 
 #: So that a broken link is noticed at once.
@@ -39,8 +40,12 @@ STEADY = [batch(step) for step in range(5)]
 FLIGHTY = [[batch(100 + 2 * step, 1), batch(101 + 2 * step, 3)] for step in range(5)]
 
 
-def join(world: World, client: int) -> Any:
-    split = world.join_as(client).train()
+def join(world: World | Replicas, client: int) -> Any:
+    return train_input(world.join_as(client))
+
+
+def train_input(split: Any) -> Any:
+    split.train()
     # Ends that do not change, but want their gradient back: it is awaited, so what has run is known.
     split.requires_grad_(False)
     split.get_input_embeddings().weight.requires_grad_(True)
@@ -74,9 +79,11 @@ def step(split: Any, *batches: Batch, then: str = "continue") -> list[float]:
     return losses
 
 
-def reference(world: World, counted: list[list[Batch]]) -> tuple[list[list[float]], float]:
-    """Central training on ``counted``, by step: every loss, and how far the server's trunk is from it."""
-    config = world.server.config
+def reference(
+    world: World | Replicas, counted: list[list[Batch]], weights: dict[str, torch.Tensor]
+) -> tuple[list[list[float]], float]:
+    """Central training on ``counted``, by step: every loss, and how far ``weights`` of the server's trunk are from it."""
+    config = world.config
     trunk = load_run_trunk(config, torch.device("cpu"))
     start = snapshot(trunk)
     most = max(len(batches) for batches in counted)
@@ -87,12 +94,13 @@ def reference(world: World, counted: list[list[Batch]]) -> tuple[list[list[float
     for batches in counted:
         central.ends, central._ends_sides = ends[: len(batches)], sides[: len(batches)]
         losses.append(central.step(batches))
-    return losses, fraction_of(snapshot(world.server._model), snapshot(trunk), start)
+    return losses, fraction_of(weights, snapshot(trunk), start)
 
 
-def assert_equals_reference(world: World, counted: list[list[Batch]], losses: list[float]) -> None:
+def assert_equals_reference(world: World | Replicas, counted: list[list[Batch]], losses: list[float]) -> None:
     """``losses``: the steady client's, whose batch is the first of each step."""
-    theirs, distance = reference(world, counted)
+    weights = world.weights() if isinstance(world, Replicas) else snapshot(world.server._model)
+    theirs, distance = reference(world, counted, weights)
     assert [own for own, *_ in theirs] == pytest.approx(losses, rel=LOSS)
     assert distance <= WEIGHTS
     targets = [sum(int((one["labels"][:, 1:] != -100).sum()) for one in batches) for batches in counted]

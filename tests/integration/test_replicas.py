@@ -153,7 +153,7 @@ def processes(replicas: Replicas) -> dict[int, int]:
     assert replicas.process is not None
     found = {}
     for child in psutil.Process(replicas.process.pid).children():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, KeyError):  # gone, or about to become a replica
             found[int(child.environ()["RANK"])] = child.pid
     return found
 
