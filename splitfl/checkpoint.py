@@ -93,7 +93,7 @@ def _named_if_refused(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own, with the system's in its text.
-        found = re.search(r"code: (\d+)", str(error))
+        found = re.search(r"os error (\d+)", str(error))
         code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         why = os.strerror(code) if code else str(error)
         raise NotWritten(

@@ -68,6 +68,6 @@ class ServerHandler(Protocol):
         """Somebody was not let in. For the log."""
 
     def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
-        """The session is over; nothing more comes from it and nothing more goes to it. ``lost``: neither side has ended it, so
-        its client may come again.
+        """The session is over; nothing more comes from it and nothing more goes to it. ``lost``: neither side has ended it, or
+        its client without a Leave, so it may come again.
         """

@@ -35,6 +35,7 @@ from splitfl.protocol.messages import (
     Forward,
     Heartbeat,
     Hello,
+    Leave,
     Message,
     Open,
     OtherVersionError,
@@ -230,6 +231,7 @@ class Sessions:
             link.goodbye = message.records
             self._part(link)
         elif link.attached:
+            link.left = link.left or isinstance(message, Leave)
             self._handler.on_control(link.id, message)
         else:
             raise RemoteProtocolError(f"{type(message).__name__} before the data connection was attached")
@@ -321,7 +323,7 @@ class Sessions:
         with self.lock:
             frame = link.session.send(Closing("goodbye"))
         self._send(link, frame or b"")
-        self.drop(link, "the client said goodbye", lost=False)
+        self.drop(link, "the client said goodbye", lost=not link.left)
 
     def _take_message(self, link: Link, message: DataMessage, target: Any) -> None:
         if not isinstance(message, Attach):

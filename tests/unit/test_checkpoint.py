@@ -245,7 +245,7 @@ def test_what_the_system_refuses_is_a_sentence_and_leaves_what_was_there(tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def full_in_rust(*_, **__):
-        raise SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })')
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     extra: dict[str, object] = {"optimizer": {"lr": 0.1}, "raw": b"x"}
     if where in ("tensors", "state"):
