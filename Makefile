@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow fuzz lint clean
+.PHONY: setup demo test test-slow faults fuzz lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test-slow: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),1000000)
+
+# Each fault at each place, with real processes; about a quarter of an hour. Full disks are mounted, which needs root.
+faults: $(STAMP)
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/faults
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,0 +1,157 @@
+"""``splitfl`` commands as processes of their own that begin with everything imported, and can be stopped at a place in them.
+
+They are forked off a process that has imported torch and the rest (multiprocessing's forkserver): there are hundreds of them, and
+importing takes longer than all else. Only their clocks are shorter than a user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Whatever a command imports only once it runs.
+import client_ends.command
+import client_ends.progress
+import client_ends.reconnecting
+import client_ends.train
+import server_trunk.command
+import server_trunk.server  # noqa: F401
+import splitfl.checkpoint
+from client_ends.session import TrunkSession
+from splitfl.channel.timing import Timing
+from splitfl.cli import main
+
+__all__ = ["Process", "Stop"]
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.faults.processes"])
+
+#: Seconds: fields of :class:`Timing`, and the longest pause between two attempts to connect.
+SILENCE, PAUSE = 4.0, 1.0
+_CLOCKS = {"heartbeat": 0.3, "silence": SILENCE, "flush": 2.0, "linger": 0.5, "overdue": 3.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Amid the checkpoint of ``step``, its tensors written and nothing else, the process says that it is there and waits.
+
+    By files: what multiprocessing has waits for ever for a process that was killed.
+    """
+
+    step: int
+    directory: Path
+
+    @property
+    def is_reached(self) -> bool:
+        return (self.directory / "reached").exists()
+
+    def go(self) -> None:
+        (self.directory / "go").touch()
+
+    def wait(self) -> None:
+        """The process's part."""
+        (self.directory / "reached").touch()
+        while not (self.directory / "go").exists():
+            time.sleep(0.005)
+
+
+class Process:
+    """One command; what it says is in ``said``. ``stop``: where it is to stop. ``clock``: a shared number of seconds by which its
+    wall clock is wrong. ``diary``: a file for what a client's ends have made of which batch.
+    """
+
+    def __init__(
+        self, words: list[str], said: Path, *, stop: Stop | None = None, clock: Any = None, diary: Path | None = None
+    ) -> None:
+        self._said = said
+        self._process = _FORKS.Process(target=_command, args=(words, str(said), stop, clock, diary), daemon=True)
+        self._process.start()
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; negative where a signal ended it; None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text() if self._said.exists() else ""
+
+    def kill(self) -> None:
+        """kill -9. From any thread; only one may look at :attr:`code`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, signal.SIGKILL)
+
+
+def clock() -> Any:
+    """A wall clock's error, seconds, shared with processes."""
+    return _FORKS.RawValue("d", 0.0)
+
+
+def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None) -> None:
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    torch.set_num_threads(1)
+    Timing.__init__.__defaults__ = tuple(_CLOCKS.get(field.name, field.default) for field in dataclasses.fields(Timing))
+    client_ends.reconnecting._MOST = PAUSE
+    if stop is not None:
+        _stop_at(stop)
+    if clock is not None:
+        right = time.time
+        time.time = lambda: right() + clock.value
+    if diary is not None:
+        _keep_diary(diary)
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _stop_at(stop: Stop) -> None:
+    save = splitfl.checkpoint.save_tensors
+
+    def saved(file: Any, *rest: Any, **options: Any) -> None:
+        save(file, *rest, **options)
+        if f".step-{stop.step:08d}." in str(file) and not stop.is_reached:
+            stop.wait()
+
+    splitfl.checkpoint.save_tensors = saved
+
+
+def _keep_diary(file: Path) -> None:
+    """What this client's ends have made of which batch, a JSON object a line: ``sent`` and ``made`` are steps of the run,
+    ``stands`` the one that they go on after.
+    """
+    with_batch = client_ends.train._Run._step
+    send, stand = TrunkSession.send_backward, client_ends.train._Run._stand_at
+    diary, drawn = file.open("a", buffering=1), [0]
+
+    def step(self: Any, *rest: Any) -> None:
+        drawn[0], before = self.batches.state_dict()["batches_done"], self.last_step
+        try:
+            with_batch(self, *rest)
+        finally:
+            if self.last_step != before:  # the optimizer has stepped, whatever is said of it then
+                print(json.dumps({"made": self.last_step, "batch": drawn[0]}), file=diary)
+
+    def send_backward(self: Any, number: int, *rest: Any, **options: Any) -> None:
+        send(self, number, *rest, **options)
+        print(json.dumps({"sent": self._micros[number].step, "batch": drawn[0]}), file=diary)
+
+    def stand_at(self: Any, step: int, place: Any) -> None:
+        stand(self, step, place)
+        print(json.dumps({"stands": step}), file=diary)
+
+    client_ends.train._Run._step, client_ends.train._Run._stand_at = step, stand_at
+    TrunkSession.send_backward = send_backward
