@@ -24,7 +24,7 @@ from splitfl.errors import ConfigError, DataError, RunComplete
 __all__ = ["add_arguments", "deal", "run"]
 
 #: Settings that only a network has use for.
-_NETWORK = frozenset({"bind", "host", "data_port", "advertise", "identity", "authorized_clients", "until_done", "resume"})
+_NETWORK = frozenset({"bind", "host", "data_port", "advertise", "bulk", "identity", "authorized_clients", "until_done", "resume"})
 #: Everything shares the cores here, so an answer may take its time, seconds.
 _PATIENCE = 300.0
 #: Seconds between two lines that say how far the run is.

@@ -18,7 +18,8 @@ def nothing_listens(host: str, port: int, detail: str = "") -> ConnectError:
 def other_key(host: str, port: int) -> ConnectError:
     """The CURVE handshake broke off before the server could judge our key."""
     return ConnectError(
-        f"the server at {host}:{port} has another key than the join string says: ask the operator for the current join string"
+        f"the server at {host}:{port} has another key than the join string says: ask the operator for the current join string "
+        "(or, where many connections come from your address, try again in half a minute)"
     )
 
 
