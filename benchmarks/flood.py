@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import socket
@@ -19,7 +20,7 @@ import statistics
 import struct
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -204,6 +205,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 process.join(30)
                 if process.is_alive():
                     process.kill()
+        log = Path(work, "server", "log.jsonl").read_text().splitlines()
+        refusals = Counter(event["code"] for event in map(json.loads, log) if event["event"] == "refused")
     by = {target: [each for each in rounds if each["target"] == target] for target in ("dummy", "server")}
     ratios = [
         hit["tokens_per_second"] / max(1e-9, spared["tokens_per_second"])
@@ -217,6 +220,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "kept": round(statistics.median(ratios), 3),
         "kept_of_each_pair": [round(ratio, 3) for ratio in ratios],
         "memory_growth_mib": round(max(each["memory_growth_mib"] for each in by["server"]), 1),
+        "refusals_logged": dict(refusals),
         "errors": sum(each["errors"] for each in rounds),
     }
 

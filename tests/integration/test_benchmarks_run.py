@@ -101,6 +101,7 @@ def test_flood():
         assert each["steps"] > 0
         assert each["flood"]["connections"] + each["flood"]["refused"] == result["connections"]
         assert each["flood"]["junk_bytes"] > 0.9 * result["junk_bytes"]
+    assert result["refusals_logged"]["not-authorized"], "the flood never came to the door"
     assert result["kept"] > 0
     assert result["errors"] == 0
 
