@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from splitfl.transport.door import network_of
 
+_UNKNOWN = ("unknown address", 0)
 _BYTES_RECEIVED = slice(128, 136)  # tcpi_bytes_received in struct tcp_info, since Linux 4.1
 
 
@@ -70,8 +71,9 @@ class Connections:
     def cut(self, connection: Connection) -> bool:
         """Ends a connection; ZeroMQ notices and forgets it."""
         with _duplicate(connection.number) as sock:
-            if sock is None or _name(sock) != (connection.address, connection.port):
+            if not _is(connection, sock):
                 return False
+            assert sock is not None
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             return True
@@ -82,7 +84,8 @@ class Connections:
             return False
         for connection in self:
             with _duplicate(connection.number) as sock:
-                if sock is not None and _name(sock) == (connection.address, connection.port):
+                if _is(connection, sock):
+                    assert sock is not None
                     connection.received = _read_so_far(sock)
         return True
 
@@ -93,8 +96,10 @@ def _read_so_far(sock: socket.socket) -> int:
     import termios
 
     try:
-        unread: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
+        # In this order: what arrives in between is taken for unread. The other way round it would be taken for read, and an
+        # honest peer be cut where this thread has to wait for the interpreter's lock between the two.
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        unread: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
     except OSError:
         return 0
     return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder) - unread
@@ -106,8 +111,14 @@ def _duplicate(number: int) -> Iterator[socket.socket | None]:
         yield None
         return
     try:
-        sock = socket.socket(fileno=os.dup(number))
+        duplicate = os.dup(number)
     except OSError:
+        yield None
+        return
+    try:
+        sock = socket.socket(fileno=duplicate)
+    except OSError:  # by now a file, say
+        os.close(duplicate)
         yield None
         return
     with sock:
@@ -120,7 +131,14 @@ def _name(sock: socket.socket | None) -> tuple[str, int]:
     except OSError:
         name = None
     # Closed and opened again as something else by now, the descriptor may have a name of another form.
-    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else ("unknown address", 0)
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else _UNKNOWN
+
+
+def _is(connection: Connection, sock: socket.socket | None) -> bool:
+    """Whether this socket still is that connection. Of one without a known address nobody can tell: its descriptor may be
+    another's, who has nothing to do with us.
+    """
+    return (connection.address, connection.port) == _name(sock) != _UNKNOWN
 
 
 @contextlib.contextmanager

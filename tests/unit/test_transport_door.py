@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,3 +164,67 @@ def test_what_has_been_read_of_a_connection_and_its_end() -> None:
         assert connections.gone(connection.number) is connection
         assert len(connections) == 0
         client.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
+def test_what_arrives_amid_a_look_is_not_taken_for_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()[:2]) as client:
+        accepted, _ = listener.accept()
+        connections = Connections()
+        connection = connections.accepted(accepted.fileno())
+        arrived = 0
+
+        def arrive() -> None:
+            nonlocal arrived
+            client.sendall(bytes(5000))
+            arrived += 5000
+            wait_until(lambda: len(accepted.recv(arrived, socket.MSG_PEEK)) == arrived)
+
+        class Interrupted(socket.socket):
+            def getsockopt(self, *arguments: Any) -> Any:
+                answer = super().getsockopt(*arguments)
+                if socket.TCP_INFO in arguments:
+                    arrive()
+                return answer
+
+        def interrupted(*arguments: Any) -> Any:
+            answer = ask(*arguments)
+            arrive()
+            return answer
+
+        ask = fcntl.ioctl
+        monkeypatch.setattr(fcntl, "ioctl", interrupted)
+        monkeypatch.setattr("splitfl.transport.connections.socket.socket", Interrupted)
+        connections.look()
+        assert arrived == 10_000
+        assert connection.held == 0
+        accepted.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a socket is no file descriptor")
+def test_a_connection_that_was_gone_when_it_was_looked_at_touches_nobody() -> None:
+    with socket.socket() as closed:
+        number = os.dup2(closed.fileno(), 900)
+    os.close(number)
+    connections = Connections()
+    connection = connections.accepted(number)
+    assert connection.address == "unknown address"
+    ours, other = socket.socketpair()
+    with ours, other:
+        os.dup2(ours.fileno(), number)  # it is somebody else's by now
+        assert not connections.cut(connection)
+        other.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
+        os.close(number)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
+def test_a_number_that_is_a_file_by_now_costs_no_descriptor(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            assert Connections().accepted(file.fileno()).address == "unknown address"
+        assert len(os.listdir("/proc/self/fd")) == before
