@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping
 
 from splitfl.channel.handler import Peer
@@ -10,6 +11,7 @@ from splitfl.errors import KeyFileError
 from splitfl.protocol.control import CURVE, SEALED, TICKET_BYTES
 from splitfl.protocol.keys import AuthorizedClients, Identity, PublicKey
 from splitfl.protocol.limits import Limit
+from splitfl.transport.base import Endpoint
 
 
 class Admission:
@@ -21,6 +23,7 @@ class Admission:
         self._authorized, self.ticket_seconds, self._clock, self._bulk = authorized, ticket_seconds, clock, bulk
         self._generation = authorized.generation
         self._tickets: dict[bytes, tuple[str, float]] = {}
+        self._given: deque[float] = deque()  # when each ticket expires, used or not
 
     def admit_key(self, key: PublicKey, address: str) -> str | None:
         """The user of a connection on the control endpoint: its key's text."""
@@ -37,8 +40,14 @@ class Admission:
         """A fresh ticket for this session."""
         ticket = secrets.token_bytes(TICKET_BYTES)
         shown = Identity.from_secret(ticket).public.raw if self._bulk == CURVE else ticket
-        self._tickets[shown] = session, self._clock() + self.ticket_seconds
+        self._given.append(self._clock() + self.ticket_seconds)
+        self._tickets[shown] = session, self._given[-1]
         return ticket
+
+    def expected(self, endpoint: Endpoint) -> int:
+        """Connections that clients may be about to make: see :class:`splitfl.transport.base.Gate`."""
+        # A ticket counts on when it was shown: its connection has said nothing before its first record.
+        return len(self._authorized) if endpoint is Endpoint.CONTROL else len(self._given)
 
     def peer(self, user: str, address: str) -> tuple[Peer, bool] | None:
         """Who a user of the control endpoint is, and whether the list still has it; None when it is no key at all."""
@@ -57,6 +66,8 @@ class Admission:
         for ticket, (_, expires) in list(self._tickets.items()):
             if now >= expires:
                 del self._tickets[ticket]
+        while self._given and now >= self._given[0]:
+            self._given.popleft()
 
     def changed(self) -> bool:
         """Whether the list has been edited since the last call."""

@@ -63,6 +63,9 @@ class Gate(Protocol):
 
     def admit_ticket(self, shown: bytes, address: str) -> str | None: ...
 
+    def expected(self, endpoint: Endpoint) -> int:
+        """Connections that clients may be about to make at once: as many as are listed, or have been given a ticket lately."""
+
 
 class ClientTransport(Protocol):
     """One client's two connections."""

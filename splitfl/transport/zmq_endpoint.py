@@ -8,6 +8,7 @@ a few frames pile up in between sends a message without end, and is cut.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,11 @@ _PARTS_A_TURN = 4096
 _FORGIVEN = 16
 _REBIND_SECONDS = 5.0
 _SLACK = 2 * 2**20
-#: Bytes that ZeroMQ may hold over all connections of an endpoint, each of which is within its own bound.
+#: Bytes beyond one frame each that ZeroMQ may hold over all connections of an endpoint, each of which is within its own bound.
+#: The one frame is not counted: hundreds of honest clients on slow links have one under way each.
 TOTAL_HELD = 256 * 2**20
 
+_numbers = itertools.count()
 _WATCHED = (
     zmq.EVENT_LISTENING
     | zmq.EVENT_ACCEPTED
@@ -43,8 +46,8 @@ _WATCHED = (
 
 
 class ListeningEndpoint:
-    """``make`` gives a fresh socket, ready to bind. ``half_open``: connections that have not said anything yet; ``frame``: bytes
-    of its largest frame; ``queued``: frames that ZeroMQ keeps of a connection until they are taken; ``curve``: whether they come
+    """``make`` gives a fresh socket, ready to bind. ``half_open``: connections that have not said anything yet, besides those of
+    ``expected`` clients; ``frame``: bytes of its largest frame; ``queued``: frames that ZeroMQ keeps of a connection until they are taken; ``curve``: whether they come
     in CURVE.
     """
 
@@ -54,12 +57,14 @@ class ListeningEndpoint:
         make: Callable[[], zmq.Socket[bytes]],
         *,
         half_open: int,
+        expected: Callable[[], int],
         frame: int,
         queued: int,
         curve: bool,
         refuse: Callable[[str, str, str], None],
     ) -> None:
-        self.kind, self._make, self._half_open, self._refuse = kind, make, half_open, refuse
+        self.kind, self._make, self._half_open, self._expected, self._refuse = kind, make, half_open, expected, refuse
+        self._frame = frame
         self.bound, self._queued, self.total = 2 * frame + _SLACK, queued * frame, TOTAL_HELD
         self._around = CURVE_BYTES if curve else 0
         self.door = Door()
@@ -70,9 +75,10 @@ class ListeningEndpoint:
     def bind(self, host: str, port: int, *, patience: float = 0.0) -> None:
         """Listens. ``patience``: seconds that whoever had the port before may take to let go of it. Raises ConfigError."""
         self.socket = self._make()
-        self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        self.monitor = _monitor(self.socket)
         self.connections = Connections()
         self._listener: int | None = None
+        self._kept_away: list[str] = []  # by this listener
         self._skipping = self._looked = False
         deadline = time.monotonic() + patience
         while True:
@@ -186,7 +192,7 @@ class ListeningEndpoint:
                     failed.append(gone.address if gone is not None else "unknown address")
                 self._failed_protocol = False
         waiting = {each.number: each.network for each in self.connections if each.half_open}
-        for number in excess(waiting, self._half_open):
+        for number in excess(waiting, self._half_open + self._expected()):
             connection_ = self.connections.find(number)
             if connection_ is not None:
                 self._cut(connection_)
@@ -200,11 +206,12 @@ class ListeningEndpoint:
     def _shut_out(self) -> None:
         """Tells the kernel who is to be kept away for a while."""
         blocked = self.door.blocked()
-        if blocked == self._blocked or self._listener is None:
-            return
         for network in set(blocked) - set(self._blocked):
             self._refuse(network, "flood", f"too many connections to the {self.kind.value} endpoint: shut out for a while")
         self._blocked = blocked
+        if blocked == self._kept_away or self._listener is None:
+            return
+        self._kept_away = blocked
         with listener(self._listener) as sock:
             if sock is not None:
                 shut_out(sock, blocked)
@@ -231,4 +238,16 @@ class ListeningEndpoint:
         if drained:
             for connection in self.connections:
                 connection.handed_on += min(_FORGIVEN, connection.held)
-        return found, drained and sum(each.held for each in self.connections) > self.total
+        return found, drained and sum(max(0, each.held - self._frame) for each in self.connections) > self.total
+
+
+def _monitor(sock: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """What happens to the connections of a socket. Without a bound: ZeroMQ's I/O thread would wait for room in it, so that all
+    connections stand still, and under a lock that closing needs, so that a server amid a flood would never end.
+    """
+    address = f"inproc://splitfl.monitor.{next(_numbers)}"
+    sock.monitor(address, _WATCHED)
+    monitor: zmq.Socket[bytes] = sock.context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.RCVHWM, 0)
+    monitor.connect(address)
+    return monitor

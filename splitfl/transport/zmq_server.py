@@ -40,7 +40,8 @@ from splitfl.transport.zmq_endpoint import ListeningEndpoint
 
 _SELF_TEST_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
-# Connections that have not said anything yet; each may hold one frame of its endpoint in memory.
+# Connections that have not said anything yet, besides one of each client that may be expected; each may hold one frame of its
+# endpoint in memory.
 _HALF_OPEN_CONTROL, _HALF_OPEN_DATA = 256, 48
 
 _OTHER_KEY = "its join string holds another server key, or it is no splitfl client"
@@ -89,6 +90,7 @@ class ZmqServerTransport:
             Endpoint.CONTROL,
             functools.partial(self._router, CONTROL_DOMAIN, affinity=1, max_frame=MAX_CONTROL_BYTES, curve=True),
             half_open=_HALF_OPEN_CONTROL,
+            expected=functools.partial(gate.expected, Endpoint.CONTROL),
             frame=MAX_CONTROL_BYTES,
             queued=CONTROL_FRAMES_QUEUED,
             curve=True,
@@ -98,6 +100,7 @@ class ZmqServerTransport:
             Endpoint.DATA,
             functools.partial(self._router, DATA_DOMAIN, affinity=2, max_frame=data_frame, curve=curve),
             half_open=_HALF_OPEN_DATA,
+            expected=functools.partial(gate.expected, Endpoint.DATA),
             frame=data_frame,
             queued=DATA_FRAMES_QUEUED,
             curve=curve,

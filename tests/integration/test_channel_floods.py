@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch
 import zmq
 
 from benchmarks.memory import resident_bytes
+from splitfl.channel.timing import Timing
 from splitfl.errors import SessionLost
 from splitfl.protocol.keys import Identity
 from splitfl.transport.base import ClientFrame, Endpoint
 from splitfl.transport.door import Door
 from splitfl.transport.zmq_client import ZmqClientTransport
 from splitfl.transport.zmq_common import curve_client, plain_client
+from splitfl.transport.zmq_endpoint import ListeningEndpoint
 from tests.unit.channel_world import MIB, Client, Make, World, forward, inverted, make_worlds, wait_until
 from tests.world import World as TrunkWorld
 from tests.world import running, tiny_llama
@@ -35,6 +40,12 @@ def make() -> Iterator[Make]:
 
 def ports(world: World) -> tuple[int, int]:
     return world.transport.control_port, world.transport.data_port
+
+
+def readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 class RawTransport(ZmqClientTransport):
@@ -73,7 +84,7 @@ class RawTransport(ZmqClientTransport):
 
     def poll(self, timeout: float) -> list[ClientFrame]:
         frames = super().poll(min(timeout, 0.05))
-        while self.raw is not None and select.select([self.raw], [], [], 0)[0]:
+        while self.raw is not None and readable(self.raw):
             body = self._frame()
             if b"PING" not in body:
                 frames.append(ClientFrame(Endpoint.DATA, body))
@@ -167,6 +178,84 @@ def test_honest_traffic_is_never_taken_for_a_flood(make: Make) -> None:
     assert not [client.lost for client in clients if client.lost]
     held = [each.held for each in world.transport._data.connections]
     assert max(held) < MIB, "the account comes out even"
+
+
+def test_clients_that_were_given_a_ticket_are_not_cut_for_being_many(make: Make) -> None:
+    world = make(timing=Timing(heartbeat=1.0, silence=20.0, flush=1.0, linger=0.1))
+    data = world.transport._data
+    data._half_open, many = 2, 12
+    together = threading.Barrier(many)
+
+    class Slow(RawTransport):
+        def _command(self, body: bytes) -> None:
+            if b"HELLO" in body:  # nobody says anything before all are there, and have been looked at
+                together.wait(10)
+                wait_until(lambda: len(data.connections) >= many)
+            super()._command(body)
+
+    with ThreadPoolExecutor(many) as pool:
+        clients = [pool.submit(world.join, transport=Slow(), timeout=10.0) for _ in range(many)]
+        assert [client.result().lost for client in clients] == [[]] * many
+
+
+@linux
+def test_records_under_way_are_no_flood_however_many_clients_send_one(make: Make) -> None:
+    world = make()
+    data = world.transport._data
+    data.total = MIB
+    honest, flooder = two(world)
+    slow = [flooder, *(world.join(transport=RawTransport()) for _ in range(3))]
+    for client in slow:
+        client.channel._transport.raw.sendall(b"\x02" + MIB.to_bytes(8, "big") + bytes(700_000))  # type: ignore[attr-defined]
+    wait_until(lambda: sum(each.held for each in data.connections) > 4 * 700_000)
+    for micro in range(3):
+        assert honest.echo(bytes(MIB), micro) == inverted(bytes(MIB))
+    assert not [client.lost for client in (honest, *slow) if client.lost]
+    assert not world.handler.refused
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ListeningEndpoint]:
+    """A listening socket without anything behind it."""
+    context = zmq.Context()
+    made = ListeningEndpoint(
+        Endpoint.CONTROL,
+        lambda: context.socket(zmq.ROUTER),
+        half_open=10,
+        expected=lambda: 0,
+        frame=1024,
+        queued=1,
+        curve=False,
+        refuse=lambda *_: None,
+    )
+    made.bind("127.0.0.1", 0)
+    yield made
+    context.destroy(0)
+
+
+def test_an_address_that_is_shut_out_stays_so_when_the_endpoint_is_opened_anew(
+    endpoint: ListeningEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr("splitfl.transport.zmq_endpoint.shut_out", lambda sock, networks: told.append(list(networks)))
+    endpoint.door = Door(burst=1, rate=0.001, seconds=60.0)
+    assert [endpoint.door.knock("192.0.2.1") for _ in range(2)] == [True, False]
+    for times in (1, 2):
+        wait_until(lambda times=times: endpoint.watch() == [] and len(told) == times)
+        endpoint.reopen()
+    endpoint.close(0)
+    assert told == [["192.0.2.1"]] * 2
+
+
+def test_a_server_ends_amid_a_flood_that_it_has_not_looked_at(endpoint: ListeningEndpoint) -> None:
+    address = ("127.0.0.1", endpoint.port)
+    for _ in range(1000):
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, timeout=0.5).close()
+    closing = threading.Thread(target=endpoint.close, args=(0,), daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 def test_unfinished_handshakes_are_few(make: Make) -> None:
