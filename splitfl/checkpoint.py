@@ -281,11 +281,30 @@ def pack_state(state: Any) -> bytes:
 def unpack_state(content: bytes) -> Any:
     """What :func:`pack_state` was given; tensors on the CPU. Raises ``CheckpointError`` on anything else."""
     try:
-        tensors = load_safetensors_bytes(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return _unflatten(json.loads(header["__metadata__"][_STRUCTURE]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:begin])
+        structure = header.pop("__metadata__")[_STRUCTURE]
+        return _unflatten(json.loads(structure), _tensors_of(header, memoryview(content)[begin:]))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"A saved state is damaged ({error}): use another checkpoint.") from error
+
+
+def _tensors_of(header: Mapping[str, Any], data: memoryview) -> dict[str, Tensor]:
+    """As safetensors has them, one by one: it holds the GIL while it copies, of an optimizer's state for a minute and more, in
+    which this process would give no sign of life.
+    """
+    tensors: dict[str, Tensor] = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position or not begin <= end <= len(data):
+            raise ValueError("its tensors do not lie end to end")
+        alone = json.dumps({name: {**entry, "data_offsets": [0, end - begin]}}).encode()
+        tensors |= load_safetensors_bytes(b"".join([len(alone).to_bytes(8, "little"), alone, data[begin:end]]))
+        position = end
+    if position != len(data):
+        raise ValueError("it is longer than its tensors")
+    return tensors
 
 
 def _take_apart(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

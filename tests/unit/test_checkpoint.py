@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 
 import splitfl.checkpoint
 from splitfl.checkpoint import (
@@ -234,6 +235,31 @@ def test_states_refuse_what_they_cannot_carry():
         pack_state({(1, 2): 1})
     with pytest.raises(CheckpointError, match="damaged"):
         unpack_state(b"not a state at all")
+
+
+def test_a_state_is_unpacked_one_tensor_at_a_time(monkeypatch):
+    """What safetensors copies at once holds up every thread, signs of life to other processes too."""
+    state = {str(index): torch.full((1000,), float(index)) for index in range(5)} | {"none": torch.empty(0, 3)}
+    packed = pack_state(state)
+    sizes = []
+
+    def load(content: bytes) -> dict[str, torch.Tensor]:
+        sizes.append(len(content))
+        return load_bytes(content)
+
+    monkeypatch.setattr("splitfl.checkpoint.load_safetensors_bytes", load)
+    loaded = unpack_state(packed)
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert len(sizes) == 6
+    assert max(sizes) < 5000 < len(packed)
+
+
+@pytest.mark.parametrize(("was", "becomes"), [(b"[16,24]", b"[12,20]"), (b"[16,24]", b"[16,16]"), (b"[0,16]", b"[4,16]")])
+def test_a_state_whose_tensors_lie_elsewhere_is_refused(was, becomes):
+    packed = pack_state([torch.ones(4), torch.ones(2)])
+    assert was in packed
+    with pytest.raises(CheckpointError, match="damaged"):
+        unpack_state(packed.replace(was, becomes))
 
 
 @pytest.mark.parametrize("where", ["tensors", "state", "bytes", "description"])
