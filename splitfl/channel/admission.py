@@ -21,7 +21,7 @@ class Admission:
         self, authorized: AuthorizedClients, ticket_seconds: int, clock: Callable[[], float], bulk: str = SEALED
     ) -> None:
         self._authorized, self.ticket_seconds, self._clock, self._bulk = authorized, ticket_seconds, clock, bulk
-        self._generation = authorized.generation
+        self._generation = self._seen = authorized.generation
         self._tickets: dict[bytes, tuple[str, float]] = {}
         self._given: deque[float] = deque()  # when each ticket expires, used or not
 
@@ -70,11 +70,16 @@ class Admission:
             self._given.popleft()
 
     def changed(self) -> bool:
-        """Whether the list has been edited since the last call."""
+        """Whether the list has been edited, and has stayed as it is since the last call: an editor may move a file away, or empty
+        it, before it writes it, and nobody's session may end for that.
+        """
         self._authorized.refresh()
         # Not refresh's own answer: a connection that was judged since then has seen, and swallowed, the change.
-        known, self._generation = self._generation, self._authorized.generation
-        return known != self._generation
+        seen, self._seen = self._seen, self._authorized.generation
+        if seen != self._seen:
+            return False
+        known, self._generation = self._generation, seen
+        return known != seen
 
     def limits(self, peer: Peer) -> Mapping[str, Limit] | None:
         """This peer's limits as the list has them now; None where it is not on the list."""

@@ -47,6 +47,7 @@ from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.protocol.records import Opener, Sealer
 from splitfl.transport import wording
 from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
+from splitfl.transport.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Sessions:
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
         self._allowances: dict[str, Allowance] = {}  # by the client's name
+        self._refusals = RefusalLog(self.refusal, clock=clock)
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -194,7 +196,8 @@ class Sessions:
             code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
             text = "too many sessions of your key are opening" if listed else _REMOVED
             self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
-            self.refusal(peer.who, code, text)
+            # By its key: this connection stands, and may ask again as fast as it can.
+            self._refusals.refused(str(peer.public_key), peer.who, code, text)
             return None
         allowance.sessions.take(1)
         allowance.limit(peer.limits)

@@ -7,12 +7,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from splitfl.transport.door import network_of
+
 Report = Callable[[str, str, str], None]
 
 
 class RefusalLog:
-    """Passes on the first ``burst`` refusals of an address in any ``seconds``; the next one after that says how many it
-    left out.
+    """Passes on the first ``burst`` refusals of an address (of IPv6: one /64; or of a key) in any ``seconds``; the next one after
+    that says how many it left out.
 
     At most ``addresses`` are remembered, the oldest is forgotten first.
     """
@@ -32,7 +34,7 @@ class RefusalLog:
     def refused(self, address: str, who: str, code: str, text: str, *, once: bool = False) -> None:
         """One refusal. ``once``: of this kind one line an interval is enough."""
         now, burst = self._clock(), 1 if once else self._burst
-        address += " once" * once
+        address = network_of(address) + " once" * once
         start, count = self._seen.get(address, (now, 0))
         left_out = 0
         if now - start >= self._seconds:

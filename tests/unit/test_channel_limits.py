@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from splitfl.channel.admission import Admission
 from splitfl.channel.allowance import Allowance, Bucket
 from splitfl.channel.client import OpenTerms
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, SessionLost
 from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
-from splitfl.protocol.messages import Heartbeat
+from splitfl.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, encode
 from splitfl.transport.base import Sent
 from tests.unit.channel_world import MIB, MODEL, QUICK, Client, Make, World, forward, inverted, make_worlds, wait_until
 
@@ -171,6 +172,44 @@ def test_limits_follow_the_file(make: Make, tmp_path: Path) -> None:
     path.write_text(f"{world.identity.public} alice\n")
     assert wind(world, clock, lambda: len(client.data) == 3) < 7.0, "the limit would have taken that long"
     assert not client.lost
+
+
+def test_a_key_that_was_removed_cannot_fill_the_log(make: Make) -> None:
+    world = make()
+    transport = world.client_transport()
+    transport.connect_control("127.0.0.1", world.transport.control_port, world.server_identity.public, world.identity, 3.0)
+    world.authorized._clients.clear()
+    hello = encode(Hello(PROTOCOL_VERSION, "run", {}, "a platform"))
+    answers = 0
+    for _ in range(60):
+        transport.send_control(hello)
+        answers += len(transport.poll(0))
+    deadline = time.monotonic() + 10
+    while answers < 60 and time.monotonic() < deadline:
+        answers += len(transport.poll(0.1))
+    transport.close(0)
+    assert answers == 60
+    assert [code for _, code, _ in world.handler.refused] == ["not-authorized"] * 5
+
+
+def test_a_list_that_is_away_while_it_is_saved_ends_no_session(tmp_path: Path) -> None:
+    path = tmp_path / "authorized_clients"
+    path.write_text(f"{Identity.generate().public} bob\n")
+    authorized = AuthorizedClients(path)
+    admission = Admission(authorized, 15, Clock())
+    text = path.read_text()
+    for _ in range(3):
+        path.rename(tmp_path / "backup")
+        assert not admission.changed()
+        path.write_text("")
+        assert not admission.changed()
+        path.write_text(text)
+        assert not admission.changed()
+        assert admission.changed()
+        assert not admission.changed()
+        assert len(authorized) == 1
+    path.unlink()
+    assert [admission.changed() for _ in range(3)] == [False, True, False], "one that stays away is taken at its word"
 
 
 def test_who_does_not_read_is_dropped_and_held_little(make: Make) -> None:

@@ -88,6 +88,15 @@ def test_a_refusal_that_is_said_once() -> None:
     assert said[-1] == "a ticket (3 more refusals not shown)"
 
 
+def test_a_subscriber_with_many_addresses_has_no_more_lines() -> None:
+    said: list[str] = []
+    log = RefusalLog(lambda who, code, text: said.append(text), clock=Clock())
+    for number in range(100):
+        log.refused(f"2001:db8::{number:x}", "who", "code", "a key")
+    log.refused("2001:db8:0:1::1", "who", "code", "a key")
+    assert len(said) == 5 + 1
+
+
 def run(code: list[tuple[int, int, int, int]], packet: bytes) -> int:
     """A classic BPF machine, as far as these programs need one."""
     accumulator, at = 0, 0
