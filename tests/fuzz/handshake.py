@@ -164,7 +164,8 @@ class _Server:
 
     def credit(self, said: bytes) -> None:
         link = self.link
-        if link is not None and link.account is not None:
+        # As the channel does it: not to a client that has said goodbye.
+        if link is not None and link.account is not None and link.goodbye is None:
             due = min(int.from_bytes(said[:2], "big"), link.account.window - link.account.left - link.credit_due)
             link.credit_due += due
             self.desk.held -= due
