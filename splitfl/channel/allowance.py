@@ -13,6 +13,8 @@ from splitfl.protocol.limits import Limit
 # Of every client, whatever its line says: a message costs the server time however small it is, so small ones are counted.
 _SMALL_BYTES = 16 * 1024
 _SMALL_A_SECOND, _SMALL_AT_ONCE = 2000, 8192
+# Seconds by which a client may be ahead of that: credit hardly slows who sends only small messages, as they cost hardly any.
+_SMALL_AHEAD = 10.0
 _CONTROL_A_SECOND, _CONTROL_AT_ONCE = 1000, 4096
 _SESSIONS_A_SECOND, _SESSIONS_AT_ONCE = 2, 120
 
@@ -71,6 +73,11 @@ class Allowance:
         self._small.take(payload_bytes < _SMALL_BYTES)
         self._bytes.take(payload_bytes)
         self._tokens.take(tokens)
+
+    @property
+    def flooded(self) -> bool:
+        """Whether this client sends so many small messages that it is to be ended."""
+        return self._small.wait() > _SMALL_AHEAD
 
     def wait(self) -> float:
         """Seconds until this client may have more credit."""

@@ -296,6 +296,8 @@ class Sessions:
         with self.lock:
             link.session.check_receive(message)
         link.allowance.begun(message.payload_bytes, message.rows if isinstance(message, Forward) else 0)
+        if link.allowance.flooded:
+            raise RemoteProtocolError("more small messages than a client has use for")
 
     def _charge(self, link: Link, size: int) -> None:
         with self.lock:

@@ -159,6 +159,20 @@ def test_a_flood_of_control_messages_ends_the_session(make: Make) -> None:
     assert honest.echo(b"ab") == inverted(b"ab")
 
 
+def test_a_flood_of_small_messages_that_cost_no_credit_ends_the_session(make: Make) -> None:
+    world = make(clock=Clock(), timing=PATIENT)
+    client, honest = world.join(timing=PATIENT), world.join(identity=limited(world, "honest"), timing=PATIENT)
+    link = world.server._sessions.find(client.channel.opened.session)
+    assert link is not None
+    link.allowance._small.take(8192 + 20_000 - 3)  # Attach and two more are within
+    for micro in range(2):
+        assert client.echo(b"ab", micro) == inverted(b"ab")
+    client.channel.send(forward(2, 2), b"ab")
+    wait_until(lambda: client.lost)
+    assert "more small messages than" in str(client.lost[0])
+    assert honest.echo(b"ab") == inverted(b"ab")
+
+
 def test_limits_follow_the_file(make: Make, tmp_path: Path) -> None:
     clock = Clock()
     world = make(window=4 * MIB, max_message=4 * MIB, clock=clock, timing=PATIENT)
