@@ -265,7 +265,7 @@ class TrunkServer:
 
         Raises:
             NotWritten: a checkpoint cannot be written.
-            SplitflError: the trunk's thread failed, or another process of the server is gone.
+            SplitflError: the trunk's thread or the channel's failed, or another process of the server is gone.
         """
         done = self._done if self._replica is None else self._replica.stopped
         waited = 0.0
@@ -280,6 +280,9 @@ class TrunkServer:
                 raise self._loop.failure
             if self._loop.failure is not None:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
+            # Nobody could come any more: better an end, after which the server is started again.
+            if self._channel is not None and self._channel.failure is not None:
+                raise SplitflError(f"the channel failed: {self._channel.failure}") from self._channel.failure
         return False
 
     @property

@@ -84,6 +84,11 @@ class ServerChannel:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the I/O thread has ended without having been told to; None while it serves."""
+        return self._failure
+
     def stop(self, text: str = "the server stops", *, back: bool = False) -> None:
         """Sends what is queued (bounded wait), tells every client Closing, and joins the thread. ``back``: the server means to be
         back, so that clients wait for it.
@@ -167,8 +172,9 @@ class ServerChannel:
                     self._sessions.tick()
                     next_tick = self._clock() + _TICK
             self._flush()
-        except Exception:
+        except Exception as error:
             _log.exception("the server's I/O thread failed")
+            self._failure = error
             self._stopping = self._stopping or "the server failed"
         finally:
             try:

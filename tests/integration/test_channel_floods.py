@@ -19,7 +19,7 @@ import zmq
 
 from benchmarks.memory import resident_bytes
 from splitfl.channel.timing import Timing
-from splitfl.errors import SessionLost
+from splitfl.errors import ConfigError, SessionLost, SplitflError
 from splitfl.protocol.keys import Identity
 from splitfl.transport.base import ClientFrame, Endpoint
 from splitfl.transport.door import Door
@@ -381,3 +381,19 @@ def test_training_goes_on_by_itself_when_the_endpoint_is_opened_anew(tmp_path: P
     calm, flooded = (losses_of_a_run(tmp_path / name, flooded=name == "flooded") for name in ("calm", "flooded"))
     assert calm[-1] < calm[0]
     assert flooded == pytest.approx(calm, rel=1e-5)
+
+
+@linux
+def test_a_server_whose_endpoint_cannot_be_opened_anew_ends_and_says_why(tmp_path: Path) -> None:
+    run = TrunkWorld(tmp_path, tiny_llama(tmp_path / "model"), 1, memory=False, run="taken")
+    with running(run):
+        transport = run.server._transport
+
+        def taken(*_: Any, **__: Any) -> None:
+            raise ConfigError("cannot listen at 127.0.0.1: another process has the port")
+
+        transport._data.reopen = taken
+        transport._data._looked, transport._data.total = True, -1
+        transport.wake()
+        with pytest.raises(SplitflError, match="the channel failed: cannot listen"):
+            run.server.wait(10)
