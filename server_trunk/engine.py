@@ -23,6 +23,7 @@ from server_trunk.members import NO_TARGETS, NOT_FINITE, BackwardBatch, ForwardB
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
+from splitfl.errors import GroupLost
 from splitfl.parts.dropout import dropout_key
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
@@ -241,10 +242,11 @@ class Engine:
 
     @staticmethod
     def is_lost(error: Exception) -> bool:
-        """Whether the device itself has failed (a CUDA error is never recovered from), not only one batch."""
+        """Whether the device itself has failed (a CUDA error is never recovered from), or another process, not only one batch."""
         # Newer torch has a class of its own for it; being out of memory is none of them.
         kind = getattr(torch, "AcceleratorError", None)
-        return kind is not None and isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
+        device = kind is not None and isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
+        return device or isinstance(error, GroupLost)
 
     def close(self) -> None:
         """End its threads; nothing runs any more."""

@@ -54,7 +54,7 @@ class RunComplete(UserError):
 
 
 class GroupLost(SplitflError):
-    """A rank of a trunk is gone, or holds another state than the others: nothing more can be run on it."""
+    """A rank of a trunk, or a replica, is gone, or holds another state than the others: nothing more can be run."""
 
 
 # --- Connecting: the user can mend it too, with the operator's help. ------------------------------------------------------------

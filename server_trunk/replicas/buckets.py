@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from splitfl.errors import SplitflError
+from splitfl.errors import GroupLost
 
 __all__ = ["BUCKET_BYTES", "Averages", "Bucket", "buckets_of", "reduce"]
 
@@ -72,8 +72,8 @@ def reduce(tensor: torch.Tensor, group: Any) -> Callable[[], None]:
     return wait
 
 
-def _gone(error: Exception) -> SplitflError:
-    return SplitflError(f"another replica is gone: {str(error).splitlines()[0]}")
+def _gone(error: Exception) -> GroupLost:
+    return GroupLost(f"another replica is gone: {str(error).splitlines()[0]}")
 
 
 class Averages:

@@ -115,10 +115,6 @@ class LeadingEngine(Engine):
         steps = {index: float(entry["step"]) for index, entry in outline["state"].items()}
         self.train("read", str(directory), {"steps": steps, "param_groups": outline["param_groups"]})
 
-    @staticmethod
-    def is_lost(error: Exception) -> bool:
-        return isinstance(error, GroupLost) or Engine.is_lost(error)
-
     def stop(self) -> None:
         """Let the followers end. The last of its operations."""
         if not self._lost:

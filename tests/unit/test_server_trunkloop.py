@@ -13,6 +13,7 @@ import torch
 
 from server_trunk.engine import Engine
 from server_trunk.gateway import Gateway
+from server_trunk.replicas.sums import EarlySums, Sums
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import SharedTraining
@@ -20,7 +21,7 @@ from server_trunk.transfers import Landing
 from server_trunk.trunkloop import Event, TrunkLoop
 from splitfl.adapters import set_trainable
 from splitfl.config import OptimizerSettings, build_config
-from splitfl.errors import RemoteProtocolError
+from splitfl.errors import GroupLost, RemoteProtocolError
 from splitfl.parts.identity import model_identity
 from splitfl.parts.loading import load_trunk
 from splitfl.protocol.messages import Backward, Enrol, Fault, Forward, Grad, Hidden, Pause, StepClosed, StepDone, StepOpened
@@ -310,6 +311,24 @@ def test_a_backward_that_cannot_run_holds_up_nobody(model, tmp_path, vanishes):
     desk.run(*honest("b"), *([("b", None)] if vanishes else []))
     assert [closed.targets for closed in desk.outlet.closed()] == [4]
     assert ("b" in desk.outlet.ended) is not vanishes
+
+
+def test_a_replica_that_is_gone_when_gradients_leave_amid_a_backward_is_no_fault_of_a_client(model, tmp_path, monkeypatch):
+    def refuse(*given, **options):
+        raise RuntimeError("Connection closed by peer (injected)")
+
+    monkeypatch.setattr("torch.distributed.all_reduce", refuse)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda group: "nccl")
+    desk = Desk(model, tmp_path)
+    desk.engine._in_place, desk.engine.is_atomic = False, True
+    parameters = desk.engine.training.parameters_of([])
+    desk.engine.training.early = lambda *, in_place: EarlySums(Sums(parameters, None), in_place=in_place)
+    desk.loop._steps.ends_with = lambda members: True
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    with pytest.raises(GroupLost, match="another replica is gone"):
+        desk.run(*honest("a"))
+    assert not desk.outlet.ended
 
 
 def test_a_trunk_that_somebody_keeps_busy_still_drops_who_is_late(model, tmp_path):
