@@ -135,6 +135,8 @@ def strike(fault: str, place: str, stage: Stage, *, disk: Path | None = None) ->
         if fault in _FRAMES:
             relay.at(_is_at(place), happen)
             wait_until(relay.fired.is_set, why=stage.said)
+            if fault == "frame dropped":  # noticed at the next heartbeat, before which the run might else be over
+                wait_until(lambda: stage.events("left"), why=stage.said)
         else:
             happen(None)
         stop.go()
