@@ -125,7 +125,7 @@ def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_pa
 
 def test_a_server_that_is_started_again_by_something_goes_on_where_it_can(tmp_path, capsys, monkeypatch):
     class Server:
-        def __init__(self, config, *, resume, echo, group, shards):
+        def __init__(self, config, *, resume, **more):
             raise ConfigError(f"resume: {resume}")
 
     monkeypatch.setattr("server_trunk.server.TrunkServer", Server)
