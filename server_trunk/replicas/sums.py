@@ -41,10 +41,10 @@ class Sums:
     def leave(self, more: dict[int, torch.Tensor] | None = None) -> None:
         """The next bucket leaves, and its gradients are gone from the parameters. ``more``: to be added to them, by id."""
         bucket, flat, views = self._buckets[self.left]
-        self.left += 1
         self._present |= {id(p) for p in bucket.parameters if p.grad is not None or id(p) in (more or {})}
         fill(bucket, flat, views, more)
         self._waits.append(reduce(flat, self._group))
+        self.left += 1  # last: where something failed before, it has not left
 
     def leave_all(self) -> None:
         while self.left < len(self._buckets):
