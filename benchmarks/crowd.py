@@ -12,6 +12,7 @@ with the first to the same question, so that no client ever gets another's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import tempfile
 import threading
@@ -231,34 +232,51 @@ def summary(served: Sequence[Served], seconds: float) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    from splitfl.protocol.keys import write_identity
+class Site:
+    """A server process (:func:`run_server`) that lists ``clients`` keys, and processes beside it. Leaves with :meth:`stop`."""
 
-    context = multiprocessing.get_context("spawn")
+    def __init__(self, work: Path, clients: int, batch_tokens: int) -> None:
+        from splitfl.protocol.keys import write_identity
 
-    def start(target: Any, *rest: Any) -> tuple[Any, Connection]:
-        near, far = context.Pipe()
-        process = context.Process(target=target, args=(far, *rest), daemon=True)
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        build_model(f"{work}/model")
+        self.keys = [f"{work}/client{index}.key" for index in range(clients)]
+        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self.keys)]
+        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
+        self.log = work / "server" / "log.jsonl"
+        self.server, self.desk = self.start(run_server, f"{work}/model", str(work), clients, batch_tokens)
+
+    def start(self, target: Any, *rest: Any) -> tuple[Any, Connection]:
+        """A process that runs ``target(pipe, *rest)`` until it receives None, and the other end of its pipe."""
+        near, far = self._context.Pipe()
+        process = self._context.Process(target=target, args=(far, *rest), daemon=True)
         process.start()
         far.close()
+        self._workers.append((process, near))
         return process, near
 
+    def stop(self) -> None:
+        """End all, the last first."""
+        while self._workers:
+            process, pipe = self._workers.pop()
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                pipe.send(None)
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
-        model = f"{work}/model"
-        build_model(model)
-        keys = [f"{work}/client{index}.key" for index in range(args.clients)]
-        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(keys)]
-        Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
-        server, desk = start(run_server, model, work, args.clients, args.batch_tokens)
-        workers = [(server, desk)]
+        site = Site(Path(work), args.clients, args.batch_tokens)
         try:
-            join = desk.recv()
+            join = site.desk.recv()
             began = time.monotonic()
             share = -(-args.clients // args.processes)
-            parts = [(keys[first : first + share], first) for first in range(0, args.clients, share)]
-            crowd = [start(run_clients, join, part, first) for part, first in parts]
-            workers += crowd
-            for _, pipe in crowd:
+            parts = [(site.keys[first : first + share], first) for first in range(0, args.clients, share)]
+            crowd = [site.start(run_clients, join, part, first)[1] for part, first in parts]
+            for pipe in crowd:
                 pipe.recv()
             print(f"{args.clients} sessions open after {time.monotonic() - began:.1f} s", flush=True)
             result: dict[str, Any] = {
@@ -267,14 +285,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "joining_seconds": time.monotonic() - began,
             }
             for name in _ROUNDS:
-                result[name] = _round(name, args.seconds, server.pid, desk, [pipe for _, pipe in crowd])
+                result[name] = _round(name, args.seconds, site.server.pid, site.desk, crowd)
         finally:
-            for process, pipe in reversed(workers):
-                pipe.send(None)
-                process.join(30)
-                if process.is_alive():
-                    process.kill()
-        result["refused_or_lost"] = _unexpected(Path(work) / "server" / "log.jsonl")
+            site.stop()
+        result["refused_or_lost"] = _unexpected(site.log)
     result["errors"] = sum(result[name]["errors"] for name in _ROUNDS) + sum(result["refused_or_lost"].values())
     result["jain"] = min(result[name]["jain"] for name in _ROUNDS)
     result["worst_share"] = min(result[name]["worst_share"] for name in _ROUNDS)

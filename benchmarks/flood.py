@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 import statistics
@@ -26,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crowd import build_model, run_clients, run_server, summary
+from benchmarks.crowd import Site, run_clients, summary
 from benchmarks.report import emit
 from benchmarks.stage import quiet
 
@@ -166,46 +165,23 @@ class _Memory:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from splitfl.protocol.join import JoinString
-    from splitfl.protocol.keys import write_identity
-
-    context = multiprocessing.get_context("spawn")
-
-    def start(target: Any, *rest: Any) -> tuple[Any, Connection]:
-        near, far = context.Pipe()
-        process = context.Process(target=target, args=(far, *rest), daemon=True)
-        process.start()
-        far.close()
-        return process, near
 
     with tempfile.TemporaryDirectory() as work:
-        model = f"{work}/model"
-        build_model(model)
-        keys = [f"{work}/client{index}.key" for index in range(CLIENTS)]
-        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(keys)]
-        Path(f"{work}/authorized_clients").write_text("\n".join(lines) + "\n")
-        server, desk = start(run_server, model, work, CLIENTS, 2048)
-        workers = [(server, desk)]
+        site = Site(Path(work), CLIENTS, 2048)
         rounds: list[dict[str, Any]] = []
         try:
-            join = JoinString.parse(desk.recv())
-            honest, pipe = start(run_clients, str(join), keys, 0)
-            workers.append((honest, pipe))
+            join = JoinString.parse(site.desk.recv())
+            _, pipe = site.start(run_clients, str(join), site.keys, 0)
             pipe.recv()
-            closer, door = start(dummy)
-            workers.append((closer, door))
-            targets = {"dummy": door.recv(), "server": [join.port, _data_port(server.pid, join.port)]}
-            memory = _Memory(server.pid)
+            _, door = site.start(dummy)
+            targets = {"dummy": door.recv(), "server": [join.port, _data_port(site.server.pid, join.port)]}
+            memory = _Memory(site.server.pid)
             for pair in range(args.pairs):
                 for target in ("dummy", "server") if pair % 2 == 0 else ("server", "dummy"):
-                    rounds.append(_round(target, targets[target], join.key.raw, args, memory, pipe, start))
+                    rounds.append(_round(target, targets[target], join.key.raw, args, memory, pipe, site))
         finally:
-            for process, end in reversed(workers):
-                with contextlib.suppress(BrokenPipeError):
-                    end.send(None)
-                process.join(30)
-                if process.is_alive():
-                    process.kill()
-        log = Path(work, "server", "log.jsonl").read_text().splitlines()
+            site.stop()
+        log = site.log.read_text().splitlines()
         refusals = Counter(event["code"] for event in map(json.loads, log) if event["event"] == "refused")
     by = {target: [each for each in rounds if each["target"] == target] for target in ("dummy", "server")}
     ratios = [
@@ -235,12 +211,12 @@ def _data_port(pid: int, control: int) -> int:
 
 
 def _round(
-    target: str, ports: Sequence[int], key: bytes, args: argparse.Namespace, memory: _Memory, honest: Connection, start: Any
+    target: str, ports: Sequence[int], key: bytes, args: argparse.Namespace, memory: _Memory, honest: Connection, site: Site
 ) -> dict[str, Any]:
     """The flood at one of the two, and what the honest clients get meanwhile."""
     before = most = memory.now()
     begin = time.monotonic() + 2
-    process, pipe = start(flood, ports, args.connections, args.junk * 10**6, begin, args.seconds, key)
+    process, pipe = site.start(flood, ports, args.connections, args.junk * 10**6, begin, args.seconds, key)
     honest.send(("steps", begin, begin + args.seconds))
     while not honest.poll(0.2):
         most = max(most, memory.now())

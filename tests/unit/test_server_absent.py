@@ -8,7 +8,7 @@ import pytest
 
 from server_trunk import absent
 from server_trunk.absent import RETURN, Absent
-from tests.unit.test_server_trunkloop import Desk, forward, honest
+from tests.unit.trunkloop_world import Desk, forward, honest
 from tests.world import tiny_llama
 
 
