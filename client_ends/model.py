@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from client_ends.clipping import TrunkGradient, norm_before_clipping
 from client_ends.objective import Objective, objective_of, without_targets_after_padding
 from client_ends.pieces import forward_in_pieces, pieces_of
 from client_ends.remote import RemoteTrunk
 from client_ends.rounds import EndsRounds
 from client_ends.session import TrunkSession
+from client_ends.stepping import leaves_of, step_with
 from splitfl.adapters import named_trainables
 from splitfl.channel.opening import OpenTerms
 from splitfl.errors import ConfigError, ModelError, UserError
@@ -89,6 +90,9 @@ class _SplitModel:
     _task: ClassVar[Task]
     _remote: RemoteTrunk
     _set_objective: Objective | None
+    _declare: Callable[[int], Objective] | None
+    _trunk_gradient: TrunkGradient | None  # where the run clips both sides together
+    _fed_by: tuple[torch.nn.Parameter, ...]  # what trains outside this model, before its embedding: soft prompts
 
     @classmethod
     def from_pretrained(
@@ -186,8 +190,14 @@ class _SplitModel:
         ends.__class__ = type(base.__name__, (cls, base), {"forward": _observed(base.forward), "__module__": base.__module__})
         object.__setattr__(ends, "_remote", remote)
         object.__setattr__(ends, "_set_objective", None)
-        object.__setattr__(ends, "_step_hook", _step_with(weakref.ref(ends)))
+        object.__setattr__(ends, "_declare", None)
+        object.__setattr__(ends, "_fed_by", ())
+        object.__setattr__(ends, "_trunk_gradient", None)
+        object.__setattr__(ends, "_step_hook", step_with(weakref.ref(ends)))
         attach_trunk(ends, remote)
+        if session.terms["optimizer"]["clipping"] == "joint":
+            ends.trunk_slot.trunk_gradient = TrunkGradient(session)
+            object.__setattr__(ends, "_trunk_gradient", ends.trunk_slot.trunk_gradient)
         if session.terms["round_steps"]:
             session.rounds = EndsRounds(
                 session.terms["round_steps"], session.terms["part_bytes"], _trainables_of(weakref.ref(ends))
@@ -204,7 +214,21 @@ class _SplitModel:
 
         ``then="pause"`` withdraws from the next step (to evaluate), ``"leave"`` from all.
         """
-        self._remote.session.step_done(then)
+        self._remote.session.step_done(then, self._ends_norm())
+
+    def _ends_norm(self) -> float | None:
+        """The norm of the ends' gradient before it was clipped, where the run clips both sides together."""
+        trunk = self._trunk_gradient
+        if trunk is None:
+            return None
+        norm = norm_before_clipping(self._own_parameters(), trunk.factor)
+        trunk.forget()
+        return norm
+
+    def _own_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The ends', and soft prompts before them."""
+        yield from self.parameters()  # type: ignore[attr-defined]
+        yield from self._fed_by
 
     def wait_step(self) -> StepClosed:
         """Wait until the last step this client took part in has closed at the server; where a round ended with it, the ends then
@@ -235,6 +259,15 @@ class _SplitModel:
             yield
         finally:
             self._set_objective = None
+
+    @contextlib.contextmanager
+    def undeclared(self, declare: Callable[[int], Objective]) -> Iterator[None]:
+        """Of forwards inside that have no labels and no objective, ``declare(rows)`` says what their loss is."""
+        self._declare = declare
+        try:
+            yield
+        finally:
+            self._declare = None
 
     def close(self) -> None:
         """Leave the run and end the session."""
@@ -281,9 +314,13 @@ def _observed(forward: Any) -> Any:
                 place = list(bound).index("labels") - 1
                 args = (*args[:place], labels, *args[place + 1 :])
         objective = self._set_objective or objective_of(arguments, per_token=per_token)
+        if objective is None and self._declare is not None and self.training and torch.is_grad_enabled():
+            objective = self._declare(_rows_of(arguments))
         if self.training and torch.is_grad_enabled():
+            self._fed_by = leaves_of(arguments.get("inputs_embeds"))
             self._remote.session.begin_forward()
         self._remote.training = self.training
+        self._remote.ends_adapter_on = not _is_adapter_off(self)
         self._remote.objective = objective
         named = {name: arguments[name] for name in arguments if name in names or name in kwargs}
         pieces = pieces_of(named, self.config, self._remote.micro_batches)
@@ -302,41 +339,12 @@ def _observed(forward: Any) -> Any:
     return observed
 
 
-def _step_with(model: weakref.ref[Any]) -> _StepHook:
-    """When an optimizer that holds parameters of the ends steps, the trunk's step ends."""
-
-    def stepped(optimizer: torch.optim.Optimizer) -> None:
-        ends = model()
-        if ends is None or not ends._remote.session.contributed:
-            return
-        own = {id(parameter) for parameter in ends.parameters()}
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            ends.step()
-
-    return _StepHook(stepped)
+def _rows_of(arguments: Mapping[str, Any]) -> int:
+    tokens = arguments.get("input_ids")
+    return len(arguments["inputs_embeds"] if tokens is None else tokens)
 
 
-class _StepHook:
-    """Hears of every optimizer step until it is removed. Torch's own table of such hooks must not change while an optimizer of
-    another thread goes through it, so one entry of it serves all, and the list behind that entry is replaced, never changed.
-    """
-
-    _all: ClassVar[tuple[_StepHook, ...]] = ()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, stepped: Callable[[torch.optim.Optimizer], None]) -> None:
-        self._stepped = stepped
-        with self._lock:
-            _StepHook._all = (*_StepHook._all, self)
-
-    def remove(self) -> None:
-        with self._lock:
-            _StepHook._all = tuple(each for each in _StepHook._all if each is not self)
-
-    @classmethod
-    def heard(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for hook in cls._all:
-            hook._stepped(optimizer)
-
-
-register_optimizer_step_post_hook(_StepHook.heard)
+def _is_adapter_off(model: torch.nn.Module) -> bool:
+    """Whether PEFT has switched the ends' adapter off, as the reference pass of a preference loss does."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and bool(layer.disable_adapters)

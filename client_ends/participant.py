@@ -236,8 +236,9 @@ class Participant:
         total: int = self.terms["optimizer"]["steps"]
         return total if self._has_barrier else 0
 
-    def step_done(self, then: str = "continue") -> None:
-        """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``.
+    def step_done(self, then: str = "continue", ends_norm: float | None = None) -> None:
+        """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``. ``ends_norm``: of the ends'
+        gradient, where the run clips both sides together.
 
         Returns at once; a forward of the next step waits at the server until the step has closed.
 
@@ -259,7 +260,7 @@ class Participant:
         with self._lock:
             self._await_link()
             if self._away is None and self._dropped is None:
-                message = StepDone(self.step, self._forwards, self._backwards, then)
+                message = StepDone(self.step, self._forwards, self._backwards, then, ends_norm)
                 try:
                     self._tell(message)
                 except LocalProtocolError:

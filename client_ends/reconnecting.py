@@ -35,7 +35,7 @@ from splitfl.errors import (
     SessionLost,
     SplitflError,
 )
-from splitfl.protocol.messages import Backward, Forward, Hidden, Pause, RefusalCode, StepClosed, Welcome
+from splitfl.protocol.messages import AskNorm, Backward, Forward, Hidden, Pause, RefusalCode, StepClosed, TrunkNorm, Welcome
 from splitfl.tensors import byte_view
 
 __all__ = ["Reconnecting", "may_pass"]
@@ -82,6 +82,8 @@ class Reconnecting(Participant):
         self._heard: set[tuple[int, bool]] = set()  # by number: answers to what was sent again, and whether it was a Hidden
         self._repeated: set[int] = set()  # micro-batches that were sent again in this session
         self._bytes = (0, 0)  # of the sessions before
+        self._norm_asked: AskNorm | None = None  # for the norm of the trunk's gradient in the present step
+        self._norm: TrunkNorm | None = None  # the answer
         self.on_link: Callable[[str], None] = lambda text: None  # hears in one line what befalls the link
 
     def _begin(self, open_channel: Callable[[str, OnLost], ClientChannel], reconnect: float, replaces: str) -> None:
@@ -149,6 +151,10 @@ class Reconnecting(Participant):
                 self._heard.add((message.micro, isinstance(message, Hidden)))
                 self._lock.notify_all()
             return again
+
+    def _clear_step(self) -> None:
+        self._norm_asked = self._norm = None
+        super()._clear_step()
 
     # --- a link is lost ---------------------------------------------------------------------------------------------------------
 
@@ -369,6 +375,8 @@ class Reconnecting(Participant):
                 self._until(functools.partial(self._heard.__contains__, (number, True)))
         if part.done is not None:
             self.channel.tell(part.done)
+        elif self._norm_asked is not None and self._norm is None:
+            self.channel.tell(self._norm_asked)
 
     def _until(self, true: Callable[[], bool]) -> None:
         """Wait; raises _Cut where the link breaks meanwhile, or the step goes on without this client."""

@@ -100,6 +100,7 @@ class RemoteTrunk:
         self.micro_batches = micro_batches
         self.training = True
         self.adapter_on = True
+        self.ends_adapter_on = True  # PEFT's word on the ends, which holds for the trunk's too
         self.objective: Objective | None = None
         self.on_first_forward: Callable[[torch.Tensor], None] | None = None
         self._halfway = False
@@ -180,8 +181,15 @@ class RemoteTrunk:
             self.on_first_forward(flat)
             self.on_first_forward = None
 
+        adapter_on = self.adapter_on and self.ends_adapter_on
+        if not adapter_on and self.session.terms["trainables"] == "full":
+            raise UserError(
+                "the trunk has no adapter to switch off, as this run trains its whole weights: for a reference pass ask the "
+                "operator for a run with trainables = lora"
+            )
+
         def send(tensor: torch.Tensor) -> int:
-            return self.session.send_forward(tensor, part.wire, train=self.training, grad=grad, adapter_on=self.adapter_on)
+            return self.session.send_forward(tensor, part.wire, train=self.training, grad=grad, adapter_on=adapter_on)
 
         if grad and flat.requires_grad:
             call.want_grad = True

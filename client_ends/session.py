@@ -29,12 +29,14 @@ from splitfl.libraries import library_versions
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
+    AskNorm,
     AveragePart,
     Backward,
     Fault,
     Forward,
     Hidden,
     RefusalCode,
+    TrunkNorm,
     Welcome,
 )
 from splitfl.tensors import DTYPES, dtype_name, receive_buffer
@@ -201,6 +203,33 @@ class TrunkSession(Reconnecting):
                     self._give_up()
             raise
 
+    @property
+    def has_sent_since_norm(self) -> bool:
+        """Whether a backward went out since the norm of the trunk's gradient was last asked for."""
+        return self._norm_asked is None or self._norm_asked.backwards < self._backwards
+
+    def trunk_norm(self) -> float:
+        """The norm of the trunk's gradient of the step under way, over all gradients sent for it; 0 where the trunk will not use
+        it. A forward of the step whose backward has not been sent by now has no gradient any more. Only in a run that clips both
+        sides together.
+
+        Raises:
+            StepMissed, RunWentBack, SessionLost.
+        """
+
+        def ended() -> bool:
+            return self._lost is not None or self._dropped is not None or self._away is not None
+
+        with self._lock:
+            self._await_link()
+            self._norm_asked, self._norm = AskNorm(self.step, self._backwards), None
+            self._tell(self._norm_asked)
+            self._lock.wait_for(lambda: self._norm is not None or ended())
+            if self._norm is None:
+                self._check()
+        self._check_missed()
+        return 0.0 if self._norm is None or self._norm.norm is None else self._norm.norm
+
     def forget(self, number: int) -> None:
         """Nothing more is awaited of this micro-batch; what still comes of it is received and dropped."""
         with self._lock:
@@ -225,6 +254,11 @@ class TrunkSession(Reconnecting):
         if isinstance(message, Fault) and message.code == RefusalCode.NOT_COUNTED:
             self.uncounted += 1
             self.on_uncounted(f"micro-batch {message.micro}: {message.text}")
+            return
+        if isinstance(message, TrunkNorm):
+            with self._lock:
+                self._norm = message
+                self._lock.notify_all()
             return
         super()._on_control(message)
 

@@ -280,7 +280,7 @@ class _Run:
         self.last_step, self.made, self.stood = self._number(), step + 1, None
         if self.optimizer is not None:
             if self.optim_settings.clip:
-                torch.nn.utils.clip_grad_norm_(list(self.trainables.values()), self.optim_settings.clip)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim_settings.clip)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -26,6 +26,7 @@ from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
 from splitfl.protocol.messages import (
     PROTOCOL_VERSION,
+    AskNorm,
     Ends,
     EndsPart,
     Enrol,
@@ -34,6 +35,7 @@ from splitfl.protocol.messages import (
     Open,
     Redirect,
     RefusalCode,
+    StepDone,
     Welcome,
 )
 from splitfl.runlog import RunLog
@@ -72,6 +74,8 @@ class Gateway:
         self._ends = ends or EndsBook(averaged=False, part_bytes=part_bytes_for(config.window))
         self._cut = Cut.parse(config.cut)
         self._names: dict[str, str] = {}  # by open session
+        self._joint = config.optimizer.clipping == "joint"
+        self._trains: dict[str, str] = {}  # of these, those that have taken part in steps
         self._libraries = library_versions()
         self._terms = config.terms() | {
             "identity": identity.to_plain(),
@@ -130,6 +134,7 @@ class Gateway:
     def on_closed(self, session: str, reason: str, *, lost: bool) -> None:
         self._book.left(session)
         self._ends.left(session)
+        self._trains.pop(session, None)
         self._log.write("left", client=self._names.pop(session, None), session=session[:8], why=reason, lost=lost)
         self._meter.left(session)
         # The trunk's thread never waits for this one, so a full inbox empties; this event must not be lost.
@@ -168,7 +173,24 @@ class Gateway:
             return
         if isinstance(message, Enrol):
             self._ends.check_enrol(session)
+            if self._joint:
+                self._check_alone(session)
+        elif not self._joint and (
+            isinstance(message, AskNorm) or (isinstance(message, StepDone) and message.ends_norm is not None)
+        ):
+            raise RemoteProtocolError("a norm for clipping together, in a run where each side clips its own")
         self._put(Event(session, message))
+
+    def _check_alone(self, session: str) -> None:
+        """Raises Refused where another client trains in a run whose gradient is clipped together with one client's ends'."""
+        self._trains[session] = name = self._names[session]
+        if any(other != name for other in self._trains.values()):
+            del self._trains[session]
+            raise Refused(
+                RefusalCode.ENDS,
+                "this run clips the gradients of both sides together (clipping = joint), which is for one client, and another "
+                "trains already: ask the operator for clipping = separate",
+            )
 
     def _put(self, event: Event) -> None:
         try:

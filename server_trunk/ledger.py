@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import StepDone
+from splitfl.protocol.messages import AskNorm, StepDone
 
-__all__ = ["LATE", "LOST", "PAUSED", "Ledger", "Part", "check_done", "earliest"]
+__all__ = ["LATE", "LOST", "PAUSED", "Ledger", "Part", "check_asked", "check_done", "earliest"]
 
 #: Why a part is not whole, as the log says it.
 LATE, LOST, PAUSED = "late", "lost", "paused"
@@ -36,6 +36,7 @@ class Part:
     counted: set[int] = field(default_factory=set)
     replays: dict[str, frozenset[int]] = field(default_factory=dict)  # by session that took over: what had counted by then
     done: StepDone | None = None
+    asked: AskNorm | None = None  # its session wants to know the norm of the step's gradient
     dropped: bool = False
     why: str = ""
     withdrawn: bool = False  # its client has to enrol again before it takes part in another step
@@ -46,7 +47,13 @@ class Part:
     @property
     def all_arrived(self) -> bool:
         """Whether every gradient that was announced is here."""
-        return self.done is not None and self.arrived >= self.done.backwards
+        announced = self.done or self.asked
+        return announced is not None and self.arrived >= announced.backwards
+
+    @property
+    def has_asked_in_time(self) -> bool:
+        """Whether every gradient that its session's question is about has run."""
+        return self.asked is not None and self.backwards >= self.asked.backwards and not self.unrun
 
     @property
     def will_be_whole(self) -> bool:
@@ -94,7 +101,7 @@ class Part:
 
     def hold(self, now: float) -> None:
         """Its session is lost, and the step waits for another of the same client."""
-        self.lost_at, self.done = now, None
+        self.lost_at, self.done, self.asked = now, None, None
 
     def wait(self, now: float, awaited: bool) -> None:
         """Others wait for this part, or do not."""
@@ -145,6 +152,14 @@ class Ledger:
         for part in self.parts.values():
             total[part.client] += part.targets
         return dict(total)
+
+
+def check_asked(part: Part, message: AskNorm) -> None:
+    """Raises RemoteProtocolError where a question for the norm contradicts what was sent."""
+    if part.done is not None or part.asked is not None:
+        raise RemoteProtocolError(f"the norm of step {message.step} is asked for twice, or after its end")
+    if part.arrived > message.backwards:
+        raise RemoteProtocolError(f"the norm of step {message.step} is asked for with fewer gradients than were sent")
 
 
 def check_done(part: Part, message: StepDone) -> None:

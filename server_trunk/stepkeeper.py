@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -18,9 +19,9 @@ from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import MAX_UNDERWAY, Scheduler
 from server_trunk.steps import Steps
-from server_trunk.training import StepReport
+from server_trunk.training import SharedTraining, StepReport
 from splitfl.errors import CheckpointError, RemoteProtocolError
-from splitfl.protocol.messages import Backward, Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import AskNorm, Backward, Enrol, Fault, RefusalCode, StepClosed, StepDone, StepOpened, TrunkNorm
 from splitfl.runlog import RunLog
 
 __all__ = ["NotKept", "Run", "StepKeeper"]
@@ -104,8 +105,13 @@ class StepKeeper:
             self._rounds.joins(session, message.held)
         self._enrolments[session] = self._enrolments.get(session, 0) + 1
 
-    def done(self, session: str, message: StepDone) -> None:
-        self._steps.done(session, message)
+    def done(self, session: str, message: StepDone | AskNorm) -> None:
+        """A session has sent all of its part, or, in a run that clips both sides together, all gradients of it."""
+        if isinstance(message, StepDone):
+            self._steps.done(session, message)
+        else:
+            assert isinstance(self._steps, Steps), "the gateway takes it only there"
+            self._steps.ask_norm(session, message)
         self.abandon_if_all_arrived(session)
 
     def withdraw(self, session: str) -> None:
@@ -200,6 +206,7 @@ class StepKeeper:
 
     def turn(self) -> None:
         """Close the step that is whole, open the next, and tell whom it concerns."""
+        self._tell_norm()
         if not self._finish():
             if self._rounds is not None and self._rounds.is_void:
                 self._steps.close()  # hears that the run ends
@@ -227,6 +234,15 @@ class StepKeeper:
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
             self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
         self._answer_stale()
+
+    def _tell_norm(self) -> None:
+        """Answer whoever waits for the norm of the step's gradient before it clips its own."""
+        if not isinstance(self._steps, Steps):
+            return
+        for part in self._steps.norm_due():
+            training = self._engine.training
+            norm = training.norm(self._steps.targets) if isinstance(training, SharedTraining) else None
+            self._outlet.tell(part.session, TrunkNorm(part.step, norm))
 
     def _go_back(self) -> None:
         """A run that was resumed begins where all who are there can begin, if there is such a step."""
@@ -271,6 +287,9 @@ class StepKeeper:
 
     def _close(self, ledger: Ledger) -> None:
         began = time.monotonic()
+        norms = [part.done.ends_norm for part in ledger.parts.values() if part.done is not None and part.done.ends_norm]
+        if norms and isinstance(self._engine.training, SharedTraining):
+            self._engine.training.clip_with(math.hypot(*norms))
         report = self._engine.close_step(ledger.step, ledger.targets_by_client)
         self.trained = True
         self._report = report

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_done, earliest
+from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_asked, check_done, earliest
 from server_trunk.members import Member
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import StepDone
+from splitfl.protocol.messages import AskNorm, StepDone
 
 __all__ = ["Steps"]
 
@@ -300,6 +300,25 @@ class Steps:
         part.done = message
         if message.then != "continue":
             self._enrolled.pop(session, None)
+
+    def ask_norm(self, session: str, message: AskNorm) -> None:
+        """The session wants to know the norm of the step's gradient, once what it names has run."""
+        part = self._part(session, message.step)
+        if part is not None and part.session == session and not part.dropped:
+            check_asked(part, message)
+            part.asked = message
+
+    def norm_due(self) -> list[Part]:
+        """The parts whose sessions are to be told the norm of the step's gradient now."""
+        due = [part for part in self._holders.values() if part.has_asked_in_time]
+        for part in due:
+            part.asked = None
+        return due
+
+    @property
+    def targets(self) -> int:
+        """What has counted of the open step so far."""
+        return self._ledger.targets_here
 
     def all_arrived(self, session: str) -> int | None:
         """The step of which every announced gradient of this session is here; None while more will come."""

@@ -93,6 +93,7 @@ class SharedTraining:
         self._stepped = self._held()
         self.optimizer = build_optimizer(self._stepped, settings) if self._parameters else None
         self._moved = False
+        self._ends_norm = 0.0  # of the gradient that the next step is clipped together with
 
     def _held(self) -> list[Parameter]:
         """What the optimizer of this process steps."""
@@ -122,11 +123,22 @@ class SharedTraining:
     def early(self, *, in_place: bool) -> Early | None:
         return None
 
+    def norm(self, targets: int) -> float | None:
+        """The norm of the gradient as it is summed now, over so many targets; None where nothing of it is to be used."""
+        gradients = self._collected()
+        norm = self._norm(gradients) / targets if targets and gradients else math.nan
+        return norm if math.isfinite(norm) else None
+
+    def clip_with(self, ends_norm: float) -> None:
+        """The next step is clipped by the norm of its gradient and the ends' together."""
+        self._ends_norm = ends_norm
+
     def close(self, step: int, targets: Mapping[str, int]) -> StepReport:
         return self._step(step, sum(targets.values()))
 
     def _step(self, step: int, counted: int) -> StepReport:
         self._moved = False
+        ends_norm, self._ends_norm = self._ends_norm, 0.0
         rate = learning_rate_at(step, self._settings)
         if self.optimizer is None:
             return StepReport(rate, None)
@@ -138,7 +150,8 @@ class SharedTraining:
         finite = math.isfinite(norm)
         if finite:
             # Division and clipping in one pass over the gradients; the small number is clip_grad_norm_'s own.
-            clip = min(1.0, self._settings.clip / (norm + 1e-6)) if self._settings.clip else 1.0
+            both = math.hypot(norm, ends_norm)
+            clip = min(1.0, self._settings.clip / (both + 1e-6)) if self._settings.clip else 1.0
             torch._foreach_mul_(gradients, clip / counted)
             set_learning_rate(self.optimizer, rate)
             self._moved = True

@@ -27,6 +27,7 @@ from server_trunk.steps import Steps
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import CheckpointError, RemoteProtocolError
 from splitfl.protocol.messages import (
+    AskNorm,
     Backward,
     EndsPart,
     Enrol,
@@ -247,7 +248,7 @@ class TrunkLoop:
             self._rounds.take_part(session, message, event.payload)
         elif isinstance(message, Enrol):
             self._keeper.enrol(session, message)
-        elif isinstance(message, StepDone):
+        elif isinstance(message, StepDone | AskNorm):
             self._keeper.done(session, message)
         elif isinstance(message, Pause | Leave):
             self._keeper.withdraw(session)

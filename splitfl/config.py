@@ -44,7 +44,9 @@ class LoraSettings:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a schedule over optimizer steps. ``clip`` 0 means no clipping."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a schedule over optimizer steps. ``clip`` 0 means no clipping;
+    ``clipping``: by the norm of the trunk's gradient, or ``joint``ly with the ends', by that of both together.
+    """
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -55,6 +57,7 @@ class OptimizerSettings:
     warmup_steps: int = 0
     steps: int = 0
     clip: float = 1.0
+    clipping: str = "separate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,8 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("warmup_steps is larger than steps: warm up for fewer steps or train for more")
     if config.graphs != "auto" and config.graph_tokens:
         raise ConfigError(f"graph_tokens has no say where graphs = {config.graphs}: leave graphs at auto, or graph_tokens at 0")
+    if config.optimizer.clipping == "joint":
+        _check_joint(config)
     if config.mode == "async":
         _check_async(config)
     _check_replicas(config)
@@ -289,6 +294,22 @@ def _check_client_adapters(config: RunConfig) -> None:
             f"the run's own learning rate {config.optimizer.learning_rate:g} is above the limit of "
             f"{config.limits.max_learning_rate:g}: raise --max-learning-rate"
         )
+
+
+def _check_joint(config: RunConfig) -> None:
+    """Raises ConfigError where the gradients of ends and trunk cannot be clipped together."""
+    contradictions = {
+        "clients": (config.clients != 1, "each client would clip the trunk by its own ends: leave clients at 1"),
+        "mode": (config.mode != "sync", "no one step is both sides': use --mode sync"),
+        "adapters": (config.adapters != "shared", "there is one client: leave adapters at shared"),
+        "shard": (config.shard in ("tensor", "fsdp"), "the norm is taken in one process: use --shard layers or none"),
+        "trainables": (config.trainables == "none", "nothing of the trunk is clipped: leave clipping out"),
+    }
+    for key, (contradicts, mend) in contradictions.items():
+        if contradicts:
+            raise ConfigError(f"{key} = {getattr(config, key)!r} with clipping = joint, where {mend}, or use --clipping separate")
+    if not config.optimizer.clip:
+        raise ConfigError("clipping = joint has no say where clip = 0: give --clip, or leave clipping out")
 
 
 def _check_async(config: RunConfig) -> None:

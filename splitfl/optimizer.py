@@ -30,11 +30,11 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: Optimize
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant, linear to 0, or half a cosine to
-    0.
+    """The learning rate of optimizer step ``step`` (from 0), as ``transformers.get_scheduler`` has it: linear warm-up from 0,
+    then constant, linear to 0, or half a cosine to 0.
     """
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
+        return settings.learning_rate * step / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
     remaining = max(1, settings.steps - settings.warmup_steps)

@@ -158,6 +158,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("optimizer.warmup_steps", int, "steps of linear warm-up", _at_least(0)),
     Setting("optimizer.steps", int, "optimizer steps of the whole run (0: until the clients have no more data)", _at_least(0)),
     Setting("optimizer.clip", float, "largest gradient norm of the trunk (0: no clipping)", _at_least(0)),
+    Setting(
+        "optimizer.clipping",
+        str,
+        "by which gradient norm: separate (the trunk's), or joint (of trunk and ends together, as in one process; one client)",
+        _one_of("separate", "joint"),
+    ),
     Setting("device", str, "cuda, cuda:N, mps, cpu, or auto"),
     Setting("dtype", str, "weights and wire: float32, bfloat16", _one_of("float32", "bfloat16", "float64")),
     Setting(

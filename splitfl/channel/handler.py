@@ -62,7 +62,7 @@ class ServerHandler(Protocol):
         """A complete, verified data message. ``payload`` is the object from ``allocate``."""
 
     def on_control(self, session: str, message: ControlMessage) -> None:
-        """Enrol, StepDone, Pause or Leave."""
+        """Enrol, StepDone, AskNorm, Pause, Leave or Ends."""
 
     def on_refused(self, who: str, code: str, text: str) -> None:
         """Somebody was not let in. For the log."""

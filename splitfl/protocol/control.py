@@ -83,13 +83,14 @@ class Enrol(Message):
 @dataclass(frozen=True)
 class StepDone(Message):
     """Ends this client's part of a step. The counts let the server wait for data still under way on the other
-    connection.
+    connection. ``ends_norm``: where the run clips both sides together, the norm of the gradient of the ends, before clipping.
     """
 
     step: int
     forwards: int
     backwards: int
     then: str
+    ends_norm: float | None = None
 
     TYPE: ClassVar[int] = 4
     FIELDS: ClassVar = {
@@ -97,7 +98,21 @@ class StepDone(Message):
         "forwards": integer(0, MAX_COUNT),
         "backwards": integer(0, MAX_COUNT),
         "then": one_of(frozenset({"continue", "pause", "leave"})),
+        "ends_norm": optional(number(0.0)),
     }
+
+
+@dataclass(frozen=True)
+class AskNorm(Message):
+    """Asks for the norm of the trunk's gradient of the open step, once so many gradients of this session have run. Where the run
+    clips both sides together, a client asks before it clips its own.
+    """
+
+    step: int
+    backwards: int
+
+    TYPE: ClassVar[int] = 10
+    FIELDS: ClassVar = {"step": integer(0, MAX_STEP), "backwards": integer(1, MAX_COUNT)}
 
 
 @dataclass(frozen=True)
@@ -206,6 +221,19 @@ class StepClosed(Message):
         "staleness": integer(0, MAX_COUNT),
         "checkpoint": boolean,
     }
+
+
+@dataclass(frozen=True)
+class TrunkNorm(Message):
+    """Answers AskNorm: the norm of the trunk's gradient of ``step`` as it is summed by then, over the counted targets; None where
+    nothing of it is to be used.
+    """
+
+    step: int
+    norm: float | None
+
+    TYPE: ClassVar[int] = 45
+    FIELDS: ClassVar = {"step": integer(0, MAX_STEP), "norm": optional(number(0.0))}
 
 
 @dataclass(frozen=True)

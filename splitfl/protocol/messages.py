@@ -14,6 +14,7 @@ import msgpack
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.control import (
     DTYPES,
+    AskNorm,
     Bye,
     Closing,
     Credit,
@@ -29,6 +30,7 @@ from splitfl.protocol.control import (
     StepClosed,
     StepDone,
     StepOpened,
+    TrunkNorm,
 )
 from splitfl.protocol.data import (
     EVALUATION,
@@ -53,6 +55,7 @@ __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_METADATA_BYTES",
     "PROTOCOL_VERSION",
+    "AskNorm",
     "Attach",
     "Attached",
     "AveragePart",
@@ -85,6 +88,7 @@ __all__ = [
     "StepClosed",
     "StepDone",
     "StepOpened",
+    "TrunkNorm",
     "Welcome",
     "decode_control",
     "decode_data",
@@ -98,9 +102,21 @@ def _table(*classes: type[Message]) -> dict[int, type[Message]]:
     return {cls.TYPE: cls for cls in classes}
 
 
-CONTROL_FROM_CLIENT = _table(Hello, Open, Enrol, StepDone, Pause, Leave, Heartbeat, Bye, Ends)
+CONTROL_FROM_CLIENT = _table(Hello, Open, Enrol, StepDone, Pause, Leave, Heartbeat, Bye, Ends, AskNorm)
 CONTROL_FROM_SERVER = _table(
-    Welcome, Opened, Refused, Redirect, StepOpened, StepClosed, Credit, Heartbeat, Fault, Closing, RoundOpened, RoundClosed
+    Welcome,
+    Opened,
+    Refused,
+    Redirect,
+    StepOpened,
+    StepClosed,
+    TrunkNorm,
+    Credit,
+    Heartbeat,
+    Fault,
+    Closing,
+    RoundOpened,
+    RoundClosed,
 )
 DATA_FROM_CLIENT = _table(Attach, Forward, Backward, EndsPart)
 DATA_FROM_SERVER = _table(Attached, Hidden, Grad, AveragePart)

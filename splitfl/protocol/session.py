@@ -61,6 +61,8 @@ _OPEN = {
     "StepClosed+dropped": None,
     "RoundOpened": None,
     "RoundClosed": None,
+    "AskNorm": None,  # whose step may be over for the server
+    "TrunkNorm": None,
 }
 
 # state -> event -> next state (None: the same). An event is a message's class, with what matters of its content after a

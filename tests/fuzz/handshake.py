@@ -87,7 +87,7 @@ class _Desk:
 
     def on_control(self, session: str, message: Any) -> None:
         assert session in self.present
-        assert isinstance(message, m.Enrol | m.StepDone | m.Pause | m.Leave | m.Ends)
+        assert isinstance(message, m.Enrol | m.StepDone | m.AskNorm | m.Pause | m.Leave | m.Ends)
 
     def on_refused(self, who: str, code: str, text: str) -> None:
         assert text.isprintable() or "\n" in text or "\t" in text
@@ -254,6 +254,7 @@ class _Client:
             m.Enrol(),
             m.StepDone(step, 0, 0, "continue"),
             m.StepDone(step, 0, 0, "pause"),
+            m.AskNorm(step, 1),
             m.Pause(),
             m.Leave(),
             m.Bye(),

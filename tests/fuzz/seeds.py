@@ -32,6 +32,8 @@ FROM_CLIENT: tuple[m.Message, ...] = (
     m.Bye(3),
     m.Ends(_ENDS[:1], True),
     m.Ends(_ENDS[1:]),
+    m.AskNorm(0, 1),
+    m.StepDone(0, 1, 1, "pause", 0.5),
 )
 FROM_SERVER: tuple[m.Message, ...] = (
     m.Welcome(m.PROTOCOL_VERSION, "run", {"cut": "1:1", "lora": {"rank": 8}, "names": ["a"]}, {"torch": "2"}, 0.0),
@@ -47,6 +49,7 @@ FROM_SERVER: tuple[m.Message, ...] = (
     m.Closing("goodbye", True),
     m.RoundOpened(0),
     m.RoundClosed(0, 2, 8),
+    m.TrunkNorm(0, 0.5),
 )
 DATA_FROM_CLIENT: tuple[m.Message, ...] = (
     m.Attach(),
@@ -195,18 +198,18 @@ def seeds(name: str) -> list[bytes]:
             *refused,
         ]
     if name == "payloads":
-        said = [*_acts(0, FROM_CLIENT[9:]), *_acts(0, FROM_CLIENT[3:4]), b"\2", *_acts(1, DATA_FROM_CLIENT[1:])]
+        said = [*_acts(0, FROM_CLIENT[9:11]), *_acts(0, FROM_CLIENT[3:4]), b"\2", *_acts(1, DATA_FROM_CLIENT[1:])]
         asked = [*_acts(0, FROM_CLIENT[:3])]
         alone = [*_acts(1, _MISFITS), *_acts(0, FROM_CLIENT[3:4])]
         return [
             *(b"\0" + joined([piece]) for piece in alone),
-            b"\0" + joined(_acts(0, [*FROM_CLIENT[9:], FROM_CLIENT[10]])),
+            b"\0" + joined(_acts(0, [*FROM_CLIENT[9:11], FROM_CLIENT[10]])),
             b"\0" + joined(_acts(0, [m.Ends((("b", ("float32", (1,))), ("a", ("float32", (1,)))))])),
             b"\0" + joined(said),
             b"\0" + joined(asked),
             b"\1" + joined(asked),
-            b"\0" + joined([*_acts(0, FROM_CLIENT[9:]), b"\3"]),
-            b"\0" + joined([*_acts(0, FROM_CLIENT[9:]), b"\2", *_acts(1, [m.EndsPart(0, 1, 0, 6)])]),
+            b"\0" + joined([*_acts(0, FROM_CLIENT[9:11]), b"\3"]),
+            b"\0" + joined([*_acts(0, FROM_CLIENT[9:11]), b"\2", *_acts(1, [m.EndsPart(0, 1, 0, 6)])]),
         ]
     assert name == "trunk", name
     enrol = [bytes([client, 2, 0, 0, 0, 0, 0, 1]) for client in (0, 1)]

@@ -121,6 +121,11 @@ ENDED: dict[str, tuple[Lie, str]] = {
         "less than was sent",
     ),
     "an end with gradients of nothing": (lambda liar, step: liar.say(m.StepDone(step, 0, 1, "continue")), "more backwards"),
+    "a norm where each side clips its own": (lambda liar, step: liar.say(m.AskNorm(step, 1)), "each side clips its own"),
+    "ends whose norm nobody asked for": (
+        lambda liar, step: liar.say(m.StepDone(step, 0, 0, "continue", 1.0)),
+        "each side clips its own",
+    ),
     "enrolling in the midst": (lambda liar, step: liar.say(m.Enrol()), "Enrol while"),
     "a second greeting": (lambda liar, step: liar.say(m.Hello(m.PROTOCOL_VERSION, "run", {}, "")), "Hello while"),
     "ends that nobody asked for": (

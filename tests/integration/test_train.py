@@ -38,10 +38,10 @@ def test_a_checkpoint_bears_the_number_of_the_step_its_weights_have_made(tmp_pat
     """The session breaks after the ends' optimizer has moved and before the trunk is told."""
     done = TrunkSession.step_done
 
-    def lost(self: TrunkSession, then: str = "continue") -> None:
+    def lost(self: TrunkSession, *said: object) -> None:
         if self.step == 2:
             raise SessionLost("the link broke")
-        done(self, then)
+        done(self, *said)
 
     monkeypatch.setattr(TrunkSession, "step_done", lost)
     with running(World(tmp_path, stories, 1, memory=False)) as world, pytest.raises(SessionLost, match="the link broke"):

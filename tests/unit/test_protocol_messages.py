@@ -48,7 +48,8 @@ FROM_CLIENT = st.one_of(
         TEXT,
     ),
     st.builds(m.Enrol, st.lists(STEP, max_size=16).map(tuple), st.booleans()),
-    st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"])),
+    st.builds(m.StepDone, STEP, COUNT, COUNT, st.sampled_from(["continue", "pause", "leave"]), st.none() | NOT_NEGATIVE),
+    st.builds(m.AskNorm, STEP, st.integers(1, 2**31 - 1)),
     st.builds(m.Pause),
     st.builds(m.Leave),
     st.builds(m.Heartbeat, FINITE, STEP, STEP),
@@ -82,6 +83,7 @@ FROM_SERVER = st.one_of(
     st.builds(m.Closing, TEXT, st.booleans()),
     st.builds(m.RoundOpened, STEP),
     st.builds(m.RoundClosed, STEP, COUNT, STEP),
+    st.builds(m.TrunkNorm, STEP, st.none() | NOT_NEGATIVE),
 )
 DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Attach),

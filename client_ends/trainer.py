@@ -1,0 +1,201 @@
+"""A ``transformers.Trainer``, or one of TRL's, whose model is split: its checkpoints find the trunk's, and the other way round.
+
+A Trainer trains a split model as it is. Bound to it, it also says where its arguments differ from the run's config, saves
+whenever the run does, takes the trunk along when it resumes, and tells the trunk what a loss of its own is divided by.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from client_ends.objective import Objective, objective_of
+from splitfl.errors import CheckpointError, ConfigError, RunWentBack
+from splitfl.parts.ends import find_ends
+
+__all__ = ["bind_trainer"]
+
+_log = logging.getLogger(__name__)
+
+#: In each of a Trainer's checkpoints: the run, and its step after which the ends stood so.
+_NOTE = "trunk.json"
+
+#: transformers' schedules and the run's.
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+
+
+def bind_trainer(trainer: Any) -> Any:
+    """Bind a ``Trainer`` (``SFTTrainer``, ``DPOTrainer``, ...) to the trunk that its split model is of; returns it.
+
+    * ``trainer.train(resume_from_checkpoint=...)`` goes on only where the trunk stands at the checkpoint's step, or goes back
+      to it.
+    * It saves whenever the run's checkpoint is due, and goes back by itself where the run has gone back.
+    * A loss computed from logits weighs each row alike in the trunk (each target where the rows have labels).
+    * One warning names what of ``TrainingArguments`` is not as the run's config.
+    * The end of training leaves the run, so nobody waits for this client.
+
+    Raises:
+        TypeError: the model is not split.
+        ConfigError: it asks for fp16, whose loss scaling the trunk does not know.
+    """
+    bound = _Bound(trainer, find_ends(trainer.model))
+    trainer.add_callback(bound)
+    trainer.train = functools.partial(bound.train, trainer.train)
+    trainer.compute_loss = functools.partial(bound.compute_loss, trainer.compute_loss)
+    return trainer
+
+
+class _Bound(TrainerCallback):
+    """What a bound trainer does beside training."""
+
+    def __init__(self, trainer: Any, ends: Any) -> None:
+        if trainer.args.fp16:
+            raise ConfigError("fp16 scales the loss by steps that the trunk does not know of: use bf16")
+        self._trainer, self._ends, self._session = trainer, ends, ends.trunk.session
+        self._warned = False
+        self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
+
+    # --- going on ---------------------------------------------------------------------------------------------------------------
+
+    def train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer.train``, from a step of the run.
+
+        Raises:
+            CheckpointError: the trunk does not stand where the checkpoint was written, and cannot go back to it; or the run has
+                gone back to where no checkpoint is.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self._trainer.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(
+                    f"{self._trainer.args.output_dir} holds no checkpoint to go on from: train without resuming"
+                )
+        if resume_from_checkpoint:
+            self._stand_at(Path(resume_from_checkpoint))
+        while True:
+            try:
+                return train(resume_from_checkpoint or None, *args, **kwargs)
+            except RunWentBack as back:
+                _log.warning("%s", back)
+                resume_from_checkpoint = self._before(back.step)
+
+    def _stand_at(self, checkpoint: Path) -> None:
+        """Take part in the step after the one that the checkpoint was written at."""
+        stood = self._read(checkpoint)
+        if stood is None:
+            raise CheckpointError(f"{checkpoint} was not written by a trainer bound to this run: train without resuming")
+        self._session.keep_with(lambda step: None, lambda: (stood,))
+        try:
+            opened = self._session.enrol()
+        except RunWentBack as back:
+            opened = back.step
+        finally:
+            self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
+        if opened != stood + 1:
+            raise CheckpointError(
+                f"the trunk stands before step {opened}, and {checkpoint} after step {stood}: resume from a checkpoint of step "
+                f"{opened - 1}, or ask the operator to start the server again with --resume, which takes the trunk back with you"
+            )
+
+    def _before(self, step: int) -> str:
+        """The checkpoint of the step before ``step``, where the run has gone back to that."""
+        for stood, checkpoint in self._checkpoints().items():
+            if stood == step - 1:
+                return str(checkpoint)
+        raise CheckpointError(
+            f"the run goes on from step {step}, and {self._trainer.args.output_dir} holds no checkpoint of the step before: save "
+            "as often as the run does (save_steps = its checkpoint_every), and begin anew"
+        )
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """The trainer's checkpoints, by the run's step after which they were written."""
+        found = {}
+        for checkpoint in Path(self._trainer.args.output_dir).glob("checkpoint-*"):
+            stood = self._read(checkpoint)
+            if stood is not None:
+                found[stood] = checkpoint
+        return found
+
+    def _read(self, checkpoint: Path) -> int | None:
+        try:
+            note = json.loads((checkpoint / _NOTE).read_text(encoding="utf-8"))
+            return int(note["step"]) if note["run"] == self._session.channel.welcome.run else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    # --- a callback of the trainer ----------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        differences = _differences(args, state.max_steps, self._session.terms["optimizer"])
+        if differences and not self._warned:
+            _log.warning("these arguments hold for this client's ends alone, and the run's own for the trunk: %s", differences)
+        self._warned = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._session.is_due(self._session.step - 1) and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        note = {"run": self._session.channel.welcome.run, "step": self._session.step - 1}
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._session.leave()
+
+    # --- a loss of the trainer's own --------------------------------------------------------------------------------------------
+
+    def compute_loss(self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """``Trainer.compute_loss``; where the model is not given labels, the trunk learns from here what the loss is."""
+        declared: list[Objective] = []
+        labels = inputs.get("labels") if hasattr(inputs, "get") else None
+
+        def declare(rows: int) -> Objective:
+            found = objective_of({"labels": labels}, per_token=labels is not None and labels.ndim > 1)
+            if found is None or len(found.targets) != rows:
+                found = Objective((1,) * rows, float(rows))
+            elif kwargs.get("num_items_in_batch") is not None:
+                found.divisor = float(kwargs["num_items_in_batch"])
+            declared.append(found)
+            return found
+
+        with self._ends.undeclared(declare):
+            computed = compute_loss(model, inputs, *args, **kwargs)
+        loss = computed[0] if isinstance(computed, tuple) else computed
+        for each in declared:
+            each.watch(loss)
+        return computed
+
+
+def _differences(args: Any, steps: int, run: dict[str, Any]) -> str:
+    """What of ``TrainingArguments`` is not as the run's optimizer settings, in words; empty where all is."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    mine = {
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
+        "lr_scheduler_type": _SCHEDULES.get(schedule, schedule),
+        "warmup_steps": 0 if schedule == "constant" else args.get_warmup_steps(steps),
+        "max_grad_norm": args.max_grad_norm or 0.0,
+    }
+    theirs = {
+        "learning_rate": run["learning_rate"],
+        "weight_decay": run["weight_decay"],
+        "adam_beta1": run["beta1"],
+        "adam_beta2": run["beta2"],
+        "adam_epsilon": run["eps"],
+        "lr_scheduler_type": run["schedule"],
+        "warmup_steps": run["warmup_steps"],
+        "max_grad_norm": run["clip"],
+    }
+    if run["schedule"] != "constant":
+        mine["max_steps"], theirs["max_steps"] = steps, run["steps"]
+    return ", ".join(f"{name} {mine[name]} (the run's: {theirs[name]})" for name in mine if mine[name] != theirs[name])

@@ -1,0 +1,217 @@
+"""transformers' Trainer on a split model, against the same Trainer on the whole model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from client_ends import bind_trainer
+from client_ends.train import prepare_ends
+from splitfl.adapters import attach_lora
+from splitfl.config import LoraSettings
+from splitfl.errors import CheckpointError, ConfigError
+from tests.integration.test_resume import again
+from tests.integration.test_take_up import QUICK, crash_after, kill, start_again, transport_of
+from tests.trainer import EPS
+from tests.world import World, running, tiny_llama
+
+STEPS = 8
+#: What both sides are told: by the run's config, and by TrainingArguments.
+RUN = {
+    "trainables": "full",
+    "optimizer.learning_rate": 5e-3,
+    "optimizer.weight_decay": 0.02,
+    "optimizer.eps": EPS,
+    "optimizer.schedule": "linear",
+    "optimizer.warmup_steps": 2,
+    "optimizer.steps": STEPS,
+    "optimizer.clip": 0.5,
+    "optimizer.clipping": "joint",
+}
+ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 5e-3,
+    "weight_decay": 0.02,
+    "adam_epsilon": EPS,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 2,
+    "max_steps": STEPS,
+    "max_grad_norm": 0.5,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "no",
+    "seed": 3,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of which each has another number of targets."""
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(0, 64, (16,), generator=draw)
+        labels = ids.clone()
+        labels[: int(torch.randint(0, 8, (1,), generator=draw))] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def trainer_of(model: Any, out: Any, callbacks: Any = None, kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(out), **(ARGUMENTS | changes))
+    return kind(model=model, args=arguments, train_dataset=rows(40, 0), eval_dataset=rows(6, 1), callbacks=callbacks)
+
+
+def history(trainer: Trainer) -> list[tuple[float, str, float]]:
+    """What was logged, as (step, name, value), without what is about time."""
+    names = ("loss", "eval_loss", "grad_norm", "learning_rate")
+    return [(entry["step"], name, entry[name]) for entry in trainer.state.log_history for name in names if name in entry]
+
+
+def assert_same(mine: Trainer, theirs: Trainer, tolerance: float = 1e-5) -> None:
+    ours, reference = history(mine), history(theirs)
+    assert [entry[:2] for entry in ours] == [entry[:2] for entry in reference]
+    for (step, name, own), (_, _, other) in zip(ours, reference, strict=True):
+        assert own == pytest.approx(other, rel=tolerance, abs=1e-12), f"{name} at step {step}"
+
+
+def train_whole(model: str, out: Any, lora: bool = False, **changes: Any) -> Trainer:
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    trainer = trainer_of(attach_lora(whole, LoraSettings(), seed=0) if lora else whole, out, **changes)
+    trainer.train()
+    return trainer
+
+
+def test_every_logged_value_equals_the_whole_models(tmp_path, model):
+    reference = train_whole(model, tmp_path / "whole")
+    norms = [value for _, name, value in history(reference) if name == "grad_norm"]
+    assert min(norms) > 0.5, "nothing was clipped"
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        trainer = trainer_of(split, tmp_path / "split")
+        trainer.train()
+        assert "trunk_gradient" not in " ".join(split.state_dict())
+        split.close()
+    assert_same(trainer, reference)
+    assert len(world.events("step")) == STEPS
+
+
+def test_adapters_on_both_sides_equal_adapters_on_the_whole_model(tmp_path, model):
+    reference = train_whole(model, tmp_path / "whole", lora=True)
+    with running(World(tmp_path, model, 1, **(RUN | {"trainables": "lora"}))) as world:
+        split = world.join_as(0, micro_batches=2)
+        trainer = trainer_of(prepare_ends(split, "lora", LoraSettings(), seed=0), tmp_path / "split")
+        trainer.train()
+        split.close()
+    assert_same(trainer, reference)
+
+
+def test_without_clipping_together_the_losses_come_apart(tmp_path, model):
+    """The test of the tests above."""
+    reference = train_whole(model, tmp_path / "whole")
+    with running(World(tmp_path, model, 1, **(RUN | {"optimizer.clipping": "separate"}))) as world:
+        split = world.join_as(0)
+        trainer = trainer_of(split, tmp_path / "split")
+        trainer.train()
+        split.close()
+    with pytest.raises(AssertionError, match=r"grad_norm at step 1"):
+        assert_same(trainer, reference)
+
+
+class StopAfter(TrainerCallback):
+    """What ends a process amid its training, from where a test stands."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_resumed_on_both_sides_is_as_undisturbed(tmp_path, model):
+    reference = train_whole(model, tmp_path / "whole")
+    world = World(tmp_path, model, 1, checkpoint_every=2, **RUN)
+    saving = {"save_strategy": "steps", "save_steps": 500}
+    with running(world):
+        split = world.join_as(0)
+        stopped = bind_trainer(trainer_of(split, tmp_path / "split", [StopAfter(5)], **saving))
+        stopped.train()
+        split.close()
+    # The client saved when the run did; the server has kept its end too.
+    assert sorted(path.name for path in (tmp_path / "split").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    with running(again(world)):
+        assert world.events("resumed")[-1]["step"] == 4
+        split = world.join_as(0)
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split", **saving))
+        trainer.train(resume_from_checkpoint=True)
+        split.close()
+        assert world.events("went-back")[-1]["step"] == 3
+    assert_same(trainer, reference)
+
+
+def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model):
+    with running(World(tmp_path, model, 1, checkpoint_every=2, **RUN)) as world:
+        saving = {"save_strategy": "steps", "save_steps": 500}
+        split = world.join_as(0)
+        bind_trainer(trainer_of(split, tmp_path / "split", [StopAfter(3)], **saving)).train()
+        split.close()
+        split = world.join_as(0)
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split", **saving))
+        with pytest.raises(CheckpointError, match=r"before step 3, and .*checkpoint-2 after step 1"):
+            trainer.train(resume_from_checkpoint=True)
+        split.close()
+
+
+def test_the_trainer_goes_back_with_the_run(tmp_path, model):
+    """The server comes back from an older checkpoint than the client can send again from, while it trains."""
+    reference = train_whole(model, tmp_path / "whole")
+    world = World(tmp_path, model, 1, checkpoint_every=4, timing=QUICK, **RUN)
+    with running(world):
+        crash_after(world, 6)
+        other = threading.Thread(target=lambda: (kill(world), start_again(world)))
+        other.start()
+        split = world.join_as(0, channel_options=transport_of(world))
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split", save_strategy="steps", save_steps=500))
+        trainer.train()
+        other.join(60)
+        split.close()
+    assert_same(trainer, reference)
+    assert [event["step"] for event in world.events("step")] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
+
+
+def test_one_warning_says_what_differs(tmp_path, model, caplog):
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        with caplog.at_level(logging.WARNING, "client_ends.trainer"):
+            bind_trainer(trainer_of(split, tmp_path / "same", [StopAfter(1)])).train()
+            assert not caplog.records
+            other = bind_trainer(trainer_of(split, tmp_path / "split", [StopAfter(1)], learning_rate=1e-4, max_grad_norm=1.0))
+            other.train()
+            other.train()
+        split.close()
+    (record,) = caplog.records
+    assert "learning_rate 0.0001 (the run's: 0.005), max_grad_norm 1.0 (the run's: 0.5)" in record.getMessage()
+
+
+def test_scaled_losses_are_refused(tmp_path, model):
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        trainer = trainer_of(split, tmp_path / "split")
+        trainer.args.fp16 = True
+        with pytest.raises(ConfigError, match="use bf16"):
+            bind_trainer(trainer)
+        split.close()
