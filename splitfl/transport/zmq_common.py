@@ -23,8 +23,9 @@ FRAMES_A_TURN = 32
 BYTES_A_TURN = 2 * 2**20
 # A peer that has not finished its handshake by then is cut.
 HANDSHAKE_MILLISECONDS = 5000
-# ZMTP's own heartbeats only reap dead TCP connections; the channel's heartbeats decide when a session is lost.
-_HEARTBEAT_MILLISECONDS, _HEARTBEAT_TIMEOUT_MILLISECONDS = 10_000, 30_000
+# Dead TCP connections are the kernel's to reap; the channel's heartbeats decide when a session is lost. Not ZMTP's heartbeats:
+# one that is due on a connection that broke while its queue was full ends the process by a failed assertion (libzmq 4.3.5).
+_KEEPALIVE_SECONDS, _KEEPALIVE_TIMES = 10, 2
 
 PLAIN_USER = b"splitfl"
 # What CURVE adds to a frame (RFC 26, MESSAGE): its name, a nonce, flags, a tag.
@@ -36,8 +37,12 @@ def common_options(sock: zmq.Socket[bytes], *, max_frame: int, ipv6: bool) -> No
     sock.setsockopt(zmq.LINGER, 0)
     sock.setsockopt(zmq.MAXMSGSIZE, max_frame)
     sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MILLISECONDS)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MILLISECONDS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MILLISECONDS)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_SECONDS)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_SECONDS)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_TIMES)
+    # What was sent and is never acknowledged: no keepalive is sent meanwhile.
+    sock.setsockopt(zmq.TCP_MAXRT, 1000 * _KEEPALIVE_SECONDS * (1 + _KEEPALIVE_TIMES))
     sock.setsockopt(zmq.IPV6, int(ipv6))
 
 

@@ -27,7 +27,7 @@ from splitfl.transport.zmq_common import BYTES_A_TURN, CURVE_BYTES, FRAMES_A_TUR
 _EVENTS_A_TURN = 512
 # Parts of one message that are passed over before the other sockets are looked at again.
 _PARTS_A_TURN = 4096
-# Forgiven at each look: heartbeats and their answers are read from a connection and given out to nobody.
+# Forgiven at each look: ZMTP heartbeats of a peer, and their answers, are read from a connection and given out to nobody.
 _FORGIVEN = 16
 _REBIND_SECONDS = 5.0
 _SLACK = 2 * 2**20
