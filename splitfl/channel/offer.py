@@ -9,6 +9,7 @@ from splitfl.channel.handler import Peer
 from splitfl.errors import Refused
 from splitfl.protocol.ciphers import AeadFactory
 from splitfl.protocol.control import SEALED
+from splitfl.protocol.limits import SESSIONS
 from splitfl.protocol.messages import RefusalCode
 
 
@@ -34,10 +35,10 @@ def check_room(peer: Peer, others: Sequence[str], replaces: str, silence: float)
 
     Raises Refused. ``silence``: seconds after which the server takes a session for lost by itself.
     """
-    limit = peer.limits.get("sessions")
-    if limit is not None and sum(other != replaces for other in others) >= int(limit):
+    limit = int(peer.limits.get("sessions", SESSIONS))
+    if sum(other != replaces for other in others) >= limit:
         raise Refused(
             RefusalCode.FULL,
             f"your key may have {limit} sessions at a time, and has them: close one, or wait until the server has noticed that "
-            f"it is gone ({silence:g} s)",
+            f"it is gone ({silence:g} s); the operator can allow more, by sessions=N in your key's line",
         )

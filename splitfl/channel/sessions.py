@@ -1,28 +1,24 @@
-"""The sessions of a server, as its I/O thread sees them: how they begin, what comes in, how they end.
+"""The sessions of a server, as its I/O thread sees them: what comes in, what goes out, how they end.
 
 Whatever happens in one session, an exception included, ends that session and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from splitfl.channel.admission import Admission
-from splitfl.channel.allowance import Allowance
+from splitfl.channel.entrance import REMOVED, Entrance
 from splitfl.channel.handler import ServerHandler, SessionInfo
 from splitfl.channel.link import Link, Traffic
-from splitfl.channel.offer import Offer, check_room
-from splitfl.channel.tally import Tally
+from splitfl.channel.offer import Offer
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, RemoteProtocolError, SealError
-from splitfl.protocol.assembly import Inbox, Outbox
-from splitfl.protocol.ciphers import choose_cipher
-from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.fields import presentable
 from splitfl.protocol.messages import (
     Attach,
@@ -39,25 +35,17 @@ from splitfl.protocol.messages import (
     Message,
     Open,
     OtherVersionError,
+    Redirect,
     RefusalCode,
-    decode_control,
     encode,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
-from splitfl.protocol.records import Opener, Sealer
 from splitfl.transport import wording
 from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
-from splitfl.transport.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
-# Sessions that one key may have under way to being open.
-_HANDSHAKES_A_KEY = 16
-# A client may take this long between Welcome and Open (it reads its model meanwhile), seconds.
-_OPENING_SECONDS = 900.0
 _TEXT_BYTES = 4000
-
-_REMOVED = "your key was removed from the server's list"
 
 
 class Sessions:
@@ -75,14 +63,13 @@ class Sessions:
         clock: Callable[[], float],
     ) -> None:
         self._transport, self._handler, self._admission = transport, handler, admission
-        self._offer, self._timing, self._clock = offer, timing, clock
+        self._timing, self._clock = timing, clock
         # Guards each link's session and credit, and the tables of links.
         self.lock = threading.RLock()
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
-        self._allowances: dict[str, Allowance] = {}  # by the client's name
-        self._refusals = RefusalLog(self.refusal, clock=clock)
+        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal)
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -175,37 +162,11 @@ class Sessions:
         self.guard(link, lambda: take(link, frame))
 
     def _greet(self, frame: ServerFrame) -> Link | None:
-        """A peer's first message, which must be a Hello. Its key was on the list when it connected; it must be still.
-
-        Anything else from a peer without a session is what a session that has ended sent before it knew.
-        """
-        try:
-            if not isinstance(decode_control(bytes(frame.frame), from_client=True), Hello):
-                return None
-        except OtherVersionError:
-            pass  # answered with a Refused like any Hello that does not fit
-        except RemoteProtocolError:
-            return None
-        found = self._admission.peer(frame.user, frame.address)
-        if found is None:
-            return None
-        peer, listed = found
-        allowance = self._allowances.setdefault(peer.name, Allowance(peer.limits, self._clock)) if listed else None
-        underway = sum(other.peer.public_key == peer.public_key and not other.attached for other in self._links.values())
-        if allowance is None or underway >= _HANDSHAKES_A_KEY or allowance.sessions.wait() > 0:
-            code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
-            text = "too many sessions of your key are opening" if listed else _REMOVED
-            self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
-            # By its key: this connection stands, and may ask again as fast as it can.
-            self._refusals.refused(str(peer.public_key), peer.who, code, text)
-            return None
-        allowance.sessions.take(1)
-        allowance.limit(peer.limits)
-        now = self._clock()
-        link = Link(frame.peer, peer, now, now + _OPENING_SECONDS, Tally(self._timing.overdue), allowance)
-        with self.lock:
-            self._links[frame.peer] = link
-            link.traffic = self._traffic.setdefault(peer.name, link.traffic)
+        link = self._entrance.greet(frame, self._links.values())
+        if link is not None:
+            with self.lock:
+                self._links[frame.peer] = link
+                link.traffic = self._traffic.setdefault(link.peer.name, link.traffic)
         return link
 
     def _take_control(self, link: Link, frame: ServerFrame) -> None:
@@ -240,55 +201,18 @@ class Sessions:
             raise RemoteProtocolError(f"{type(message).__name__} before the data connection was attached")
 
     def _open(self, link: Link, message: Open) -> None:
-        cipher = choose_cipher(message.ciphers, self._offer.ciphers)
-        if cipher is None:
-            raise Refused(
-                RefusalCode.CIPHER,
-                f"the server has none of the client's ciphers; it has {', '.join(self._offer.ciphers)}",
-            )
         others = [other.id for other in self._sessions.values() if other.peer.name == link.peer.name and other.goodbye is None]
-        check_room(link.peer, others, message.replaces, self._timing.silence)
-        step = self._handler.admit(link.peer, message)
-        elsewhere = self._handler.elsewhere(link.peer)
-        if elsewhere is not None:
-            self.tell(link, elsewhere)
+        granted = self._entrance.admit(link, message, others)
+        if isinstance(granted, Redirect):
+            self.tell(link, granted)
             self._forget(link)
             return
         link.open = message
-        session = secrets.token_hex(8)
-        window, max_message = self._offer.sizes_for(link.peer)
+        admit, charge = functools.partial(self._admit, link), functools.partial(self._charge, link)
         with self.lock:
-            _, frame = link.session.send_opened(
-                session=session,
-                ticket=self._admission.ticket(session),
-                ticket_seconds=self._admission.ticket_seconds,
-                data_address=self._transport.data_address,
-                cipher=cipher,
-                window=window,
-                max_message=max_message,
-                record=self._offer.record,
-                step=step,
-                bulk=self._offer.bulk,
-            )
-            keys = link.session.secrets
-            assert keys is not None
-            link.id, link.account = session, CreditAccount(window)
-            link.outbox = Outbox(Sealer(keys.server, cipher, aead_factory=self._offer.aead_factory), self._offer.record)
-            link.inbox = self._inbox(link, Opener(keys.client, cipher, aead_factory=self._offer.aead_factory))
-            self._sessions[session] = link
-            link.deadline = self._clock() + self._admission.ticket_seconds + self._timing.silence
+            frame = self._entrance.open(link, *granted, admit=admit, charge=charge)
+            self._sessions[link.id] = link
         self.deliver(link, frame)
-
-    def _inbox(self, link: Link, opener: Opener) -> Inbox:
-        return Inbox(
-            opener,
-            from_client=True,
-            record_bytes=self._offer.record,
-            max_message=self._offer.max_message,
-            allocate=lambda message: self._handler.allocate(link.id, message),
-            admit=lambda message: self._admit(link, message),
-            charge=lambda size: self._charge(link, size),
-        )
 
     def _admit(self, link: Link, message: DataMessage) -> None:
         if isinstance(message, Attach) is link.attached:
@@ -415,7 +339,7 @@ class Sessions:
             if limits is not None:
                 link.allowance.limit(limits)
             if edited and limits is None:
-                self.end(link, RefusalCode.NOT_AUTHORIZED, _REMOVED)
+                self.end(link, RefusalCode.NOT_AUTHORIZED, REMOVED)
             elif now - link.heard >= self._timing.silence:
                 self.drop(link, f"silent for {self._timing.silence:g} s")
             elif (link.outbox or link.stuck) and link.attached and now - link.moved >= self._timing.stall:

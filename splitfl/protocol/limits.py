@@ -20,6 +20,10 @@ LIMITS: Mapping[str, tuple[int, str]] = {
 }
 
 
+#: Sessions at a time of a client whose line does not say: each may have a window of bytes in flight, so there is always a limit.
+SESSIONS = 8
+
+
 def parse_limit(name: str, text: str) -> Limit:
     """The value of one limit. Raises KeyFileError with one sentence."""
     if name not in LIMITS:

@@ -9,7 +9,8 @@ from splitfl.channel.admission import Admission
 from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.handler import Peer, SessionInfo
 from splitfl.channel.link import Link
-from splitfl.channel.sessions import Offer, Sessions
+from splitfl.channel.offer import Offer
+from splitfl.channel.sessions import Sessions
 from splitfl.channel.timing import Timing
 from splitfl.errors import LocalProtocolError, Refused, RemoteProtocolError
 from splitfl.protocol import messages as m

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 from splitfl.channel.admission import Admission
 from splitfl.channel.allowance import Allowance, Bucket
 from splitfl.channel.client import OpenTerms
+from splitfl.channel.handler import Peer
+from splitfl.channel.offer import check_room
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, SessionLost
 from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
+from splitfl.protocol.limits import SESSIONS
 from splitfl.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, encode
 from splitfl.transport.base import Sent
 from tests.unit.channel_world import MIB, MODEL, QUICK, Client, Make, World, forward, inverted, make_worlds, wait_until
@@ -139,6 +143,17 @@ def test_no_more_sessions_than_the_limit(make: Make) -> None:
     again.channel.close()
     wait_until(lambda: len(world.handler.closed) == 2)
     assert world.join(identity=identity).echo(b"ab") == inverted(b"ab")
+
+
+def test_a_client_whose_line_does_not_say_has_so_many_sessions_and_no_more() -> None:
+    peer = Peer(Identity.generate().public, "a", "here")
+    others = [f"session {number}" for number in range(SESSIONS)]
+    check_room(peer, others[1:], "", 20.0)
+    check_room(peer, others, others[3], 20.0)
+    with pytest.raises(Refused, match=f"may have {SESSIONS} sessions at a time, and has them.*sessions=N") as caught:
+        check_room(peer, others, "another's", 20.0)
+    assert caught.value.code == "full"
+    check_room(replace(peer, limits={"sessions": SESSIONS + 1}), others, "", 20.0)
 
 
 def test_a_flood_of_control_messages_ends_the_session(make: Make) -> None:
