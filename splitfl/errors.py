@@ -87,6 +87,10 @@ class RemoteProtocolError(ChannelError):
     """The peer sent bytes the protocol forbids: its session ends, nothing else does."""
 
 
+class OutOfTurn(RemoteProtocolError):
+    """A message that is well formed, where the session's state has no place for it: also what follows on one that was lost."""
+
+
 class SealError(RemoteProtocolError):
     """A record's tag did not verify, or its header is not the expected one. The session cannot go on."""
 

@@ -13,7 +13,7 @@ from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.opening import Opening, OpenTerms, follow
 from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
-from splitfl.errors import ConnectError, LocalProtocolError, RemoteProtocolError, SessionLost, SplitflError
+from splitfl.errors import ConnectError, LocalProtocolError, OutOfTurn, RemoteProtocolError, SessionLost, SplitflError
 from splitfl.protocol.assembly import Allocate, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
 from splitfl.protocol.control import CURVE
@@ -301,7 +301,11 @@ class ClientChannel:
                     message = self._session.receive(bytes(incoming.frame))
             except OtherVersionError as error:
                 raise wording.other_version("server", error.theirs, "client") from None
-            if message is not None and not self._parting:
+            except OutOfTurn as error:
+                self._tally.doubt(error, self._heard)
+                return
+            passed_over = self._tally.is_in_doubt and not isinstance(message, Heartbeat | Fault | Closing)
+            if message is not None and not self._parting and not passed_over:
                 self._control(message)
             return
         if self._parting:
@@ -360,6 +364,7 @@ class ClientChannel:
         now = time.monotonic()
         if now - self._heard >= self._timing.silence:
             raise SessionLost(f"the server has been silent for {self._timing.silence:g} s")
+        self._tally.check_doubt(now, self._timing.silence)
         if now - self._beat >= self._timing.heartbeat and not self._parting:
             self._beat = now
             with self._lock:

@@ -18,7 +18,7 @@ from splitfl.channel.handler import ServerHandler, SessionInfo
 from splitfl.channel.link import Link, Traffic
 from splitfl.channel.offer import Offer
 from splitfl.channel.timing import Timing
-from splitfl.errors import Refused, RemoteProtocolError, SealError
+from splitfl.errors import OutOfTurn, Refused, RemoteProtocolError, SealError
 from splitfl.protocol.fields import presentable
 from splitfl.protocol.messages import (
     Attach,
@@ -181,10 +181,13 @@ class Sessions:
                 message = link.session.receive(bytes(frame.frame))
         except OtherVersionError as error:
             raise wording.other_version("client", error.theirs, "server") from None
+        except OutOfTurn as error:
+            link.tally.doubt(error, self._clock())
+            return
         if isinstance(message, Heartbeat):
             link.tally.check(message, link.inbox.records if link.inbox is not None else 0, self._clock())
             return
-        if message is None:
+        if message is None or link.tally.is_in_doubt:
             return
         if isinstance(message, Hello):
             link.hello = message
@@ -335,6 +338,7 @@ class Sessions:
         self._admission.expire()
         edited = self._admission.changed()
         for link in list(self._links.values()):
+            self.guard(link, functools.partial(link.tally.check_doubt, now, self._timing.silence))
             limits = self._admission.limits(link.peer) if edited else None
             if limits is not None:
                 link.allowance.limit(limits)

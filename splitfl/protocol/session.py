@@ -10,7 +10,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.errors import LocalProtocolError, OutOfTurn, RemoteProtocolError
 from splitfl.protocol import schedule
 from splitfl.protocol.control import SEALED
 from splitfl.protocol.messages import (
@@ -222,7 +222,7 @@ class ClientSession(_Session):
         """The server's message, or None for one to pass over: a StepOpened or StepClosed that crossed this client's
         Pause.
 
-        Raises RemoteProtocolError.
+        Raises RemoteProtocolError, OutOfTurn; then the state is as it was.
         """
         message = decode_control(frame, from_client=False)
         if self.state is State.CLOSED:
@@ -231,14 +231,14 @@ class ClientSession(_Session):
             return message if self._advance(message) else None
         if isinstance(message, StepOpened):
             if message.enrolment > self.enrolments or not self._may_open(message.step):
-                raise RemoteProtocolError(f"StepOpened for step {message.step} out of order")
+                raise OutOfTurn(f"StepOpened for step {message.step} out of order")
             if message.enrolment < self.enrolments or self.state in (State.OUT, State.DONE_OUT):
                 self.newest_step = self.withdrawn = message.step
                 return None
         if isinstance(message, StepClosed) and self.is_open and message.step != self.step:
             return None
         if not self._advance(message):
-            raise RemoteProtocolError(f"the server sent {event_of(message)} while the session is {self.state.value}")
+            raise OutOfTurn(f"the server sent {event_of(message)} while the session is {self.state.value}")
         if type(message).__name__ in _HANDSHAKE:
             self._record(frame)
         if isinstance(message, Opened):
@@ -341,19 +341,19 @@ class ServerSession(_Session):
         """The client's message, or None for one to pass over.
 
         A StepDone for a step that has closed without it comes out as the Pause or Leave it implies, or as None.
-        Raises RemoteProtocolError.
+        Raises RemoteProtocolError, OutOfTurn; then the state is as it was.
         """
         message: Message = decode_control(frame, from_client=True)
         if self.state in (State.PARTING, State.CLOSED):
             return None
         if isinstance(message, StepDone) and self.is_open and message.step != self.step:
             if message.step > self.newest_step:
-                raise RemoteProtocolError(f"StepDone for step {message.step}, which has not opened")
+                raise OutOfTurn(f"StepDone for step {message.step}, which has not opened")
             if message.then == "continue":
                 return None
             message = Pause() if message.then == "pause" else Leave()
         if not self._advance(message):
-            raise RemoteProtocolError(f"the client sent {event_of(message)} while the session is {self.state.value}")
+            raise OutOfTurn(f"the client sent {event_of(message)} while the session is {self.state.value}")
         if type(message).__name__ in _HANDSHAKE:
             self._record(frame)
         if isinstance(message, Open):
