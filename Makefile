@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow faults fuzz lint clean
+.PHONY: setup demo test test-slow faults soak fuzz lint clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ fuzz: $(STAMP)
 # Each fault at each place, with real processes; about a quarter of an hour. Full disks are mounted, which needs root.
 faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow or not slow" tests/faults
+
+# A run of 16 clients that come and go, with faults all the while: make soak MINUTES=60
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) runs

@@ -31,7 +31,7 @@ from client_ends.session import TrunkSession
 from splitfl.channel.timing import Timing
 from splitfl.cli import main
 
-__all__ = ["Process", "Stop"]
+__all__ = ["PAUSE", "SILENCE", "Process", "Stop", "clock", "hasten"]
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.faults.processes"])
@@ -86,15 +86,33 @@ class Process:
     def said(self) -> str:
         return self._said.read_text() if self._said.exists() else ""
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """kill -9. From any thread; only one may look at :attr:`code`."""
+        self._send(signal.SIGKILL)
+
+    def ask_to_stop(self) -> None:
+        """As a supervisor does before it starts a process again."""
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid or 0, signal.SIGKILL)
+            os.kill(self.pid, number)
 
 
 def clock() -> Any:
     """A wall clock's error, seconds, shared with processes."""
     return _FORKS.RawValue("d", 0.0)
+
+
+def hasten() -> None:
+    """Shorter clocks in this process."""
+    Timing.__init__.__defaults__ = tuple(_CLOCKS.get(field.name, field.default) for field in dataclasses.fields(Timing))
+    client_ends.reconnecting._MOST = PAUSE
 
 
 def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None) -> None:
@@ -103,8 +121,7 @@ def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: 
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     torch.set_num_threads(1)
-    Timing.__init__.__defaults__ = tuple(_CLOCKS.get(field.name, field.default) for field in dataclasses.fields(Timing))
-    client_ends.reconnecting._MOST = PAUSE
+    hasten()
     if stop is not None:
         _stop_at(stop)
     if clock is not None:

@@ -50,14 +50,14 @@ class Passing:
 
 
 class Relay:
-    """Leads ``HOST`` at ``control`` and ``data`` to 127.0.0.1 at the same ports."""
+    """Leads ``host`` at ``control`` and ``data`` to 127.0.0.1 at the same ports."""
 
-    def __init__(self, control: int, data: int) -> None:
-        self._data_port = data
+    def __init__(self, control: int, data: int, *, host: str = HOST) -> None:
+        self._host, self._data_port = host, data
         self._ports = (control, data)
         self._lock = threading.Lock()
         self._listeners: list[socket.socket] = []
-        self._open: list[socket.socket] = []
+        self._open: set[socket.socket] = set()
         self._flows = threading.Event()
         self._flows.set()
         self._rate: float | None = None  # bytes a second down
@@ -83,7 +83,7 @@ class Relay:
         """Break every connection, and take no other."""
         with self._lock:
             listeners, self._listeners = self._listeners, []
-            broken, self._open = self._open, []
+            broken, self._open = self._open, set()
         for one in (*listeners, *broken):
             _end(one)
 
@@ -99,7 +99,7 @@ class Relay:
         self._rate = None
         self._flows.set()
         if not self._listeners:
-            self._listeners = [socket.create_server((HOST, port)) for port in self._ports]
+            self._listeners = [socket.create_server((self._host, port)) for port in self._ports]
             for listener in self._listeners:
                 threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -121,7 +121,7 @@ class Relay:
                     near.close()
                     continue
                 with self._lock:
-                    self._open += [near, far]
+                    self._open |= {near, far}
                 for one in (near, far):
                     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for source, sink, way in ((near, far, "up"), (far, near, "down")):
@@ -145,6 +145,8 @@ class Relay:
             pass
         finally:
             self._flows.wait()
+            with self._lock:
+                self._open -= {source, sink}
             _end(source)
             _end(sink)
 

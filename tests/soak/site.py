@@ -1,0 +1,241 @@
+"""Who takes part in a soak: the server and its lives, a relay before each client, a process that holds most clients, and some
+clients that are processes of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.relay import free_port
+from splitfl.checkpoint import checkpoint_steps
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import read_identity, write_identity
+from splitfl.sample import build_sample_model, sample_text
+from tests.faults.processes import Process
+from tests.faults.relay import Relay
+from tests.soak.crowd import Orders
+
+__all__ = ["APART", "CLIENTS", "DEADLINE", "Life", "Site"]
+
+#: Clients; how many of them are processes of their own, which are killed.
+CLIENTS, APART = 16, 4
+#: Seconds for which a step waits for who is late.
+DEADLINE = 6.0
+_CHECKPOINT_EVERY = 10
+#: Seconds that a client that is a process of its own is away, between two runs of so many steps.
+_AWAY, _STAYS = (1.0, 10.0), (30, 150)
+
+
+@dataclass
+class Life:
+    """One process of the server: ``begun`` and ``ended`` in seconds of the wall clock; ``how`` it ended."""
+
+    pid: int
+    begun: float
+    ended: float = 0.0
+    how: str = ""
+    code: int | None = None
+
+
+class Site:
+    """Everything of one soak lies in ``work``."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        work.mkdir(parents=True)
+        (work / "said").mkdir()
+        self.work, self._draw = work, random.Random(f"site {seed}")
+        self._model = str(work / "model")
+        build_sample_model(self._model, seed=0, hidden=32, blocks=4, context=64)
+        self._texts = self._write_texts()
+        names = [f"client{index}" for index in range(CLIENTS)]
+        self._keys = {name: work / f"{name}.key" for name in names}
+        lines = [f"{write_identity(key).public} {name}" for name, key in self._keys.items()]
+        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
+        write_identity(work / "server.key")
+        self._ports = free_port(), free_port()
+        self.relays = {name: Relay(*self._ports, host=f"127.0.1.{number}") for number, name in enumerate(names, 1)}
+        self.apart, self._together = names[:APART], names[APART:]
+        self.lives: list[Life] = []
+        self.endings: list[dict[str, Any]] = []  # of the clients that are processes of their own
+        self.server: Process | None = None
+        self.crowd: subprocess.Popen[bytes] | None = None
+        self._processes: dict[str, Process] = {}
+        self._visits: dict[str, int] = dict.fromkeys(self.apart, 0)
+        self._starts = 0
+        self._next: dict[str, float] = dict.fromkeys(self.apart, 0.0)  # when it comes again
+
+    def _write_texts(self) -> list[Path]:
+        text = sample_text()
+        pieces = {"held-out": text[:1500], "crowd": text[1500:60_000]}
+        pieces |= {f"apart{index}": text[60_000 + 8000 * index :][:8000] for index in range(APART)}
+        files = {name: self.work / f"{name}.txt" for name in pieces}
+        for name, file in files.items():
+            file.write_text(pieces[name], encoding="utf-8")
+        return list(files.values())
+
+    # --- the server -------------------------------------------------------------------------------------------------------------
+
+    def start_server(self) -> None:
+        control, data = self._ports
+        words = {
+            "clients": 4,
+            "run": "soak",
+            "out": self.work / "server",
+            "identity": self.work / "server.key",
+            "authorized-clients": self.work / "authorized_clients",
+            "bind": f"127.0.0.1:{control}",
+            "data-port": data,
+            "device": "cpu",
+            "threads": 1,
+            "trainables": "full",
+            "lr": 1e-3,
+            "on-loss": "drop",
+            "step-deadline": DEADLINE,
+            "checkpoint-every": _CHECKPOINT_EVERY,
+            "status-every": 2,
+        }
+        self.server = self._start(["serve", self._model, *_flags(words), "--resume-if-any"], "server")
+        self.lives.append(Life(self.server.pid, time.time()))
+
+    def end_server(self, how: str) -> None:
+        """``how``: killed, or asked to stop; returns once it is gone."""
+        assert self.server is not None
+        life = self.lives[-1]
+        life.how = how
+        if how == "killed":
+            self.server.kill()
+        else:
+            self.server.ask_to_stop()
+        deadline = time.monotonic() + 60
+        while self.server.code is None:
+            assert time.monotonic() < deadline, f"the server that was {how} does not end"
+            time.sleep(0.05)
+        life.ended, life.code, self.server = time.time(), self.server.code, None
+
+    def connections(self) -> int:
+        """Connections of the server that stand."""
+        assert self.server is not None
+        return sum(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process(self.server.pid).net_connections("tcp"))
+
+    def listening(self) -> int:
+        """Listeners at the server's ports, those of the relays included."""
+        found = psutil.net_connections("tcp")
+        return sum(one.status == psutil.CONN_LISTEN and one.laddr.port in self._ports for one in found)
+
+    def events(self) -> list[dict[str, Any]]:
+        return _lines(self.work / "server" / "log.jsonl")
+
+    def diary(self) -> list[dict[str, Any]]:
+        return _lines(self.work / "diary.jsonl")
+
+    # --- the clients ------------------------------------------------------------------------------------------------------------
+
+    def _join(self, name: str) -> str:
+        key = read_identity(self.work / "server.key").public
+        host = f"127.0.1.{1 + list(self.relays).index(name)}"
+        return str(JoinString(key, host, self._ports[0], "soak"))
+
+    def start_crowd(self, seed: int) -> None:
+        members = [(name, self._join(name), str(self._keys[name])) for name in self._together]
+        held_out, text = (str(file) for file in self._texts[:2])
+        diary, end = str(self.work / "diary.jsonl"), str(self.work / "end")
+        orders = Orders(self._model, text, held_out, members, diary, end, seed)
+        file = self.work / "orders.json"
+        file.write_text(json.dumps(dataclasses.asdict(orders)))
+        said = (self.work / "said" / "crowd.txt").open("wb")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", "tests.soak.crowd", str(file)]
+        self.crowd = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        said.close()
+
+    def end_crowd(self) -> None:
+        """It is told; it has ended once its process has."""
+        (self.work / "end").touch()
+
+    def tend(self, *, more: bool = True) -> None:
+        """Look after the clients that are processes of their own: note how each ended, and start it again (``more``) or not."""
+        for name in self.apart:
+            process = self._processes.get(name)
+            if process is not None and process.code is None:
+                continue
+            if process is not None:
+                self._note(name, process)
+            elif more and time.monotonic() >= self._next[name]:
+                self._processes[name] = self._train(name)
+
+    def _note(self, name: str, process: Process) -> None:
+        last = process.said.strip().splitlines()[-1:]
+        ending = {"time": time.time(), "client": name, "code": process.code, "said": last[0] if last else ""}
+        self.endings.append(ending | {"traceback": "Traceback" in process.said})
+        del self._processes[name]
+        self._next[name] = time.monotonic() + self._draw.uniform(*_AWAY)
+        if process.code != -9:  # who was killed goes on with what it kept; others begin anew
+            self._visits[name] += 1
+            shutil.rmtree(self.work / f"{name}.ends{self._visits[name] - 1}", ignore_errors=True)
+
+    def _train(self, name: str) -> Process:
+        out = self.work / f"{name}.ends{self._visits[name]}"
+        words = {
+            "trunk": self._join(name),
+            "identity": self._keys[name],
+            "model": self._model,
+            "data": self._texts[2 + self.apart.index(name)],
+            "device": "cpu",
+            "out": out,
+            "ends": "full",
+            "max-length": 32,
+            "batch-size": 2,
+            "evaluate": 0,
+            "seed": self._visits[name],
+            "steps": self._draw.randrange(*_STAYS),
+            "reconnect": 120,
+            "timeout": 6,
+        }
+        resume = ["--resume"] if checkpoint_steps(out) else []
+        return self._start(["train", *_flags(words), *resume], name)
+
+    def kill(self, name: str) -> bool:
+        """kill -9 a client that is a process of its own; False where it is away."""
+        process = self._processes.get(name)
+        if process is not None:
+            process.kill()
+        return process is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no client is a process any more."""
+        return not self._processes and self.crowd is not None and self.crowd.poll() is not None
+
+    def _start(self, words: list[str], name: str) -> Process:
+        self._starts += 1
+        return Process(words, self.work / "said" / f"{name}.{self._starts}.txt")
+
+    def close(self) -> None:
+        for process in [*self._processes.values(), *([self.server] if self.server is not None else [])]:
+            process.kill()
+        if self.crowd is not None and self.crowd.poll() is None:
+            self.crowd.kill()
+            self.crowd.wait()
+        for relay in self.relays.values():
+            relay.close()
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n") and line.startswith("{")]
+
+
+def _flags(words: dict[str, Any]) -> list[str]:
+    return [word for name, value in words.items() for word in (f"--{name}", str(value))]

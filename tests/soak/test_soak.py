@@ -1,0 +1,54 @@
+"""A short soak, and whether the verdict on a long one would see what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soak.site import Life, Site
+from tests.soak.soak import soak
+from tests.soak.verdict import growth, judge, steps_in_order
+
+
+def test_a_leak_is_seen_and_a_warm_up_is_none():
+    flat = [(float(at), 100.0) for at in range(100)]
+    warm = [(at, value if at >= 25 else 3 * at) for at, value in flat]
+    leak = [(at, value + at) for at, value in flat]
+    assert growth(flat) == growth(warm) == 0
+    assert growth(leak) == pytest.approx(35)
+
+
+def steps(*numbers: int, begun: float = 0.0) -> list[dict]:
+    return [{"event": "step", "step": number, "time": begun + place} for place, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize(
+    ("events", "problem"),
+    [
+        ([*steps(0, 1, 2), *steps(2, 3, begun=10)], ""),
+        ([*steps(0, 1, 2), *steps(3, 4, begun=10)], ""),
+        ([*steps(0, 2), *steps(3, begun=10)], "not one after the other"),
+        ([*steps(0, 1, 1), *steps(2, begun=10)], "not one after the other"),
+        ([*steps(0, 1), *steps(3, begun=10)], "began with step 3, the one before ended with 1"),
+        (steps(0, 1), "life 1 of the server made no step"),
+    ],
+)
+def test_steps_that_are_missing_or_made_twice_are_seen(events, problem):
+    lives = [Life(1, 0.0, 9.0, "killed", -9), Life(2, 10.0, 20.0, "asked to stop", 0)]
+    found = steps_in_order(lives, events)
+    assert ([problem] if problem else []) == [problem for each in found if problem in each]
+    assert len(found) == bool(problem)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_short_soak(tmp_path):
+    """All but what it takes an hour to see: a process's memory is judged from its fourth minute on."""
+    site = Site(tmp_path / "soak", 0)
+    try:
+        record = soak(site, 2.0, 0, print)
+    finally:
+        site.close()
+    problems, figures = judge(site, record)
+    assert not problems
+    assert figures["steps"] > 20
+    assert sum(figures["faults"].values()) > 5

@@ -1,0 +1,211 @@
+"""What must hold of a soak, each as a sentence where it does not; and the figures of it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from server_trunk.run_ledger import RunLedger
+from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from tests.soak.site import CLIENTS, Life, Site
+from tests.soak.soak import Record
+
+__all__ = ["growth", "judge", "ledger_of", "steps_in_order"]
+
+#: Seconds for which a step may be open, and for which none may close though clients are there.
+OPEN_AT_MOST, NONE_AT_MOST = 30.0, 45.0
+#: Share of a process's life that is left out of what is said of its memory; the shortest life, seconds, that is judged by it.
+_WARM_UP, _SHORTEST = 0.3, 240.0
+#: How much more the second half of what is left may have than the first.
+MOST_GROWTH = {"rss_mib": 8.0, "files": 8.0, "threads": 4.0}
+#: Events that nothing that befalls this run may lead to.
+_NEVER = ("failed", "forward-failed", "backward-failed", "gradient-not-finite", "gradient-no-targets", "out-of-memory", "log-gap")
+#: How a run of a client that is a process of its own may end other than well: killed, or told one of these.
+_SAID = (
+    "nothing listens at",
+    "has another key than the join string says",  # also where a relay takes a connection for a server that is not there
+    "no session was opened",
+    "did not answer within",
+    "nothing is left to go on with",
+    "before which nothing of these ends was kept",
+)
+
+
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """Of (seconds, value): the mean of the second half of the time, after the warm-up, less that of the first."""
+    first, last = samples[0][0], samples[-1][0]
+    begin = first + _WARM_UP * (last - first)
+    middle = (begin + last) / 2
+    halves = (
+        [value for at, value in samples if begin <= at < middle],
+        [value for at, value in samples if at >= middle],
+    )
+    return statistics.fmean(halves[1]) - statistics.fmean(halves[0])
+
+
+def steps_in_order(lives: Sequence[Life], events: Iterable[dict[str, Any]]) -> list[str]:
+    """Within a life of the server each step is the one after the one before; a later life begins no later than the one before
+    it ended.
+    """
+    problems, before = [], -1
+    for number, life in enumerate(lives):
+        steps = [event["step"] for event in events if event["event"] == "step" and life.begun <= event["time"] <= life.ended]
+        if not steps:
+            problems.append(f"life {number} of the server made no step")
+            continue
+        if steps != list(range(steps[0], steps[0] + len(steps))):
+            problems.append(f"the steps of life {number} of the server are not one after the other")
+        if steps[0] > before + 1:
+            problems.append(f"life {number} of the server began with step {steps[0]}, the one before ended with {before}")
+        before = steps[-1]
+    return problems
+
+
+def ledger_of(site: Site) -> list[tuple[int, dict[str, int]]]:
+    """The run's, as its last checkpoint has it."""
+    newest = newest_checkpoint(site.work / "server")
+    assert newest is not None
+    return RunLedger.from_state(unpack_state(load_checkpoint(newest)[2]["ledger"])).entries()
+
+
+def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
+    """What does not hold, and the figures."""
+    events, diary = site.events(), site.diary()
+    problems = list(record.left_over)
+    problems += [f"{event['event']}: {event}" for event in events if event["event"] in _NEVER]
+    problems += [f"the server failed in a session: {event}" for event in events if "internal" in str(event.get("why"))]
+    problems += [f"the server that was asked to stop ended with {life.code}" for life in site.lives if life.code not in (0, -9)]
+    problems += [f"a traceback in {file.name}" for file in (site.work / "said").glob("*.txt") if "Traceback" in file.read_text()]
+    problems += steps_in_order(site.lives, events)
+    problems += _stuck(record, site.lives, events)
+    problems += _endings(site, diary)
+    entries = ledger_of(site)
+    problems += _applied_once(entries, events, diary)
+    figures = _figures(site, record, events, diary, entries)
+    for name, judged in figures["growth"].items():
+        problems += [
+            f"{name}: {what} grew by {judged[what]:.1f}" for what in MOST_GROWTH if judged[what] > MOST_GROWTH[what]
+        ]  # fmt: skip
+    first, last = figures["held_out_loss"]
+    if not last < first - 0.5:
+        problems.append(f"the loss went from {first:.3f} to {last:.3f}")
+    most = max((event["sessions"] for event in events if event["event"] == "status"), default=0)
+    if most > 2 * CLIENTS:
+        problems.append(f"{most} sessions at a time, of {CLIENTS} clients")
+    return problems, figures
+
+
+def _stuck(record: Record, lives: Sequence[Life], events: Sequence[dict[str, Any]]) -> list[str]:
+    """Steps that were open for too long, and times in which none closed; where the machine was paused nothing is said."""
+
+    def paused(begin: float, end: float) -> bool:
+        return any(begin < until and since < end for since, until in record.pauses)
+
+    problems = []
+    for life in lives:
+        own = [event for event in events if event["event"] == "step" and life.begun <= event["time"] <= life.ended]
+        for event in own:
+            if event["seconds"] > OPEN_AT_MOST and not paused(event["time"] - event["seconds"], event["time"]):
+                problems.append(f"step {event['step']} was open for {event['seconds']:.0f} s")
+        times = [life.begun, *(event["time"] for event in own)]
+        for begin, end in itertools.pairwise(times):
+            if end - begin > NONE_AT_MOST and not paused(begin, end):
+                problems.append(f"no step closed for {end - begin:.0f} s")
+    return problems
+
+
+def _endings(site: Site, diary: Sequence[dict[str, Any]]) -> list[str]:
+    """Clients that ended as nothing that befell them explains."""
+    problems = [f"{line['client']}: {line['what']}: {line['error']}" for line in diary if line["what"] in ("lost", "failed")]
+    for line in diary:
+        if line["what"] == "could not join" and not any(part in line["error"] for part in _SAID):
+            problems.append(f"{line['client']} could not join: {line['error']}")
+    for ending in site.endings:
+        well = ending["code"] in (0, -9) or (ending["code"] == 2 and any(part in ending["said"] for part in _SAID))
+        if not well or ending["traceback"]:
+            problems.append(f"{ending['client']} ended with {ending['code']}: {ending['said']}")
+    return problems
+
+
+def _applied_once(
+    entries: Sequence[tuple[int, dict[str, int]]], events: Sequence[dict[str, Any]], diary: Sequence[dict[str, Any]]
+) -> list[str]:
+    """The ledger has each step once, as the log has it last, and of nobody more than it sent."""
+    problems = []
+    if [step for step, _ in entries] != list(range(len(entries))):
+        problems.append("the ledger's steps are not one after the other")
+    logged = {event["step"]: event for event in events if event["event"] == "step"}
+    sent = _sent(diary)
+    known = {client for client, _ in sent}
+    for step, parts in entries:
+        of_log: Counter[str] = Counter()
+        for key, part in logged[step]["parts"].items():
+            of_log[key.partition("/")[0]] += part["targets"]
+        if {name: count for name, count in of_log.items() if count} != {name: count for name, count in parts.items() if count}:
+            problems.append(f"step {step}: the ledger has {parts}, the log {dict(of_log)}")
+        for client, targets in parts.items():
+            if client in known and targets > sent[client, step]:
+                problems.append(f"step {step}: {targets} targets of {client}, which sent {sent[client, step]}")
+    return problems
+
+
+def _sent(diary: Sequence[dict[str, Any]]) -> Counter[tuple[str, int]]:
+    """Targets that each client has sent of each step, over all that it made of it."""
+    sent: Counter[tuple[str, int]] = Counter()
+    for line in diary:
+        if line["what"] == "sends":
+            sent[line["client"], line["step"]] += line["targets"]
+    return sent
+
+
+def _figures(
+    site: Site,
+    record: Record,
+    events: Sequence[dict[str, Any]],
+    diary: Sequence[dict[str, Any]],
+    entries: Sequence[tuple[int, dict[str, int]]],
+) -> dict[str, Any]:
+    steps = [event for event in events if event["event"] == "step"]
+    judged = [line["loss"] for line in diary if line["what"] == "judged"]
+    (first,) = [line["loss"] for line in diary if line["what"] == "judged at first"]
+    sent = _sent(diary)
+    counted = sum(targets for step, parts in entries for client, targets in parts.items() if (client, step) in sent)
+    found: dict[str, Any] = {
+        "minutes": round(record.seconds / 60, 1),
+        "minutes_paused": round(sum(end - begin for begin, end in record.pauses) / 60, 1),
+        "steps": len(entries),
+        "steps_made_again": len(steps) - len({event["step"] for event in steps}),
+        "longest_step_seconds": max((event["seconds"] for event in steps), default=None),
+        "sessions": sum(event["event"] == "joined" for event in events),
+        "left": dict(Counter(_short(event["why"]) for event in events if event["event"] == "left")),
+        "refused": dict(Counter(event["code"] for event in events if event["event"] == "refused")),
+        "dropped_parts": sum(event["event"] == "dropped" for event in events),
+        "faults": dict(Counter(fault["what"] for fault in record.faults)),
+        "crowd": dict(Counter(line["what"] for line in diary)),
+        "apart": dict(Counter(str(ending["code"]) for ending in site.endings)),
+        "could_not_join": dict(Counter(line["error"] for line in diary if line["what"] == "could not join")),
+        "share_of_sent_targets_counted": round(counted / max(1, sum(sent.values())), 4),
+        "held_out_loss": [round(first, 4), round(statistics.fmean(judged[-12:]), 4) if judged else first],
+        "growth": {},
+        "memory": {},
+    }
+    pids = {life.pid: f"server, life {number}" for number, life in enumerate(site.lives)}
+    for pid, name in [*pids.items(), (None, "crowd")]:
+        own = [each for each in record.samples if (each["pid"] == pid if pid else each["who"] == "crowd")]
+        if not own:
+            continue
+        what = {key: [(each["at"], each[key]) for each in own] for key in MOST_GROWTH}
+        tenth = own[:: max(1, len(own) // 10)]
+        found["memory"][name] = {key: [round(each[key]) for each in tenth] for key in MOST_GROWTH} | {
+            "cores": round((own[-1]["cpu_seconds"] - own[0]["cpu_seconds"]) / max(1.0, own[-1]["at"] - own[0]["at"]), 3)
+        }
+        if own[-1]["at"] - own[0]["at"] >= _SHORTEST:
+            found["growth"][name] = {key: round(growth(series), 2) for key, series in what.items()}
+    return found
+
+
+def _short(why: str) -> str:
+    return why.partition(":")[0][:40]
