@@ -20,7 +20,7 @@ import zmq
 from benchmarks.memory import resident_bytes
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConfigError, SessionLost, SplitflError
-from splitfl.protocol.keys import Identity
+from splitfl.protocol.keys import AuthorizedClient, Identity
 from splitfl.transport.base import ClientFrame, Endpoint
 from splitfl.transport.door import Door
 from splitfl.transport.zmq_client import ZmqClientTransport
@@ -184,6 +184,7 @@ def test_clients_that_were_given_a_ticket_are_not_cut_for_being_many(make: Make)
     world = make(timing=Timing(heartbeat=1.0, silence=20.0, flush=1.0, linger=0.1))
     data = world.transport._data
     data._half_open, many = 2, 12
+    world.authorized._clients[world.identity.public.raw] = AuthorizedClient("alice", {"sessions": many})
     together = threading.Barrier(many)
 
     class Slow(RawTransport):
