@@ -27,11 +27,12 @@ _ALIVE, _GOODBYE = 0, 1
 class Watch:
     """``failure`` is set once another process is gone; this one is then to end too."""
 
-    def __init__(self, limit: float, lost: Callable[[SplitflError], None] = lambda error: None) -> None:
+    def __init__(self, limit: float, lost: Callable[[Watch], None] = lambda watch: None) -> None:
         """All processes make one at the same point, after they have joined. ``limit``: seconds of silence after which a process
         is taken for dead (0: none is long enough). ``lost`` hears of the first one that is gone, in a thread of this object.
         """
         self._limit, self._lost = limit, lost
+        self.hung: int | None = None  # the rank whose silence has been too long
         self._beat = min(_BEAT, limit / 5) if limit else _BEAT
         self._group = dist.new_group(backend="gloo", timeout=_FOR_EVER)
         self._rank = dist.get_rank()
@@ -101,6 +102,7 @@ class Watch:
                     continue
                 self._silent[peer] += self._beat
                 if self._limit and self._silent[peer] > self._limit:
+                    self.hung = peer
                     self._gone(peer, f"silent for {self._limit:g} s")
                     return
 
@@ -109,4 +111,4 @@ class Watch:
             if self.failure is not None or self._over.is_set():
                 return
             self.failure = SplitflError(f"process {peer} of this server is gone ({why}), so this one ends too")
-        self._lost(self.failure)
+        self._lost(self)

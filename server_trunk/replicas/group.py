@@ -10,15 +10,14 @@ group (gloo) carries small words. A replica that dies breaks its connections, wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+from server_trunk.rendezvous import join_world
 from server_trunk.replicas.place import Place
 from splitfl.errors import ConfigError, SplitflError
 
@@ -43,17 +42,10 @@ class Group:
         Raises:
             SplitflError: the group cannot be formed.
         """
-        if place.local_size == place.size:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it need leave this machine
-        try:
-            store, rank, size = next(rendezvous("env://", place.rank, place.size))
-            # torchrun keeps the store when it starts the group anew; what the one before has left there is of dead processes.
-            store = dist.PrefixStore(f"splitfl-{place.restarts}", store)  # type: ignore[attr-defined]
-            # Ranks of one trunk lay a mesh over the world, which needs what their devices speak.
-            backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device is not None and device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-        except (RuntimeError, ValueError) as error:
-            raise SplitflError(f"the replicas cannot meet ({str(error).splitlines()[0][:200]})") from None
+        # Ranks of one trunk lay a mesh over the world, which needs what their devices speak.
+        backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device is not None and device.type == "cuda" else "gloo"
+        where = {"rank": place.rank, "size": place.size, "restarts": place.restarts}
+        join_world(backend, **where, on_one_machine=place.local_size == place.size, timeout=_PATIENCE)
         return cls(place, device, ranks)
 
     def __init__(self, place: Place, device: torch.device | None, ranks: int = 1) -> None:

@@ -19,6 +19,7 @@ from server_trunk.replicas.group import Group
 from server_trunk.replicas.launch import AGENT, MISTAKEN
 from server_trunk.replicas.place import Place
 from server_trunk.sharding.group import ShardGroup, check_ranks, join_shards, own_device
+from server_trunk.siblings import Siblings
 from server_trunk.watch import Watch
 from splitfl.config import RunConfig
 from splitfl.errors import GroupLost, SplitflError, UserError
@@ -36,13 +37,14 @@ _GOODBYE = 5.0
 @dataclass(frozen=True, slots=True)
 class Joined:
     """What a process is part of. ``group``: the replicas, where there are several; ``shards``: the ranks of its trunk; ``watch``:
-    whether all the other processes live.
+    whether all the other processes live; ``siblings``: those of them that this one can end.
     """
 
     place: Place
     group: Group | None
     shards: ShardGroup | None
     watch: Watch
+    siblings: Siblings
 
     @property
     def leads(self) -> bool:
@@ -71,6 +73,8 @@ def run_process(config: RunConfig, place: Place, work: Callable[[RunConfig, Join
             os.kill(os.getppid(), MISTAKEN)  # to start again would not mend it
     except BaseException:
         traceback.print_exc()
+    if joined is not None:
+        _end_hung(joined.watch, joined.siblings)
     sys.stdout.flush()
     sys.stderr.flush()
     # A collective that waits for a process that is gone would hold up the interpreter's own end.
@@ -92,14 +96,23 @@ def _joined(config: RunConfig, place: Place) -> tuple[RunConfig, Joined]:
         config = dataclasses.replace(config, replicas=place.size // config.ranks)
         group = Group.join(place, device, config.ranks)
     shards = join_shards(config)
-    return config, Joined(place, group, shards, Watch(config.silence, functools.partial(_end, shards is None or shards.leads)))
+    siblings = Siblings()
+    watch = Watch(config.silence, functools.partial(_end, siblings, shards is None or shards.leads))
+    return config, Joined(place, group, shards, watch, siblings)
 
 
-def _end(leads: bool, error: SplitflError) -> None:
+def _end(siblings: Siblings, leads: bool, watch: Watch) -> None:
     """Another process is gone. Whoever leads ends by itself, unless it hangs too; a rank may wait for the lost one for ever."""
     time.sleep(_LAST_WORDS if leads else _FIRST_SPEAKS)
-    print(f"splitfl serve: {error}", file=sys.stderr, flush=True)
+    _end_hung(watch, siblings)
+    print(f"splitfl serve: {watch.failure}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _end_hung(watch: Watch, siblings: Siblings) -> None:
+    """Make sure that who was taken for dead is: the agent would wait for it to end by itself."""
+    if watch.hung is not None:
+        siblings.kill(watch.hung)
 
 
 def _device(device: str, place: Place) -> str:

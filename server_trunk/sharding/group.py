@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from server_trunk.rendezvous import join_world
 from splitfl.config import RunConfig
 from splitfl.errors import ConfigError, GroupLost
 from splitfl.parts.sharded import MESH_AXES, Sharding
@@ -37,9 +38,9 @@ class ShardGroup:
     def __init__(self, kind: str, size: int, device: torch.device) -> None:
         """Joins the world (unless it is joined) and makes the ways of all its groups; ``kind``: tensor or fsdp."""
         if not dist.is_initialized():
-            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of it need leave this machine
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            join_world("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", restarts=restarts, on_one_machine=together)
         replicas = dist.get_world_size() // size
         shape = (replicas, 1, 1, 1, size) if kind == "tensor" else (replicas, 1, 1, size, 1)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", *MESH_AXES))[MESH_AXES]

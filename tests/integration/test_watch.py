@@ -22,6 +22,7 @@ WATCHING = f"""
 import os, sys, time
 import torch
 import torch.distributed as dist
+from server_trunk.siblings import Siblings
 from server_trunk.watch import Watch
 
 def say(what):
@@ -29,6 +30,7 @@ def say(what):
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
+siblings = Siblings()
 watch = Watch({LIMIT})
 began, sums = time.monotonic(), 0
 while rank == 2 and time.monotonic() - began < {BUSY}:  # with Python, and with torch
@@ -41,6 +43,8 @@ say(watch.failure or "well")
 while watch.failure is None:
     time.sleep(0.05)
 say(watch.failure)
+if watch.hung is not None:
+    siblings.kill(watch.hung)
 sys.stdin.readline()
 os._exit(0)
 """
@@ -111,6 +115,8 @@ def test_who_hangs_is_known_by_its_silence_and_who_is_busy_or_was_stopped_like_a
             ask(process)
             assert said(process) == "well"
         assert said(first) == f"process 1 of this server is gone (silent for {LIMIT} s), so this one ends too"
+        assert hangs.wait(20) == -signal.SIGKILL
+        assert other.poll() is None
         ask(first)
         assert said(other).startswith("process 0 of this server is gone")
 

@@ -53,10 +53,10 @@ def wires(monkeypatch) -> Iterator[Wires]:
     made.cut()
 
 
-def watch(wires: Wires, rank: int, limit: float) -> tuple[Watch, list[SplitflError]]:
+def watch(wires: Wires, rank: int, limit: float) -> tuple[Watch, list[SplitflError | None]]:
     wires.rank = rank
-    heard: list[SplitflError] = []
-    return Watch(limit, heard.append), heard
+    heard: list[SplitflError | None] = []
+    return Watch(limit, lambda watch: heard.append(watch.failure)), heard
 
 
 def test_who_says_goodbye_is_not_missed(wires):
@@ -74,6 +74,7 @@ def test_who_is_silent_is_taken_for_dead(wires, rank):
     wait_until(lambda: alone.failure is not None)
     wait_until(lambda: heard == [alone.failure])
     assert str(alone.failure) == f"process {1 - rank} of this server is gone (silent for 0.2 s), so this one ends too"
+    assert alone.hung == 1 - rank
 
 
 def test_without_a_limit_only_a_broken_connection_tells(wires):
@@ -81,6 +82,7 @@ def test_without_a_limit_only_a_broken_connection_tells(wires):
     wires.cut()
     wait_until(lambda: bool(heard))
     assert "(Connection closed by peer)" in str(alone.failure)
+    assert alone.hung is None
 
 
 def test_who_ends_on_account_of_its_own_blames_nobody(wires):
