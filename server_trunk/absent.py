@@ -1,5 +1,5 @@
-"""Clients whose session was lost, not ended: they connect again by themselves, so a run is not over while one may. Pure
-bookkeeping; no clock of its own.
+"""Clients whose session was lost, or who were sent to another replica: they connect again by themselves, so a run is not over
+while one may. Pure bookkeeping; no clock of its own.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +254,10 @@ class TrunkServer:
 
     # --- the run's life ---------------------------------------------------------------------------------------------------------
 
-    def _on_presence(self, clients: int, trained: bool) -> None:
+    def _on_presence(self, here: Set[str], awaited: Set[str], trained: bool) -> None:
         if self._replica is not None:
-            self._replica.present(clients, trained)
-        elif self.config.until_done and trained and not clients:
+            self._replica.present(here, awaited, trained)
+        elif self.config.until_done and trained and not here and not awaited:
             self._done.set()
 
     def wait(self, timeout: float | None = None) -> bool:

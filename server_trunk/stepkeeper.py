@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from server_trunk.absent import Absent
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
 from server_trunk.ledger import PAUSED, Ledger, Part
@@ -79,6 +80,7 @@ class StepKeeper:
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log, self._meter, self._names, self._run = outlet, log, meter, names, run
+        self.absent = Absent()
         self._rounds = rounds
         self._unsaid: tuple[Ledger, StepReport] | None = None  # a step whose round is not over
         self._enrolments: dict[str, int] = {}
@@ -137,9 +139,10 @@ class StepKeeper:
         if self._rounds is not None:
             self._rounds.forget(session)
 
-    def present(self) -> set[str]:
-        """Clients that are here, or for whom a step waits."""
-        return {*self._names.values(), *self._steps.away(time.monotonic())}
+    def awaited(self) -> set[str]:
+        """Clients that are not here, and for whose return a step waits, or the end of the run."""
+        now = time.monotonic()
+        return (self._steps.away(now) | self.absent.clients(now)).difference(self._names.values())
 
     @property
     def is_amid_step(self) -> bool:
@@ -222,8 +225,10 @@ class StepKeeper:
             self._answer_stale()
             return
         for session in self._steps.departures():
-            self._log.write("moved", client=self._names.get(session), session=session[:8], after=self._steps.number - 1)
+            client = self._names[session]
+            self._log.write("moved", client=client, session=session[:8], after=self._steps.number - 1)
             self._outlet.end(session, Fault(RefusalCode.MOVED, "this client goes to another replica", True, None))
+            self.absent.lost(client, time.monotonic())  # until it is seen there
         self._go_back()
         was_open, now = self._steps.is_open, time.monotonic()
         for session, step in self._steps.openings(now):

@@ -11,11 +11,11 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from server_trunk.absent import ANYBODY, Absent
+from server_trunk.absent import ANYBODY
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.engine import Engine
 from server_trunk.meter import Meter
@@ -67,8 +67,8 @@ _Reply = tuple[str, Any, Any]
 
 class TrunkLoop:
     """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints, and
-    ``on_presence(clients, trained)`` of each change: how many are here or waited for, and whether a step has closed, or
-    none will.
+    ``on_presence(here, awaited, trained)`` of each change: which clients are here, which others may come again, and whether a
+    step has closed, or none will.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TrunkLoop:
         meter: Meter | None = None,
         run: Run | None = None,
         rounds: RoundKeeper | None = None,
-        on_presence: Callable[[int, bool], None] = lambda clients, trained: None,
+        on_presence: Callable[[Set[str], Set[str], bool], None] = lambda here, awaited, trained: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log = outlet, log
@@ -92,13 +92,13 @@ class TrunkLoop:
         self._payload_of = payload_of
         self._meter = meter or Meter()
         self._on_presence = on_presence
-        self._presence = (0, False)
+        self._presence: tuple[Set[str], Set[str], bool] = (set(), set(), False)
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._absent = Absent()
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
+        self._absent = self._keeper.absent
         if steps.number:  # taken up again, perhaps at its end, which clients may not have heard of
             self._absent.lost(ANYBODY, time.monotonic())
-        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
         self._rounds = rounds
         if rounds is not None:
             rounds.names = self._names
@@ -175,9 +175,9 @@ class TrunkLoop:
             self._keeper.turn()
         if self._keeper.trained:
             self._absent.back(ANYBODY)  # not at its end
-        clients = self._keeper.present() | self._absent.clients(time.monotonic())
         # Clients of a run that was taken up again may have had no more than an evaluation to do.
-        presence = len(clients), self._keeper.trained or self._steps.complete or self._absent.has_returned
+        trained = self._keeper.trained or self._steps.complete or self._absent.has_returned
+        presence = set(self._names.values()), self._keeper.awaited(), trained
         if presence != self._presence:
             self._presence = presence
             self._on_presence(*presence)

@@ -187,6 +187,23 @@ class Spoilt(Case):
         return (rank, ordinal) != (0, 1)
 
 
+class Overflows(Case):
+    """In one step, of a client whose rows are all finite: nobody makes that step, and the next is as if nothing had been."""
+
+    def batch(self, engine: Engine, member: Member, *, last: bool = False) -> None:
+        hooks = []
+        if (member.client, member.forward.step, member.ordinal) == ("client0", 1, 1):
+            for parameter in engine.training.parameters_of(["client0"]):
+                hooks.append(parameter.register_hook(lambda gradient: torch.full_like(gradient, float("inf"))))
+        super().batch(engine, member, last=last)
+        for hook in hooks:
+            hook.remove()
+
+
+class OverflowsApart(Overflows):
+    options: ClassVar = {}
+
+
 class Fails(Case):
     """The last backward fails when something of it has left: nothing of it counts. A batch comes after."""
 
@@ -231,7 +248,10 @@ class OutOfMemory(Fails):
         return True
 
 
-CASES = [InPlace, Lanes, Apart, Lora, LoraInLanes, Nobody, OneForesees, Late, LateApart, Spoilt, Fails, OutOfMemory]
+CASES = [
+    *(InPlace, Lanes, Apart, Lora, LoraInLanes, Nobody, OneForesees, Late, LateApart, Spoilt),
+    *(Overflows, OverflowsApart, Fails, OutOfMemory),
+]
 
 
 def main(model: str, out: str) -> None:

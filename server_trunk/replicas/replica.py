@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from server_trunk.adapter_book import AdapterBook
 from server_trunk.engine import Engine
 from server_trunk.keeping import RunKeeper
 from server_trunk.replicas.assignment import Assignment
+from server_trunk.replicas.attendance import Attendance
 from server_trunk.replicas.client_adapters import SpreadTraining
 from server_trunk.replicas.control import Control
 from server_trunk.replicas.coordinator import Coordinator
@@ -66,8 +67,10 @@ class Replica:
         self._control = Control(group, self._take, self._lost)
         self._lock = threading.Lock()
         self._assignment = Assignment(group.size)
-        self._clients, self._trained = 0, False
-        self._present: list[Presence] = [Presence()] * group.size
+        self._attendance = Attendance(group.size)
+        self._here: tuple[str, ...] = ()
+        self._awaited: tuple[str, ...] = ()
+        self._trained = False
         self._company: threading.Timer | None = None  # at rank 0: ends the wait for all clients of a run that was taken up again
         self._first = 0
         self._reported = 0.0
@@ -173,14 +176,14 @@ class Replica:
             return None
         return self._assignment.rebalance(step, movable, time.monotonic())
 
-    def present(self, clients: int, trained: bool) -> None:
-        """So many clients are here now, or waited for; from the trunk's thread."""
-        self._clients, self._trained = clients, trained
+    def present(self, here: Set[str], awaited: Set[str], trained: bool) -> None:
+        """Who is here now, and whose return is waited for; from the trunk's thread."""
+        self._here, self._awaited, self._trained = tuple(sorted(here)), tuple(sorted(awaited)), trained
         self._report()
 
     def _report(self) -> None:
         self._reported = time.monotonic()
-        self._tell_first(Presence(self._loads(), self._clients, self._trained))
+        self._tell_first(Presence(self._loads(), self._here, self._awaited, self._trained))
 
     # --- words ------------------------------------------------------------------------------------------------------------------
 
@@ -213,9 +216,8 @@ class Replica:
             return self._coordinator.hear(rank, word)
         if isinstance(word, Presence):
             self._assignment.hear(rank, word.tokens)
-            self._present[rank] = word
-            done = any(each.trained for each in self._present) and not any(each.clients for each in self._present)
-            return self._coordinator.stop() if done and self._config.until_done else []
+            self._attendance.hear(rank, word)
+            return self._coordinator.stop() if self._config.until_done and self._attendance.is_over else []
         if isinstance(word, Stays):
             return [(word.rank, word)]
         if not isinstance(word, StopAsked):

@@ -57,6 +57,7 @@ class ReplicaSteps(Steps):
         self._moves: set[str] = set()  # sessions whose clients would go on elsewhere
         self._leaving: list[str] = []  # sessions that end now, as their clients go elsewhere
         self._arrivals: list[str] = []  # clients that come from elsewhere, for whom the next step will be held
+        self._left: dict[str, Part] = {}  # parts of the round whose replica was left before anything counted here, for the ledger
 
     def hear(self, word: Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays) -> None:
         """A word from rank 0; from any thread. The trunk's thread has to be woken for it."""
@@ -141,7 +142,9 @@ class ReplicaSteps(Steps):
         for client in set(self._arrivals).difference(self._enrolled.values()):  # who has not overtaken the word
             self._awaited[_coming(client)], self._awaited_since[_coming(client)] = client, now
         self._arrivals = []
-        opened = [] if self._stopped else super().openings(now)
+        was_open, opened = self.is_open, [] if self._stopped else super().openings(now)
+        if self.is_open and not was_open:
+            self._take_up_left()
         if self._phase is Phase.IN and not self.is_open:
             self._phase = Phase.OUT  # everybody has left
         self._report()
@@ -178,6 +181,8 @@ class ReplicaSteps(Steps):
         if self._stopped or self._phase is Phase.WHOLE or not self._is_settled:
             return None
         if self._is_void or not self._meetings.meets_at(self.number):
+            if self._is_void:
+                self._left = dict(self._ledger.parts)
             ledger = super().close()
             self._counted.update(ledger.targets_by_client if ledger is not None else {})
             return ledger
@@ -203,6 +208,12 @@ class ReplicaSteps(Steps):
         """Whether all that has come of it has its gradient, and as many as ever have come."""
         return part.done is None and part.taken == part.arrived and self._usual.get(part.client) == (part.arrived,) * 2
 
+    def _take_up_left(self) -> None:
+        """The step has opened here once more: who is in it again has lost nothing."""
+        again = {part.client for part in self._ledger.parts.values()}
+        self._ledger.parts |= {session: part for session, part in self._left.items() if part.client not in again}
+        self._left = {}
+
     @property
     def counted(self) -> Counter[str]:
         """Target tokens by client since the replicas met, of steps that have closed here."""
@@ -211,12 +222,13 @@ class ReplicaSteps(Steps):
     def _close_with_all(self, word: Close) -> Ledger:
         is_whole = self._phase is Phase.WHOLE
         assert is_whole or not self.is_open, "rank 0 closes what is not whole"
-        ledger = self._ledger if is_whole else Ledger(word.step)
+        ledger = self._ledger if is_whole else Ledger(word.step, self._left)
         for part in ledger.parts.values():
             if part.done is not None:
                 self._usual[part.client] = self._usual.get(part.client, (0, 0))[1], part.done.backwards
         ledger.met = word.counted
         self._counted.clear()
+        self._left = {}
         if self._meetings.every == 1:
             ledger.targets_elsewhere = sum(word.counted.values()) - ledger.targets_here
             ledger.participants_elsewhere = word.participants - len(ledger.parts)
@@ -234,7 +246,7 @@ class ReplicaSteps(Steps):
     def _state(self) -> State:
         if self._phase is Phase.IN:
             return State(self._heard, Phase.IN, self.number)
-        here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number)
+        here = self._ledger if self._phase is Phase.WHOLE else Ledger(self.number, self._left)
         counted = self.counted
         counted.update(here.targets_by_client)  # as a sum would lose who has counted nothing
         waiting = len(self._enrolled), len(self._awaited)

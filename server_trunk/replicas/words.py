@@ -69,13 +69,18 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``clients``: how many are there or waited
-    for; ``trained``: whether a step has closed, or none will.
+    """To rank 0: who is at this replica. ``tokens``: by present client, of each step; ``here``: the clients that have a session;
+    ``awaited``: others whose return is waited for; ``trained``: whether a step has closed, or none will.
     """
 
     tokens: dict[str, float] = field(default_factory=dict)
-    clients: int = 0
+    here: tuple[str, ...] = ()
+    awaited: tuple[str, ...] = ()
     trained: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "here", tuple(self.here))  # come as lists
+        object.__setattr__(self, "awaited", tuple(self.awaited))
 
 
 @dataclass(frozen=True, slots=True)

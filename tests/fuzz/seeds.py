@@ -75,7 +75,7 @@ _MISFITS: tuple[m.Message, ...] = (
 )
 _WORDS: tuple[words.Word, ...] = (
     words.State(3, words.Phase.IN, 4, 1, 0, {"a": 5}, 1, (3, 2), ("a",)),
-    words.Presence({"a": 2.0}, 1, True),
+    words.Presence({"a": 2.0}, ("a",), ("b",), True),
     words.StopAsked(20.0),
     words.Stays("a", 1),
     words.Grant(4),

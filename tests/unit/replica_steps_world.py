@@ -50,6 +50,9 @@ class Client:
                 return
             steps.take_forward(self.session, self.step)
             steps.forward_ran(self.session, self.step, 0)
+            if draw.random() < 0.1:
+                self.move(self.rank)  # it is lost, and comes again
+                return
             steps.backward_arrived(self.session, self.step, 0)
             steps.backward_ran(self.session, self.step, 0, TARGETS)
             self.left -= 1

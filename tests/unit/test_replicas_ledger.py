@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server_trunk.ledger import Ledger, Part
+from server_trunk.ledger import LOST, Ledger, Part
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.run import ReplicaRun
 from server_trunk.replicas.steps import ReplicaSteps
@@ -57,6 +57,77 @@ def test_a_participant_of_whom_nothing_counted_is_in_the_ledger_of_all_replicas(
     ledger = steps.close()
     assert ledger is not None
     assert ledger.met == {"a": 0, "b": 3}
+
+
+def open_for(session: str, *, on_loss: str = "drop") -> tuple[ReplicaSteps, list[State]]:
+    """A replica whose only participant has sent a forward of the open step."""
+    said: list[State] = []
+    steps = ReplicaSteps(said.append, meetings=Meetings(), on_loss=on_loss)
+    steps.enrol(session, "a")
+    steps.hear(Grant(0))
+    turn(steps)
+    steps.take_forward(session, 0)
+    steps.forward_ran(session, 0, 0)
+    return steps, said
+
+
+def turn(steps: ReplicaSteps) -> Ledger | None:
+    ledger = steps.close()
+    steps.openings()
+    return ledger
+
+
+def test_the_only_participant_of_a_replica_that_is_lost_is_in_the_ledger_of_all():
+    steps, said = open_for("a1")
+    steps.lose("a1")
+    turn(steps)
+    assert (said[-1].phase, said[-1].counted, said[-1].participants) == (Phase.OUT, {"a": 0}, 1)
+    steps.hear(Close(0, False, {"a": 0, "b": 3}, 2))
+    ledger = turn(steps)
+    assert ledger is not None
+    (part,) = ledger.parts.values()
+    assert (part.client, part.targets, part.dropped, part.why) == ("a", 0, True, LOST)
+    assert (ledger.met, ledger.targets, ledger.participants) == ({"a": 0, "b": 3}, 3, 2)
+    steps.hear(Close(1, False, {"b": 3}, 1))
+    ledger = turn(steps)
+    assert ledger is not None
+    assert not ledger.parts
+
+
+def test_a_held_part_that_nobody_waits_for_any_more_is_in_the_ledger():
+    steps, said = open_for("a1", on_loss="wait")
+    steps.lose("a1")
+    turn(steps)
+    assert steps.is_open
+    steps.drop("a1")
+    turn(steps)
+    assert (said[-1].phase, said[-1].counted, said[-1].participants) == (Phase.OUT, {"a": 0}, 1)
+
+
+def test_who_is_lost_and_back_in_the_same_step_is_in_the_ledger_once():
+    steps, said = open_for("a1")
+    steps.enrol("b1", "b")  # for the next step
+    steps.lose("a1")
+    turn(steps)
+    steps.hear(Grant(0))
+    turn(steps)
+    assert steps.is_running("b1", 0)
+    steps.lose("b1")
+    turn(steps)
+    steps.enrol("a2", "a")
+    steps.hear(Grant(0))
+    turn(steps)
+    for send in (steps.take_forward, lambda *what: steps.forward_ran(*what, 0), lambda *what: steps.backward_arrived(*what, 0)):
+        send("a2", 0)
+    steps.backward_ran("a2", 0, 0, 7)
+    steps.done("a2", StepDone(0, 1, 1, "continue"))
+    turn(steps)
+    assert (said[-1].phase, said[-1].counted, said[-1].participants) == (Phase.WHOLE, {"a": 7, "b": 0}, 2)
+    steps.hear(Close(0, False, {"a": 7, "b": 0}, 2))
+    ledger = turn(steps)
+    assert ledger is not None
+    assert {part.client: (part.targets, part.why) for part in ledger.parts.values()} == {"a": (7, ""), "b": (0, LOST)}
+    assert ledger.participants_elsewhere == ledger.targets_elsewhere == 0
 
 
 def test_what_counted_before_replicas_met_is_entered_where_they_did():

@@ -27,7 +27,7 @@ from splitfl.errors import RemoteProtocolError
 def test_words_survive_the_way():
     words = [
         State(3, Phase.WHOLE, 7, 1, 2, {"a": 3}, 4, None, ("a", "b")),
-        Presence({"a": 1.5, "b": 0.0}, 2, True),
+        Presence({"a": 1.5, "b": 0.0}, ("a", "b"), ("c",), True),
         StopAsked(),
         Grant(4),
         WaitedFor(),

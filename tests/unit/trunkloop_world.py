@@ -62,7 +62,7 @@ class Desk:
             RunLog(self.log, echo=None),
             client_tokens=client_tokens,
             payload_of=lambda tensor: tensor,
-            on_presence=lambda *presence: self.presence.append(presence),
+            on_presence=lambda here, awaited, trained: self.presence.append((len(here) + len(awaited), trained)),
         )
 
     def take(self, *events: tuple[str, object]) -> None:
