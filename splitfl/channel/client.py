@@ -13,7 +13,15 @@ from splitfl.channel.datapath import DataPath, data_address
 from splitfl.channel.opening import Opening, OpenTerms, follow
 from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
-from splitfl.errors import ConnectError, LocalProtocolError, OutOfTurn, RemoteProtocolError, SessionLost, SplitflError
+from splitfl.errors import (
+    ConnectError,
+    LocalProtocolError,
+    OutOfTurn,
+    RemoteProtocolError,
+    SealError,
+    SessionLost,
+    SplitflError,
+)
 from splitfl.protocol.assembly import Allocate, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
 from splitfl.protocol.control import CURVE
@@ -378,7 +386,7 @@ class ClientChannel:
             self._error = error
             silent = self._closing is not None
         opening = not self._opening.is_over
-        if opening and isinstance(error, SessionLost):
+        if opening and isinstance(error, SessionLost | SealError):
             error = ConnectError(f"no session was opened: {error}")
         self._opening.failed(error)
         if not opening and not silent:

@@ -117,8 +117,8 @@ class Member(threading.Thread):
             model = SplitModelForCausalLM.from_pretrained(
                 self._orders.model, self._join, self._key, device="cpu", timeout=6.0, reconnect=120.0
             )
-        except ConnectError as error:
-            self.note("could not join", error=f"{type(error).__name__}: {error}")
+        except SplitflError as error:
+            self.note("could not join" if isinstance(error, ConnectError) else "failed", error=f"{type(error).__name__}: {error}")
             return False
         try:
             self._take_part(model, steps)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 
 from client_ends.reconnecting import may_pass
-from splitfl.errors import OutOfTurn, SealError
+from splitfl.errors import ConnectError, OutOfTurn, SealError
 from splitfl.protocol.messages import Enrol, Message, StepClosed, StepDone, StepOpened, encode
 from splitfl.transport.base import Sent
-from tests.unit.channel_world import Client, Make, World, make_worlds, wait_until
+from tests.unit.channel_world import QUICK, Client, Make, World, make_worlds, wait_until
 
 CLOSED = StepClosed(0, 0, 1, 0.0, None)
 
@@ -71,6 +72,14 @@ def test_a_word_of_the_client_that_was_lost(make: Make) -> None:
     assert why.startswith("seal: ")
     assert may_pass(client.lost[0])
     assert [message for _, message in world.handler.control] == [Enrol()]
+
+
+def test_the_first_record_of_the_server_that_was_lost(make: Make) -> None:
+    """The session does not come about; who joins hears the same as of any link that broke."""
+    world = make()
+    world.transport.send_data = lambda peer, frame: Sent.SENT
+    with pytest.raises(ConnectError, match="no session was opened: 1 records were sent, 0 have come"):
+        world.join(timing=dataclasses.replace(QUICK, overdue=0.3))
 
 
 def say(world: World, session: str, message: Message) -> None:
