@@ -6,98 +6,38 @@ everything that comes, and divided by the counted targets when the step closes. 
 
 A batch whose graph is kept waits for its backward as it is; of any other the members' hidden states are kept, and its forward
 runs again. A batch for which the device has no memory is run again in smaller pieces.
+
+On a CPU one batch may begin while another still runs: a lane that has nothing to do then need not wait for the slower ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn import Parameter
 
+from server_trunk.gradients import GradientSum
 from server_trunk.members import NO_TARGETS, NOT_FINITE, BackwardBatch, ForwardBatch, Member
-from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, scatter
+from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, results_of, scatter
 from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
+from server_trunk.underway import Underway, done, failed
 from splitfl.errors import GroupLost
 from splitfl.parts.dropout import dropout_key
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
 from splitfl.parts.trunk import find_trunk
-from splitfl.shards import local_of
 from splitfl.tensors import DTYPES
 
 __all__ = ["Engine"]
 
 #: Hidden states and gradients beyond this are no model's. The sum of its squares over any width is still a float32.
 _LARGEST = 1e15
-
-
-class _Sum:
-    """The gradients of one batch, on their way into the step's sum: all of them, or, where one fails, none.
-
-    ``in_place``: straight into ``.grad``, piece by piece. That spares a copy of all gradients, and a failure midway is final.
-    """
-
-    def __init__(self, parameters: Sequence[Parameter], in_place: bool, early: Early | None = None) -> None:
-        """``early``: lets them leave, of the batch that is likely to be the step's last."""
-        self._parameters, self._in_place, self._early = parameters, in_place, early
-        self._gradients: list[torch.Tensor | None] = [None] * len(parameters)
-        self._lock = threading.Lock()
-
-    def differentiate(self, out: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The gradient of ``hidden``, for ``weights`` the gradient of ``out``; those of the parameters are added up."""
-        if self._in_place and self._parameters:
-            out.backward(weights)
-            return _taken(hidden.grad)
-        own, *others = torch.autograd.grad(out, [hidden, *self._parameters], weights, allow_unused=True)
-        with self._lock:
-            for index, gradient in enumerate(others):
-                if gradient is not None:
-                    held = self._gradients[index]
-                    self._gradients[index] = gradient if held is None else held.add_(gradient)
-        return _taken(own)
-
-    def amid(self, pieces: int) -> contextlib.AbstractContextManager[None]:
-        """Around the backward of so many pieces."""
-        return contextlib.nullcontext() if self._early is None else self._early.amid(pieces)
-
-    def clear(self) -> None:
-        self._gradients = [None] * len(self._parameters)
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """The batch counts at the end of this, unless it fails within."""
-        try:
-            yield
-        except BaseException:
-            if self._early is not None:
-                self._early.take_back()
-            raise
-        self.count()
-
-    def count(self) -> None:
-        """All pieces have run: the batch counts."""
-        early = self._early
-        held: list[torch.Tensor] = []
-        added: list[torch.Tensor] = []
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if early is not None and early.has_left(parameter):
-                continue
-            if gradient is not None and parameter.grad is None:
-                # Laid out as its parameter: the fused AdamW of a CPU takes that for granted.
-                same = gradient.stride() == parameter.stride()
-                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
-            elif gradient is not None and parameter.grad is not None:
-                # Operations on many tensors at once take no mixture of plain and distributed ones.
-                held.append(local_of(parameter.grad))
-                added.append(local_of(gradient))
-        if held:
-            torch._foreach_add_(held, added)
 
 
 class Engine:
@@ -147,6 +87,45 @@ class Engine:
         self.closed: int | None = -1  # the step after which the weights stand; None where one failed midway
         model.eval()
 
+    # --- what runs side by side -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may begin: a lane has nothing to do."""
+        return self._lanes.is_free
+
+    def runs_beside(self, batch: ForwardBatch | BackwardBatch) -> bool:
+        """Whether the batch may begin while others run. If not, and it begins all the same, it waits for their end."""
+        member = batch.members[0]
+        last = isinstance(batch, BackwardBatch) and batch.last
+        return not last and self._is_parallel(member) and self._model.training == member.forward.train
+
+    def _is_parallel(self, member: Member) -> bool:
+        """Whether batches of its kind run in the lanes while the caller goes on. Evaluation does not: it answers sooner alone."""
+        plain = member.forward.adapter_on or not isinstance(self._model, PeftModel)
+        return self._lanes.count > 1 and not self._lanes.apart and member.forward.grad and plain
+
+    def _start(
+        self,
+        work: Callable[[Piece], torch.Tensor],
+        pieces: Sequence[Piece],
+        member: Member,
+        heard: Callable[[], None],
+        amid: contextlib.AbstractContextManager[None] | None = None,
+    ) -> list[Future[torch.Tensor]]:
+        """``work`` on each piece of a batch of this member's kind: begun, or, ``amid`` something or where it cannot run beside
+        others, done.
+        """
+        if amid is None and len(pieces) > 1 and self._is_parallel(member):
+            self._turn_to(member)
+            return self._lanes.begin(work, pieces, heard)
+        self._lanes.settle()
+        try:
+            with self._mode(member), amid or contextlib.nullcontext():
+                return [done(out) for out in self._lanes.run(work, pieces)]
+        except Exception as error:
+            return [failed(error)]
+
     # --- forward ----------------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: ForwardBatch) -> tuple[Landing, bool]:
@@ -157,27 +136,42 @@ class Engine:
         must follow under the same number. A training member whose hidden states are not finite, or absurdly large, is marked
         ``spoilt`` and gets NaN.
         """
-        members, keep = batch.members, batch.keep
+        return self.begin_forward(batch).result()
+
+    def begin_forward(self, batch: ForwardBatch, heard: Callable[[], None] = lambda: None) -> Underway[tuple[Landing, bool]]:
+        """Begin what :meth:`forward` does. ``heard`` is called, in any thread, when a part of it has run."""
+        members = batch.members
+        began = self._transfers.begin()
         for member in members:
             if member.forward.grad and not _is_usable(member.hidden):
                 # In the backward its rows have a gradient of zero, but zero times NaN would be NaN in what all share.
                 member.hidden.zero_()
                 member.spoilt = NOT_FINITE
-        self._transfers.begin()
-        pieces = self._cut(members)
-        with self._mode(members[0]):
-            try:
-                out = self._lanes.run(lambda piece: self._run(piece, grad=keep), pieces)
-            except Exception as error:
-                if not self._may_try_smaller(error) or (batch.has_backward and not self._may_recompute):
-                    raise
-                # What fills a device is graphs, so this one is not kept either.
-                keep = False
-                pieces, out = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
+        pieces: list[Piece] = []
+        running: list[Future[torch.Tensor]]
+        try:
+            pieces = self._cut(members)
+            running = self._start(lambda piece: self._run(piece, grad=batch.keep), pieces, members[0], heard)
+        except Exception as error:
+            running = [failed(error)]
+        return Underway(running, lambda: self._finish_forward(batch, pieces, running, began))
+
+    def _finish_forward(
+        self, batch: ForwardBatch, pieces: list[Piece], running: Sequence[Future[torch.Tensor]], began: Any
+    ) -> tuple[Landing, bool]:
+        members, keep = batch.members, batch.keep
+        try:
+            out = results_of(running)
+        except Exception as error:
+            if not self._may_try_smaller(error) or (batch.has_backward and not self._may_recompute):
+                raise
+            # What fills a device is graphs, so this one is not kept either.
+            keep = False
+            pieces, out = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
         if keep:
             self._graphs[batch.number] = pieces
         rows = zip(members, _by_member(pieces, out, members), strict=True)
-        return self._transfers.down([torch.full_like(y, math.nan) if member.spoilt else y for member, y in rows]), keep
+        return self._transfers.down([torch.full_like(y, math.nan) if member.spoilt else y for member, y in rows], began), keep
 
     def _run(self, piece: Piece, *, grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(grad):
@@ -194,13 +188,19 @@ class Engine:
         objective has no place for it. Its member is marked ``spoilt``. A replayed member adds nothing to the sum: what it would
         add is there already. After a batch that is likely to be its step's ``last``, :meth:`release` should follow.
         """
+        return self.begin_backward(batch).result()
+
+    def begin_backward(self, batch: BackwardBatch, heard: Callable[[], None] = lambda: None) -> Underway[Landing]:
+        """Begin what :meth:`backward` does, which counts once it is asked for its result. ``heard``: as in
+        :meth:`begin_forward`.
+        """
         members = batch.members
-        self._transfers.begin()
+        began = self._transfers.begin()
         gradients = [self._transfers.up(_summed(member)) for member in members]
-        pieces = self._graphs.pop(batch.number, None) if batch.kept else None
+        pieces = self._graphs.pop(batch.number, []) if batch.kept else []
         owners = sorted({member.client for member in members if not member.replayed})
-        self._early = self.training.early(in_place=self._in_place) if batch.last else None
-        total = _Sum(self.training.parameters_of(owners) if owners else [], self._in_place, self._early)
+        early = self._early = self.training.early(in_place=self._in_place) if batch.last else None
+        total = GradientSum(self.training.parameters_of(owners) if owners else [], self._in_place, early)
 
         def differentiate(piece: Piece) -> torch.Tensor:
             if piece.out is None:
@@ -210,25 +210,39 @@ class Engine:
             piece.out = None  # the graph is used up
             return own
 
+        running: list[Future[torch.Tensor]]
+        try:
+            pieces = pieces or self._cut(members)
+            running = self._start(differentiate, pieces, members[0], heard, None if early is None else early.amid(len(pieces)))
+        except Exception as error:
+            running = [failed(error)]
+        return Underway(running, lambda: self._finish_backward(batch, pieces, running, total, differentiate, began))
+
+    def _finish_backward(
+        self,
+        batch: BackwardBatch,
+        pieces: list[Piece],
+        running: Sequence[Future[torch.Tensor]],
+        total: GradientSum,
+        differentiate: Callable[[Piece], torch.Tensor],
+        began: Any,
+    ) -> Landing:
+        members = batch.members
         # It counts last, as all within takes memory: a batch that fails must not have counted.
         with total.whole():
-            with self._mode(members[0]):
-                try:
-                    if pieces is None:
-                        pieces = self._cut(members)
-                    with total.amid(len(pieces)):
-                        found = self._lanes.run(differentiate, pieces)
-                except Exception as error:
-                    if not self._may_try_smaller(error) or self._in_place:
-                        raise
-                    if batch.kept and pieces is not None:
-                        # Only the pieces still hold what went in.
-                        rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)
-                        for member, hidden in zip(members, rows, strict=True):
-                            member.hidden = hidden
-                    pieces, found = self._in_smaller_pieces(members, pieces or [], differentiate, total.clear)
+            try:
+                found = results_of(running)
+            except Exception as error:
+                if not self._may_try_smaller(error) or self._in_place:
+                    raise
+                if batch.kept and pieces:
+                    # Only the pieces still hold what went in.
+                    rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)
+                    for member, hidden in zip(members, rows, strict=True):
+                        member.hidden = hidden
+                pieces, found = self._in_smaller_pieces(members, pieces, differentiate, total.clear)
             rows = _by_member(pieces, found, members)
-            return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)])
+            return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)], began)
 
     def release(self) -> None:
         """The step's sum leaves, as far as it has not: it is likely to be whole."""
@@ -310,6 +324,7 @@ class Engine:
 
         Raises what the device raised where even the smallest does not fit.
         """
+        self._lanes.settle()  # what runs beside it takes memory too
         most = max((piece.tokens for piece in pieces), default=sum(member.tokens for member in members))
         for piece in pieces:
             piece.out = None
@@ -319,7 +334,8 @@ class Engine:
             start_over()
             smaller = self._cut(members, max(1, most))
             try:
-                done = [work(piece) for piece in smaller]
+                with self._mode(members[0]):
+                    results = [work(piece) for piece in smaller]
             except Exception as error:
                 if not is_out_of_memory(error) or most < max(piece.tokens for piece in smaller):
                     raise  # not even a segment alone has room
@@ -327,7 +343,7 @@ class Engine:
             # Batches to come are cut as small from the start.
             self._most = most if self._most is None else min(self._most, most)
             self._report(self._most)
-            return smaller, done
+            return smaller, results
 
     def _may_try_smaller(self, error: Exception) -> bool:
         return self._may_shrink and is_out_of_memory(error)
@@ -336,11 +352,16 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _turn_to(self, member: Member) -> None:
+        """Dropout on or off, as the member's kind has it."""
+        if self._model.training != member.forward.train:
+            self._lanes.settle()
+            self._model.train(member.forward.train)
+
     @contextlib.contextmanager
     def _mode(self, member: Member) -> Iterator[None]:
         """The model in the mode of the member's kind: dropout on or off, the adapter on or off."""
-        if self._model.training != member.forward.train:
-            self._model.train(member.forward.train)
+        self._turn_to(member)
         with contextlib.ExitStack() as stack:
             if not member.forward.adapter_on and isinstance(self._model, PeftModel):
                 stack.enter_context(self._model.disable_adapter())

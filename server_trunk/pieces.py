@@ -7,7 +7,7 @@ operation, as two threads that share every operation do. Where memory is short t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from server_trunk.members import Member
 from splitfl.parts.packing_rule import split_balanced
 from splitfl.parts.rows import Rows
 
-__all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "scatter"]
+__all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "results_of", "scatter"]
 
 T = TypeVar("T")
 
@@ -131,24 +131,49 @@ class Lanes:
 
     def __init__(self, count: int, threads: int) -> None:
         self.count = max(1, count)
+        self._busy: set[Future[Any]] = set()  # the caller's thread alone looks at it
         each = max(1, threads // self.count)
         self._pool: ThreadPoolExecutor | None = None
         if self.count > 1:
             self._pool = ThreadPoolExecutor(self.count, "trunk-lane", initializer=torch.set_num_threads, initargs=(each,))
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a lane has nothing to do, so that more may be begun."""
+        self._busy = {future for future in self._busy if not future.done()}
+        return len(self._busy) < self.count
+
+    def begin(self, work: Callable[[T], Any], items: Sequence[T], heard: Callable[[], None]) -> list[Future[Any]]:
+        """Have ``work`` done on each item, after what was begun before; ``heard`` is called, in a lane's thread, as each ends."""
+        assert self._pool is not None, "one lane is the caller itself"
+        futures = [self._pool.submit(work, item) for item in items]
+        self._busy.update(futures)
+        for future in futures:
+            future.add_done_callback(lambda _: heard())
+        return futures
+
+    def settle(self) -> None:
+        """Wait until all that was begun has ended, well or not."""
+        wait(self._busy)
+
     def run(self, work: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
         """``[work(item) for item in items]``; the first error is raised once all have ended."""
         if self._pool is None or len(items) < 2:
+            self.settle()  # the caller's own operations use all threads
             return [work(item) for item in items]
-        futures = [self._pool.submit(work, item) for item in items]
-        errors = [error for error in (future.exception() for future in futures) if error is not None]
-        if errors:
-            raise errors[0]
-        return [future.result() for future in futures]
+        return results_of(self.begin(work, items, lambda: None))
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def results_of(futures: Sequence[Future[Any]]) -> list[Any]:
+    """What they return; the first error is raised once all have ended."""
+    errors = [error for error in (future.exception() for future in futures) if error is not None]
+    if errors:
+        raise errors[0]
+    return [future.result() for future in futures]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -60,10 +60,11 @@ class _Unit:
     number: int
     members: list[Member]
     kept: bool
-    awaited: int = field(init=False)  # members that have not settled; counted, as a batch may have thousands
+    runs: bool = True  # its forward has not ended
+    awaited: int = field(init=False)  # members that have not settled, and that end; counted, as a batch may have thousands
 
     def __post_init__(self) -> None:
-        self.awaited = sum(not member.settled for member in self.members)
+        self.awaited = sum(not member.settled for member in self.members) + self.runs
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class Scheduler:
     def add_backward(self, session: str, backward: Backward, gradient: Any, *, now: float = 0.0) -> Member:
         """Returns the micro-batch it belongs to. Raises RemoteProtocolError where no forward awaits this backward."""
         unit, member = self._open.get(session, {}).get(backward.micro, (None, None))
-        if unit is None or member is None or member.settled:
+        if unit is None or member is None or member.settled or unit.runs:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro}, whose graph is not kept")
         if backward.rows != member.tokens or backward.step != member.forward.step:
             raise RemoteProtocolError(f"a backward for micro-batch {backward.micro} of another size or step")
@@ -172,7 +173,9 @@ class Scheduler:
     # --- what is asked ----------------------------------------------------------------------------------------------------------
 
     def waits(self, session: str) -> bool:
-        """Whether a forward of this session with a graph to keep has not run yet."""
+        """Whether a forward of this session that will have a backward has not run yet."""
+        if any(unit.runs for unit, _ in self._open.get(session, {}).values()):
+            return True
         return any(member.session == session and member.forward.grad for _, _, member in self._waiting)
 
     def has_work(self, may_run: Allowed, now: float = 0.0, *, more_expected: bool = False) -> bool:
@@ -240,6 +243,14 @@ class Scheduler:
                 self._release(member)
         return batch
 
+    def ran(self, batch: ForwardBatch) -> None:
+        """A batch that has a backward has run: from now on that may."""
+        for member in batch.members:
+            unit, _ = self._open[member.session][member.forward.micro]
+            if unit.runs:
+                unit.runs = False
+                self._settled(unit)
+
     def split(self, batch: ForwardBatch) -> list[ForwardBatch]:
         """The members of a batch that could not run together, each in a batch of its own."""
         apart = [ForwardBatch(self._number(), [member], batch.keep) for member in batch.members]
@@ -270,8 +281,6 @@ class Scheduler:
                 self._open.setdefault(member.session, {})[member.forward.micro] = (unit, member)
                 if unit.kept:
                     self.kept_graph_tokens += member.tokens
-            if not unit.awaited:
-                self._ready[unit.number] = unit
 
     def _close_units(self, batch: ForwardBatch) -> None:
         for member in batch.members:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,20 +34,22 @@ class Transfers:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began = 0.0
+        self._until = 0.0  # when the newest work ended
 
-    def begin(self) -> None:
-        """The work on a batch begins."""
-        self._began = time.perf_counter()
+    def begin(self) -> Any:
+        """The work on a batch begins; returns what :meth:`down` is to be told of it."""
+        return time.perf_counter()
 
     def up(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, for the calling thread to compute with."""
         return tensor.to(self._device)
 
-    def down(self, tensors: Sequence[torch.Tensor | None]) -> Landing:
-        """The work ends; its results in host memory, contiguous."""
+    def down(self, tensors: Sequence[torch.Tensor | None], began: Any) -> Landing:
+        """The work that ``began`` ends; its results in host memory, contiguous."""
         landed = [None if tensor is None else tensor.to("cpu").contiguous() for tensor in tensors]
-        seconds = time.perf_counter() - self._began
+        # Time in which two batches ran side by side is the first one's.
+        since, self._until = max(began, self._until), time.perf_counter()
+        seconds = self._until - since
         return Landing(landed, lambda: seconds)
 
 
@@ -56,11 +59,11 @@ class CudaTransfers(Transfers):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._start = torch.cuda.Event(enable_timing=True)
 
-    def begin(self) -> None:
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._start.record(torch.cuda.current_stream(self._device))
+    def begin(self) -> Any:
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(torch.cuda.current_stream(self._device))
+        return start
 
     def up(self, tensor: torch.Tensor) -> torch.Tensor:
         computing = torch.cuda.current_stream(self._device)
@@ -71,9 +74,9 @@ class CudaTransfers(Transfers):
         moved.record_stream(computing)
         return moved
 
-    def down(self, tensors: Sequence[torch.Tensor | None]) -> Landing:
+    def down(self, tensors: Sequence[torch.Tensor | None], began: Any) -> Landing:
         computing = torch.cuda.current_stream(self._device)
-        start, end, landed_all = self._start, torch.cuda.Event(enable_timing=True), torch.cuda.Event()
+        end, landed_all = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
         end.record(computing)
         self._down.wait_stream(computing)
         landed: list[torch.Tensor | None] = []
@@ -86,7 +89,7 @@ class CudaTransfers(Transfers):
                     tensor.record_stream(self._down)
                 landed.append(host)
             landed_all.record(self._down)
-        return Landing(landed, lambda: start.elapsed_time(end) / 1000, landed_all.synchronize)
+        return Landing(landed, lambda: began.elapsed_time(end) / 1000, landed_all.synchronize)
 
 
 class Mailer:

@@ -7,7 +7,6 @@ called from any thread. A session that breaks a rule is ended; nothing it does e
 from __future__ import annotations
 
 import contextlib
-import functools
 import queue
 import threading
 import time
@@ -17,14 +16,14 @@ from typing import Any
 
 from server_trunk.absent import ANYBODY
 from server_trunk.async_steps import AsyncSteps
+from server_trunk.batches import Batches
 from server_trunk.engine import Engine
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
-from server_trunk.scheduler import BackwardBatch, ForwardBatch, Member, Scheduler
+from server_trunk.scheduler import Scheduler
 from server_trunk.stepkeeper import NotKept, Run, StepKeeper
 from server_trunk.steps import Steps
-from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import CheckpointError, RemoteProtocolError
 from splitfl.protocol.messages import (
     AskNorm,
@@ -33,8 +32,6 @@ from splitfl.protocol.messages import (
     Enrol,
     Fault,
     Forward,
-    Grad,
-    Hidden,
     Leave,
     Pause,
     StepDone,
@@ -61,9 +58,6 @@ class Event:
 #: More than honest clients can have under way: their credit bounds the payloads, this bounds the rest.
 INBOX_EVENTS = 65536
 
-#: Session, message, and the tensor that is its payload.
-_Reply = tuple[str, Any, Any]
-
 
 class TrunkLoop:
     """Runs until :meth:`stop`. ``run`` hears of each closed step, in the trunk's thread, to write checkpoints, and
@@ -89,22 +83,33 @@ class TrunkLoop:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
         self._outlet, self._log = outlet, log
         self._client_tokens = client_tokens
-        self._payload_of = payload_of
-        self._meter = meter or Meter()
+        meter = meter or Meter()
         self._on_presence = on_presence
         self._presence: tuple[Set[str], Set[str], bool] = (set(), set(), False)
         self.inbox: queue.Queue[Event | None] = queue.Queue(INBOX_EVENTS)
         self._names: dict[str, str] = {}
-        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, self._meter, self._names, run or NotKept(), rounds)
+        self._keeper = StepKeeper(engine, steps, scheduler, outlet, log, meter, self._names, run or NotKept(), rounds)
         self._absent = self._keeper.absent
         if steps.number:  # taken up again, perhaps at its end, which clients may not have heard of
             self._absent.lost(ANYBODY, time.monotonic())
+        self._batches = Batches(
+            engine,
+            steps,
+            scheduler,
+            self._keeper,
+            outlet,
+            meter,
+            log,
+            names=self._names,
+            payload_of=payload_of,
+            end=self._end,
+            wake=self.wake,
+        )
         self._rounds = rounds
         if rounds is not None:
             rounds.names = self._names
         self._stopping = False
         self.failure: BaseException | None = None
-        self._mailer = Mailer(self.wake)
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
 
     def start(self) -> None:
@@ -116,7 +121,7 @@ class TrunkLoop:
         self.wake()
         if self._thread.ident is not None:
             self._thread.join()
-        self._mailer.close()
+        self._batches.close()
 
     def finish_step(self, timeout: float, hurries: Callable[[], bool] = lambda: False) -> bool:
         """Open no further step, and wait for the end of the open one, unless somebody ``hurries``; True where none is open any
@@ -156,6 +161,7 @@ class TrunkLoop:
         try:
             while not self._stopping:
                 self._turn()
+            self._batches.settle()
         except BaseException as error:
             # A failure of the trunk itself ends the run; whoever started the loop looks at `failure`.
             self.failure = error
@@ -163,15 +169,16 @@ class TrunkLoop:
 
     def _turn(self) -> None:
         self._receive()
-        self._mailer.check()
-        self._keeper.drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
-        work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
-        if isinstance(work, ForwardBatch):
-            self._forward(work)
-        elif isinstance(work, BackwardBatch):
-            self._backward(work)
+        if not self._batches.are_underway:
+            self._keeper.drop_late(idle=False)  # a trunk that others keep busy must not keep a step open for ever
+        self._batches.go_on()
+        if not self._batches.are_underway:
+            self._look_around()
+
+    def _look_around(self) -> None:
+        """Between two batches: steps are closed and opened, and whoever waits for that is told."""
         self._keeper.turn()
-        if self.inbox.empty() and not self._has_work() and self._keeper.drop_late(idle=True):
+        if self.inbox.empty() and not self._batches.has_work and self._keeper.drop_late(idle=True):
             self._keeper.turn()
         if self._keeper.trained:
             self._absent.back(ANYBODY)  # not at its end
@@ -184,7 +191,7 @@ class TrunkLoop:
 
     def _receive(self) -> None:
         """Take in all that has come; sleep only where nothing could run."""
-        block, now = not self._has_work(), time.monotonic()
+        block, now = not self._batches.may_go_on, time.monotonic()
         patience = self._patience(now) if block else None
         while True:
             try:
@@ -202,15 +209,9 @@ class TrunkLoop:
     def _patience(self, now: float) -> float | None:
         """Seconds until something is due though nothing comes; None: nothing is."""
         batch = None if self._scheduler.due is None else max(0.0, self._scheduler.due - now)
+        if self._batches.are_underway:
+            return batch  # its end wakes the thread
         return min((due for due in (self._keeper.wake(now), batch, self._absent.wake(now)) if due is not None), default=None)
-
-    def _has_work(self) -> bool:
-        return self._scheduler.has_work(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
-
-    def _may_run(self, member: Member) -> bool:
-        if member.forward.grad:
-            return self._steps.is_running(member.session, member.forward.step)
-        return self._steps.may_evaluate(member.forward.step)
 
     # --- process ----------------------------------------------------------------------------------------------------------------
 
@@ -224,6 +225,7 @@ class TrunkLoop:
                 if self._rounds is not None:
                     self._rounds.opened(session, event.replaces)
                 self._absent.back(event.name)
+                self._batches.settle()
                 try:
                     self._engine.training.joined(event.name)
                 except CheckpointError as error:
@@ -251,6 +253,7 @@ class TrunkLoop:
         elif isinstance(message, StepDone | AskNorm):
             self._keeper.done(session, message)
         elif isinstance(message, Pause | Leave):
+            self._batches.settle()
             self._keeper.withdraw(session)
 
     def _take_forward(self, event: Event, forward: Forward) -> None:
@@ -296,10 +299,12 @@ class TrunkLoop:
         self._keeper.abandon_if_all_arrived(session)
 
     def _end(self, session: str, code: str, text: str) -> None:
+        self._batches.settle()
         self._outlet.end(session, Fault(code, text, True, None))
         self._forget(session)
 
     def _forget(self, session: str, *, lost: bool = False) -> None:
+        self._batches.settle()  # what has begun of it counts
         client = self._names.pop(session, None)
         if client is None:
             return
@@ -307,95 +312,3 @@ class TrunkLoop:
         self._keeper.forget(session, client)
         if lost and client not in self._names.values():
             self._absent.lost(client, time.monotonic())
-
-    # --- compute and reply ------------------------------------------------------------------------------------------------------
-
-    def _forward(self, batch: ForwardBatch) -> None:
-        began = time.monotonic()
-        try:
-            landing, kept = self._engine.forward(batch)
-        except Exception as error:
-            if self._engine.is_lost(error):
-                raise
-            self._fail(batch, error)
-            return
-        if batch.keep and not kept:
-            self._scheduler.unkeep(batch)
-        replies: list[_Reply] = []
-        for member, out in zip(batch.members, landing.tensors, strict=True):
-            forward = member.forward
-            if kept or not batch.has_backward:
-                member.hidden = None  # the graph holds what it needs
-            self._keeper.ran(tokens=member.tokens)
-            if forward.grad:
-                self._steps.forward_ran(member.session, forward.step, member.ordinal)
-            reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
-            replies.append((member.session, reply, out))
-            self._outlet.credit(member.session, forward.payload_bytes)
-        if batch.has_backward:
-            for session in dict.fromkeys(member.session for member in batch.members):
-                self._keeper.abandon_if_all_arrived(session)
-        self._mailer.send(landing, functools.partial(self._leave, "forward", batch.members, began, landing, replies))
-
-    def _leave(self, kind: str, members: list[Member], began: float, landing: Landing, replies: list[_Reply]) -> None:
-        """Send the answers of a batch; in the mailer's thread where they had yet to land."""
-        took = landing.took()
-        self._keeper.ran(seconds=took)
-        self._meter.ran(kind, members, began=began, seconds=took)
-        for session, reply, tensor in replies:
-            self._outlet.send(session, reply, self._payload_of(tensor))
-
-    def _fail(self, batch: ForwardBatch, error: Exception) -> None:
-        """A batch the trunk cannot run: its members are tried alone, and whoever fails alone loses its session."""
-        self._engine.discard(batch.number)
-        if len(batch.members) > 1:
-            for alone in self._scheduler.split(batch):
-                self._forward(alone)
-            return
-        (member,) = batch.members
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        self._log.write("forward-failed", client=self._names.get(member.session), error=said)
-        text = f"the trunk cannot run this batch ({said[:300]}); use a smaller batch, or ask the operator to look at the log"
-        self._end(member.session, "batch", text)
-
-    def _backward(self, batch: BackwardBatch) -> None:
-        if batch.is_void:
-            self._engine.discard(batch.number)
-            return
-        began = time.monotonic()
-        batch.last = self._steps.ends_with(batch.members)
-        try:
-            landing = self._engine.backward(batch)
-        except Exception as error:
-            if self._engine.is_lost(error) or not self._engine.is_atomic:
-                raise
-            self._fail_backward(batch, error)
-            return
-        replies: list[_Reply] = []
-        for member, gradient in zip(batch.members, landing.tensors, strict=True):
-            back = member.backward
-            if back is None:
-                continue
-            counted = 0 if member.spoilt else back.targets
-            if member.spoilt:
-                self._keeper.tell_uncounted(member, back)
-            self._steps.backward_ran(member.session, back.step, member.ordinal, counted)
-            if gradient is None:
-                continue  # the client's input end is frozen: nobody awaits it
-            reply = Grad(back.step, back.micro, back.rows, back.hidden, back.dtype, back.codec)
-            replies.append((member.session, reply, gradient))
-        self._mailer.send(landing, functools.partial(self._leave, "backward", batch.members, began, landing, replies))
-        self._engine.release()  # the clients' answers before it
-
-    def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
-        """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        for member in batch.members:
-            if member.backward is not None:
-                self._steps.backward_failed(member.session, member.backward.step, member.ordinal)
-        for session in {member.session for member in batch.members if member.backward is not None}:
-            self._log.write("backward-failed", client=self._names.get(session), error=said)
-            if session in self._names:
-                self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
-            else:
-                self._steps.lose(session, time.monotonic())  # when it vanished, its part was still to be whole

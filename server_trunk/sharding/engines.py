@@ -24,6 +24,7 @@ from server_trunk.sharding.group import ShardGroup
 from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing
+from server_trunk.underway import Underway
 from splitfl.errors import GroupLost
 from splitfl.parts.sharded import forget_run
 from splitfl.parts.trunk import find_trunk
@@ -63,11 +64,17 @@ class LeadingEngine(Engine):
 
     def forward(self, batch: ForwardBatch) -> tuple[Landing, bool]:
         self._send(*describe_forward(batch))
-        return self._together("forward", lambda: super(LeadingEngine, self).forward(batch))
+        return self._together("forward", lambda: super(LeadingEngine, self).begin_forward(batch).result())
 
     def backward(self, batch: BackwardBatch) -> Landing:
         self._send(*describe_backward(batch))
-        return self._together("backward", lambda: super(LeadingEngine, self).backward(batch))
+        return self._together("backward", lambda: super(LeadingEngine, self).begin_backward(batch).result())
+
+    def begin_forward(self, batch: ForwardBatch, heard: Callable[[], None] = lambda: None) -> Underway[tuple[Landing, bool]]:
+        return Underway([], lambda: self.forward(batch))
+
+    def begin_backward(self, batch: BackwardBatch, heard: Callable[[], None] = lambda: None) -> Underway[Landing]:
+        return Underway([], lambda: self.backward(batch))
 
     def discard(self, number: int) -> None:
         self._send({"do": "discard", "number": number})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from server_trunk.engine import Engine, _Sum
+from server_trunk.engine import Engine
+from server_trunk.gradients import GradientSum
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Place, cut, gather, is_out_of_memory, places_of, scatter
 from server_trunk.training import SharedTraining
@@ -215,7 +218,7 @@ def test_the_cpu_allocator_s_error_is_known():
 def test_a_gradient_laid_out_otherwise_than_its_parameter_is_put_right():
     parameter = torch.nn.Parameter(torch.zeros(4, 6))
     x = torch.randn(6, 3)
-    total = _Sum([parameter], in_place=False)
+    total = GradientSum([parameter], in_place=False)
     # The gradient of a transposed use comes out transposed in memory too.
     hidden = torch.zeros(3, requires_grad=True)
     out = (parameter.t() * 2).t() @ x + hidden
@@ -277,3 +280,70 @@ def test_an_optimizer_step_that_fails_says_whether_the_weights_are_still_of_a_st
     with pytest.raises(RuntimeError, match="broken"):
         engine.close_step(1, {"a": 4})
     assert engine.closed == (None if moves else 0)
+
+
+class Held:
+    """An engine of two lanes, one of which stands still in its first forward until it is let go."""
+
+    def __init__(self, model: str, **options):
+        self.engine = engine_of(model, lanes=2, **options)
+        self.let_go, self._first = threading.Event(), threading.Event()
+        self._run, self.engine._run = self.engine._run, self._hold
+
+    def _hold(self, piece, *, grad):
+        if not self._first.is_set():
+            self._first.set()
+            assert self.let_go.wait(30)
+        return self._run(piece, grad=grad)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_batch_begins_while_a_lane_still_runs_the_one_before(model, in_place):
+    held, heard = Held(model, in_place=in_place), threading.Semaphore(0)
+    engine, first, second = held.engine, members_of(), members_of()
+    slow = engine.begin_forward(ForwardBatch(0, first, True), heard.release)
+    assert heard.acquire(timeout=30)
+    assert engine.has_room
+    assert not slow.is_done
+    assert engine.runs_beside(ForwardBatch(1, second, True))
+    quick = engine.begin_forward(ForwardBatch(1, second, True), heard.release)
+    outputs, kept = quick.result()
+    # Its backward too; what it counts is in the sum whatever becomes of the other.
+    gradients = engine.begin_backward(BackwardBatch(1, second, kept), heard.release).result()
+    assert not slow.is_done
+    held.let_go.set()
+    assert_same((slow.result()[0].tensors, (), {}), (outputs.tensors, (), {}))
+    engine.backward(BackwardBatch(0, first, True))
+    y, dh, total = both_ways(engine_of(model))
+    mine = {name: parameter.grad / 2 for name, parameter in engine.training.trainables.items()}
+    assert_same((outputs.tensors, gradients.tensors, mine), (y, dh, total))
+
+
+def test_what_runs_alone_waits_for_what_runs(model):
+    held = Held(model)
+    engine, members = held.engine, members_of()
+    slow = engine.begin_forward(ForwardBatch(0, members, True))
+    plain = [replace(member.forward, train=False, grad=False) for member in members_of()]
+    evaluated = ForwardBatch(1, [Member(m.session, f, m.hidden) for m, f in zip(members_of(), plain, strict=True)], False)
+    assert not engine.runs_beside(evaluated)
+    timer = threading.Timer(0.1, held.let_go.set)
+    timer.start()
+    alone = engine.begin_forward(evaluated)
+    assert slow.is_done  # else the mode of the model would have changed below it
+    assert_same((slow.result()[0].tensors, (), {}), (alone.result()[0].tensors, (), {}))
+
+
+def test_a_batch_that_fails_beside_another_leaves_that_alone(model, monkeypatch):
+    held = Held(model, may_shrink=False)
+    engine, first, second = held.engine, members_of(), members_of()
+    slow = engine.begin_forward(ForwardBatch(0, first, True))
+    monkeypatch.setattr("server_trunk.engine.run_segments", lambda *_: 1 / 0)
+    bad = engine.begin_forward(ForwardBatch(1, second, True))
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+    monkeypatch.undo()
+    held.let_go.set()
+    _, kept = slow.result()
+    engine.backward(BackwardBatch(0, first, kept))
+    total = {name: parameter.grad for name, parameter in engine.training.trainables.items()}
+    assert_same(((), (), total), ((), (), both_ways(engine_of(model))[2]))

@@ -2,9 +2,20 @@
 
 import pytest
 
-from server_trunk.scheduler import MAX_UNDERWAY, BackwardBatch, ForwardBatch, Scheduler
+from server_trunk import scheduler as scheduling
+from server_trunk.scheduler import MAX_UNDERWAY, BackwardBatch, ForwardBatch
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, Forward
+
+
+class Scheduler(scheduling.Scheduler):
+    """A batch has run as soon as it is chosen."""
+
+    def next(self, *args, **options):
+        batch = super().next(*args, **options)
+        if isinstance(batch, ForwardBatch) and batch.has_backward:
+            self.ran(batch)
+        return batch
 
 
 def forward(micro: int, tokens: int = 10, *, train: bool = True, step: int = 0) -> Forward:
@@ -103,6 +114,8 @@ def test_members_that_run_apart_have_a_graph_each():
     apart = scheduler.split(scheduler.next(always))
     assert [members(one) for one in apart] == [[("a", 0)], [("b", 0)]]
     assert scheduler.kept_graph_tokens == 20
+    for one in apart:
+        scheduler.ran(one)
     scheduler.add_backward("b", backward(0), "dy")
     ready = scheduler.next(always)
     assert (ready.number, members(ready)) == (apart[1].number, [("b", 0)])
@@ -253,6 +266,7 @@ def test_a_graph_for_which_there_was_no_memory_is_forgotten():
         scheduler.add_forward(session, forward(0), None)
     batch = scheduler.next(always)
     scheduler.unkeep(batch)
+    scheduler.ran(batch)
     assert scheduler.kept_graph_tokens == 0
     scheduler.add_backward("a", backward(0), "dy")
     ready = scheduler.next(always)
@@ -337,3 +351,20 @@ def test_a_client_s_micro_batches_run_one_by_one_beside_those_of_others():
     for micro in range(2, 4):
         scheduler.add_forward("a", forward(micro, 10), None)
     assert members(scheduler.next(always)) == [("a", 2), ("a", 3)]
+
+
+def test_a_backward_runs_once_its_forward_has_whatever_settles_it_before():
+    scheduler = scheduling.Scheduler(batch_tokens=100)
+    for session in "ab":
+        scheduler.add_forward(session, forward(0), None)
+    batch = scheduler.next(always)
+    assert scheduler.waits("a")
+    with pytest.raises(RemoteProtocolError, match="not kept"):
+        scheduler.add_backward("a", backward(0), "dy")  # it has seen no answer yet
+    scheduler.forget("a")
+    scheduler.forget("b")
+    assert scheduler.next(always) is None
+    scheduler.ran(batch)
+    assert not scheduler.waits("b")
+    assert scheduler.next(always).is_void
+    assert (scheduler.kept_tokens("a"), scheduler.kept_graph_tokens) == (0, 0)

@@ -50,9 +50,9 @@ def test_a_failed_copy_is_raised_to_the_next_sender_and_nobody_hangs():
 def test_on_a_cpu_nothing_is_copied(monkeypatch):
     monkeypatch.setattr("server_trunk.transfers.time.perf_counter", iter((1.0, 3.5)).__next__)
     transfers, tensor = Transfers(torch.device("cpu")), torch.zeros(3, 4)
-    transfers.begin()
+    began = transfers.begin()
     assert transfers.up(tensor) is tensor
-    landed = transfers.down([tensor, None])
+    landed = transfers.down([tensor, None], began)
     assert landed.tensors[0].data_ptr() == tensor.data_ptr()
     assert landed.tensors[1] is None
     assert landed.wait is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from server_trunk.replicas.sums import EarlySums, Sums
 from server_trunk.scheduler import MAX_UNDERWAY
 from server_trunk.transfers import Landing
 from server_trunk.trunkloop import Event
+from server_trunk.underway import Underway
 from splitfl.config import build_config
 from splitfl.errors import GroupLost, RemoteProtocolError
 from splitfl.parts.identity import model_identity
@@ -77,8 +79,8 @@ def test_the_budget_of_a_batch_counts_its_pads(model, tmp_path):
     desk = Desk(model, tmp_path, clients=2)
     desk.join("a", "b")
     sizes = []
-    run = desk.engine.forward
-    desk.engine.forward = lambda batch: sizes.append(len(batch.members)) or run(batch)
+    run = desk.engine.begin_forward
+    desk.engine.begin_forward = lambda batch, heard: sizes.append(len(batch.members)) or run(batch, heard)
     desk.run(("a", forward(0, (600, 0))), ("b", forward(0, *[(4, 0)] * 8)), ("b", forward(1)))
     assert sizes == [1, 2]  # 9 rows of 600 would be 5400 tokens for 632
 
@@ -86,14 +88,15 @@ def test_the_budget_of_a_batch_counts_its_pads(model, tmp_path):
 def test_a_batch_the_trunk_cannot_run_ends_the_session_that_sent_it(model, tmp_path):
     desk = Desk(model, tmp_path, clients=2)
     desk.join("a", "b")
-    run = desk.engine.forward
+    run = desk.engine.begin_forward
 
-    def choke(batch):
-        if any(member.session == "b" for member in batch.members):
-            raise RuntimeError("index out of range")
-        return run(batch)
+    def choke():
+        raise RuntimeError("index out of range")
 
-    desk.engine.forward = choke
+    def begin(batch, heard=None):
+        return Underway([], choke) if any(member.session == "b" for member in batch.members) else run(batch)
+
+    desk.engine.begin_forward = begin
     desk.run(("a", forward(0)), ("b", forward(0)))
     assert "index out of range" in desk.outlet.ended["b"].text
     assert "a" not in desk.outlet.ended
@@ -214,10 +217,10 @@ def test_a_backward_that_cannot_run_holds_up_nobody(model, tmp_path, vanishes):
     desk.run(("b", forward(0)))
     desk.run(*honest("a"))
 
-    def choke(batch):
+    def choke():
         raise torch.OutOfMemoryError("no memory (injected)")
 
-    desk.engine.backward = choke
+    desk.engine.begin_backward = lambda batch, heard: Underway([], choke)
     desk.run(*honest("b"), *([("b", None)] if vanishes else []))
     assert [closed.targets for closed in desk.outlet.closed()] == [4]
     assert ("b" in desk.outlet.ended) is not vanishes
@@ -250,7 +253,7 @@ def test_a_trunk_that_somebody_keeps_busy_still_drops_who_is_late(model, tmp_pat
     for micro in range(0, 8, 2):
         desk.take(("busy", forward(micro, grad=False)), ("busy", forward(micro + 1, grad=False)))
         desk.loop._turn()
-    assert desk.loop._has_work()
+    assert desk.loop._batches.has_work
     assert [closed.targets for closed in desk.outlet.closed()] == [4]
     assert desk.events("late")[0]["client"] == "b"
 
@@ -274,7 +277,7 @@ def test_an_answer_that_fails_on_its_way_ends_a_loop_that_has_nothing_to_do(mode
         raise RuntimeError("the device is gone")
 
     desk.loop.start()
-    desk.loop._mailer.send(Landing([], lambda: 0.0, fail), lambda: None)
+    desk.loop._batches._mailer.send(Landing([], lambda: 0.0, fail), lambda: None)
     assert desk.loop.join(10)
     assert "gone" in str(desk.loop.failure)
     desk.loop.stop()
@@ -323,3 +326,25 @@ def test_sums_that_leave_early_leave_behind_the_answers_and_not_those_of_a_batch
         desk.run(("a", replace(forward(ordinal), ordinal=ordinal)))
         desk.run(("a", backward(ordinal)))
     assert seen == [1, [Hidden, Grad, Hidden, Grad]]
+
+
+@pytest.mark.parametrize("on_loss", ["drop", "wait"])
+def test_who_is_lost_while_a_batch_of_it_runs_is_answered_for_first(model, tmp_path, on_loss):
+    desk = Desk(model, tmp_path, clients=2, on_loss=on_loss, lanes=2)
+    desk.join("a", "b")
+    go, run = threading.Event(), desk.engine._run
+    desk.engine._run = lambda piece, *, grad: go.wait(30) and run(piece, grad=grad)
+    desk.take(("a", forward(0, (4, 0), (4, 0))))
+    desk.loop._turn()
+    assert desk.loop._batches.are_underway
+    assert desk.loop._scheduler.waits("a")
+    threading.Timer(0.1, go.set).start()
+    desk.run(("a", "lost"), ("b", forward(0, (4, 0), (4, 0))))
+    desk.run(("b", backward(0, 8)), ("b", StepDone(0, 1, 1, "continue")))
+    assert [(session, type(message)) for session, message, _ in desk.outlet.sent] == [("a", Hidden), ("b", Hidden), ("b", Grad)]
+    if on_loss == "wait":
+        assert not desk.outlet.closed()
+        return
+    assert [closed.targets for closed in desk.outlet.closed()] == [4]
+    assert not desk.engine._graphs
+    assert desk.loop._scheduler.kept_tokens("a") == 0

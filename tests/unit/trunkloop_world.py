@@ -47,11 +47,13 @@ class Outlet:
 class Desk:
     """A loop that runs only when told to."""
 
-    def __init__(self, model, work, *, clients=1, last=0, first=0, on_loss="drop", deadline=0.0, client_tokens=4096, **settings):
+    def __init__(
+        self, model, work, *, clients=1, last=0, first=0, on_loss="drop", deadline=0.0, client_tokens=4096, lanes=1, **settings
+    ):
         self.trunk = load_trunk(model, (1, 1))
         set_trainable(self.trunk, "full")
         training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
-        self.engine = Engine(self.trunk, training, torch.device("cpu"), in_place=True)
+        self.engine = Engine(self.trunk, training, torch.device("cpu"), in_place=True, lanes=lanes)
         self.outlet, self.log = Outlet(), work / "log.jsonl"
         self.presence: list[tuple[int, bool]] = []
         self.loop = TrunkLoop(
@@ -80,7 +82,7 @@ class Desk:
 
     def run(self, *events: tuple[str, object]) -> None:
         self.take(*events)
-        while not self.loop.inbox.empty() or self.loop._scheduler.has_work(self.loop._may_run):
+        while not self.loop.inbox.empty() or self.loop._batches.may_go_on or self.loop._batches.are_underway:
             self.loop._turn()
 
     def join(self, *sessions: str) -> None:
