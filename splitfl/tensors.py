@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from splitfl.slabs import SMALLEST, slabs
+
 __all__ = ["DTYPES", "byte_view", "dtype_name", "receive_buffer", "resolve_device"]
 
 #: The dtypes a hidden state may travel in, by their name on the wire.
@@ -37,6 +39,10 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 def receive_buffer(rows: int, hidden: int, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, memoryview]:
     """Uninitialised ``(rows, hidden)`` host memory and its writable bytes. ``pin`` for asynchronous copies to a GPU."""
+    size = rows * hidden * dtype.itemsize
+    if size >= SMALLEST and not pin:  # torch keeps pinned memory by itself
+        slab = slabs().take(size)
+        return torch.from_numpy(slab).view(dtype).view(rows, hidden), memoryview(slab)
     tensor = torch.empty((rows, hidden), dtype=dtype, pin_memory=pin)
     return tensor, byte_view(tensor)
 

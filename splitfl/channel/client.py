@@ -358,7 +358,14 @@ class ClientChannel:
         secrets = self._session.secrets
         assert secrets is not None
         self._opened = opened
-        self._path = DataPath(opened, secrets, aead_factory=self._aead, allocate=self._allocate, admit=self._admit)
+        self._path = DataPath(
+            opened,
+            secrets,
+            aead_factory=self._aead,
+            allocate=self._allocate,
+            admit=self._admit,
+            make_frame=self._transport.make_frame,
+        )
         self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
         curve = self._join.key if opened.bulk == CURVE else None
         self._transport.connect_data(host, port, opened.ticket, self._timeout, curve=curve)

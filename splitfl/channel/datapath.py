@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.assembly import Allocate, Inbox, Outbox
-from splitfl.protocol.ciphers import AeadFactory, Buffer
+from splitfl.protocol.ciphers import AeadFactory, Buffer, MakeFrame
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.messages import DataMessage, Opened
 from splitfl.protocol.records import Opener, Sealer
@@ -30,11 +30,12 @@ class DataPath:
         aead_factory: AeadFactory,
         allocate: Allocate,
         admit: Callable[[DataMessage], None],
+        make_frame: MakeFrame = bytearray,
     ) -> None:
         if opened.max_message > opened.window:
             raise RemoteProtocolError("the server grants less credit than one message may need")
         self.credit = CreditAccount(opened.window)
-        sealer = Sealer(secrets.client, opened.cipher, aead_factory=aead_factory)
+        sealer = Sealer(secrets.client, opened.cipher, aead_factory=aead_factory, make_frame=make_frame)
         self._outbox = Outbox(sealer, opened.record, self.credit)
         self._inbox = Inbox(
             Opener(secrets.server, opened.cipher, aead_factory=aead_factory),
@@ -44,7 +45,7 @@ class DataPath:
             allocate=allocate,
             admit=admit,
         )
-        self.stuck: bytearray | None = None  # a sealed record the link had no room for
+        self.stuck: Buffer | None = None  # a sealed record the link had no room for
         self.records_sent = 0
         self.bytes_sent = 0  # of frames
 

@@ -135,8 +135,9 @@ class Entrance:
         )
         keys = link.session.secrets
         assert keys is not None
-        link.id, link.account = session, CreditAccount(window)
-        link.outbox = Outbox(Sealer(keys.server, cipher, aead_factory=self._offer.aead_factory), self._offer.record)
+        link.id, link.account, link.max_message = session, CreditAccount(window), max_message
+        sealer = Sealer(keys.server, cipher, aead_factory=self._offer.aead_factory, make_frame=self._transport.make_frame)
+        link.outbox = Outbox(sealer, self._offer.record)
         link.inbox = Inbox(
             Opener(keys.client, cipher, aead_factory=self._offer.aead_factory),
             from_client=True,

@@ -8,6 +8,7 @@ from splitfl.channel.allowance import Allowance
 from splitfl.channel.handler import Peer
 from splitfl.channel.tally import Tally
 from splitfl.protocol.assembly import Inbox, Outbox
+from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.messages import Hello, Open
 from splitfl.protocol.session import ServerSession
@@ -41,6 +42,7 @@ class Link:
     # From Opened on:
     id: str = ""
     account: CreditAccount | None = None
+    max_message: int = 0  # the largest payload that the client may send
     credit_due: int = 0  # given back by the handler's owner, not yet told to the client
     outbox: Outbox | None = None
     inbox: Inbox | None = None
@@ -50,4 +52,4 @@ class Link:
     left: bool = False  # the client has said Leave: it does not mean to come again
     goodbye: int | None = None  # the records that the client says it has sent, once it has said Bye
     moved: float = 0.0  # when a record last left, or there was none to send
-    stuck: bytearray | None = None  # a sealed record the peer's pipe had no room for
+    stuck: Buffer | None = None  # a sealed record the peer's pipe had no room for

@@ -146,7 +146,8 @@ class ServerChannel:
 
     def _do(self, link: Link, command: Callable[[], None]) -> None:
         self._commands.append((link, command))
-        self._transport.wake()
+        if threading.current_thread() is not self._thread:
+            self._transport.wake()
 
     # --- the I/O thread ---------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class ServerChannel:
         wait = 0.0
         try:
             while self._stopping is None:
-                for frame in self._transport.poll(wait):
+                for frame in self._transport.poll(0.0 if self._commands else wait):
                     self._sessions.take(frame)
                 wait = self._work()
                 if self._clock() >= next_tick:

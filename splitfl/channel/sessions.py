@@ -46,6 +46,8 @@ from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
 _log = logging.getLogger(__name__)
 
 _TEXT_BYTES = 4000
+# Credit is given back in parts of at least the window's so-many-th, save to who may be in need of it.
+_CREDIT_PARTS = 16
 
 
 class Sessions:
@@ -134,8 +136,13 @@ class Sessions:
     def give_credit(self, link: Link) -> float:
         """Gives back what the handler's owner has given, once the replies to this client do not pile up and it has not sent more
         than it may. Returns the seconds until the latter.
+
+        Little is kept until there is more, while what the client has covers any message: each message about credit costs both
+        sides several threads' turns.
         """
         if not link.credit_due or link.outbox is None or link.account is None or link.outbox.pending > link.account.window:
+            return 0.0
+        if link.credit_due < link.account.window // _CREDIT_PARTS and link.account.left >= link.max_message:
             return 0.0
         wait = link.allowance.wait()
         if wait > 0:
@@ -230,6 +237,8 @@ class Sessions:
         with self.lock:
             assert link.account is not None
             link.account.charge(size)
+        if link.credit_due:
+            self.activate(link)  # what was kept may be needed now
 
     def _take_data(self, link: Link, frame: ServerFrame) -> None:
         if link.data_peer is None:

@@ -55,12 +55,14 @@ class Outbox:
     """Messages waiting to be sealed, in order; not thread-safe.
 
     Messages *begin* in the order they were added, as far as credit reaches; of those begun, the one with the least left
-    is served first, so that a small message overtakes a large one, and equal ones complete one after the other.
+    is served first, so that a small message overtakes a large one, and equal ones complete one after the other. None begins
+    before something can be gained by it, as the other side makes room for a whole message when it begins.
     """
 
     def __init__(self, sealer: Sealer, record_bytes: int, credit: CreditAccount | None = None) -> None:
         self._sealer, self._record, self._credit = sealer, record_bytes, credit
         self._waiting: deque[_Outgoing] = deque()
+        self._smallest: deque[int] = deque()  # of each waiting message that no smaller one is behind, its payload bytes
         self._begun: list[_Outgoing] = []
         self._next_id = 0
         self.pending = 0  # payload bytes added and not yet sealed
@@ -72,32 +74,42 @@ class Outbox:
         """Queues a message; its payload is referenced, not copied, until sealed."""
         view = payload_view(message, payload)
         self._waiting.append(_Outgoing(encode(message), view))
+        while self._smallest and self._smallest[-1] > len(view):
+            self._smallest.pop()
+        self._smallest.append(len(view))
         self.pending += len(view)
 
-    def next_frame(self) -> bytearray | None:
+    def next_frame(self) -> bytearray | memoryview | None:
         """The next sealed record, or None when nothing can be sent now (nothing waits, or credit is out)."""
-        while self._waiting and len(self._begun) < MAX_OPEN:
-            size = len(self._waiting[0].payload)
-            if self._credit is not None:
-                if not self._credit.covers(size):
-                    break
-                self._credit.spend(size)
-            self._begun.append(self._waiting.popleft())
-            begun = self._begun[-1]
-            begun.id, self._next_id = self._next_id, self._next_id + 1
-            return self._metadata(begun)
-        if not self._begun:
-            return None
-        return self._payload(min(self._begun, key=lambda outgoing: (outgoing.left, outgoing.id)))
+        served = min(self._begun, key=lambda outgoing: (outgoing.left, outgoing.id)) if self._begun else None
+        if self._waiting and len(self._begun) < MAX_OPEN and (served is None or self._smallest[0] < served.left):
+            begun = self._begin()
+            if begun is not None:
+                return self._metadata(begun)
+        return self._payload(served) if served is not None else None
 
-    def _metadata(self, outgoing: _Outgoing) -> bytearray:
+    def _begin(self) -> _Outgoing | None:
+        """The next message in order begins, if credit covers it."""
+        size = len(self._waiting[0].payload)
+        if self._credit is not None:
+            if not self._credit.covers(size):
+                return None
+            self._credit.spend(size)
+        begun = self._waiting.popleft()
+        if self._smallest[0] == size:
+            self._smallest.popleft()
+        self._begun.append(begun)
+        begun.id, self._next_id = self._next_id, self._next_id + 1
+        return begun
+
+    def _metadata(self, outgoing: _Outgoing) -> bytearray | memoryview:
         total = len(outgoing.payload)
         if total:
             return self._sealer.seal(METADATA, FIRST, outgoing.id, total, outgoing.metadata)
         self._begun.remove(outgoing)
         return self._sealer.seal(METADATA, FIRST | LAST, outgoing.id, 0, outgoing.metadata)
 
-    def _payload(self, outgoing: _Outgoing) -> bytearray:
+    def _payload(self, outgoing: _Outgoing) -> bytearray | memoryview:
         total = len(outgoing.payload)
         chunk = outgoing.payload[outgoing.offset : outgoing.offset + self._record]
         outgoing.offset += len(chunk)

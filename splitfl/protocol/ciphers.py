@@ -29,6 +29,9 @@ class Aead(Protocol):
     def decrypt_into(self, nonce: Buffer, data: Buffer, associated_data: Buffer | None, buf: Buffer, /) -> int: ...
 
 
+# (bytes) -> memory for one frame, writable; what it holds does not matter.
+MakeFrame = Callable[[int], bytearray | memoryview]
+
 # (cipher name, key) -> the cipher. The seam by which a benchmark or the demo runs with sealing off; no setting reaches
 # it.
 AeadFactory = Callable[[str, bytes], Aead]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from cryptography.exceptions import InvalidTag
 
 from splitfl.errors import LocalProtocolError, SealError
-from splitfl.protocol.ciphers import TAG_BYTES, AeadFactory, Buffer, make_aead
+from splitfl.protocol.ciphers import TAG_BYTES, AeadFactory, Buffer, MakeFrame, make_aead
 from splitfl.protocol.schedule import key_and_iv, next_secret
 
 _HEADER = struct.Struct(">BBBBIQQQ")
@@ -91,8 +91,10 @@ class Sealer:
         limits: RekeyLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         aead_factory: AeadFactory = make_aead,
+        make_frame: MakeFrame = bytearray,
     ) -> None:
         self._epoch = _Epoch(secret, cipher, aead_factory)
+        self._make_frame = make_frame
         self._limits = limits or RekeyLimits()
         self._clock = clock
         self._sequence = 0
@@ -101,7 +103,7 @@ class Sealer:
     def _begin_epoch(self) -> None:
         self._bytes, self._records, self._since = 0, 0, self._clock()
 
-    def seal(self, kind: int, flags: int, message: int, total: int, plaintext: Buffer) -> bytearray:
+    def seal(self, kind: int, flags: int, message: int, total: int, plaintext: Buffer) -> bytearray | memoryview:
         """One frame, sealed straight from ``plaintext``."""
         size = len(plaintext)
         limits = self._limits
@@ -113,10 +115,10 @@ class Sealer:
         if self._sequence >= 2**63 or self._epoch.number >= 2**32 - 1:
             raise LocalProtocolError("the session is worn out: open another")
         header = _HEADER.pack(RECORD_VERSION, kind, flags, 0, self._epoch.number, self._sequence, message, total)
-        frame = bytearray(HEADER_BYTES + size + TAG_BYTES)
-        frame[:HEADER_BYTES] = header
+        frame = self._make_frame(HEADER_BYTES + size + TAG_BYTES)
         nonce = self._epoch.nonce(self._sequence)
         with memoryview(frame) as view, view[HEADER_BYTES:] as body:
+            view[:HEADER_BYTES] = header
             self._epoch.aead.encrypt_into(nonce, plaintext, header, body)
         self._sequence += 1
         self._records += 1

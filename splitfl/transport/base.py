@@ -82,6 +82,9 @@ class ClientTransport(Protocol):
     def send_control(self, frame: bytes) -> None:
         """Raises SessionLost when the link is down."""
 
+    def make_frame(self, size: int) -> bytearray | memoryview:
+        """Writable memory of ``size`` bytes for a frame that ``send_data`` is about to be given."""
+
     def send_data(self, frame: Buffer) -> bool:
         """False when the link is full: ``poll`` returns as soon as it is not. The frame must not change afterwards."""
 
@@ -115,6 +118,9 @@ class ServerTransport(Protocol):
         """As the client's ``poll``; never raises for what a peer did."""
 
     def send_control(self, peer: bytes, frame: bytes) -> Sent: ...
+
+    def make_frame(self, size: int) -> bytearray | memoryview:
+        """As the client's."""
 
     def send_data(self, peer: bytes, frame: Buffer) -> Sent: ...
 

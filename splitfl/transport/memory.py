@@ -154,6 +154,9 @@ class MemoryServerTransport:
     def send_control(self, peer: bytes, frame: bytes) -> Sent:
         return self._send(peer, Endpoint.CONTROL, frame)
 
+    def make_frame(self, size: int) -> bytearray:
+        return bytearray(size)
+
     def send_data(self, peer: bytes, frame: Buffer) -> Sent:
         link = self._links.get(peer)
         if link is not None and link.to_client >= QUEUE_FRAMES:
@@ -243,6 +246,9 @@ class MemoryClientTransport:
     def send_control(self, frame: bytes) -> None:
         server, link = self._up()
         server.deliver(link, Endpoint.CONTROL, frame)
+
+    def make_frame(self, size: int) -> bytearray:
+        return bytearray(size)
 
     def send_data(self, frame: Buffer) -> bool:
         server, link = self._up()

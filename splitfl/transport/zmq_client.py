@@ -30,7 +30,9 @@ from splitfl.transport.zmq_common import (
     data_frame_limit,
     data_options,
     keep_large_buffers,
+    make_frame,
     plain_client,
+    send_frame,
 )
 
 _LAST_WORDS_SECONDS = 0.25
@@ -112,11 +114,14 @@ class ZmqClientTransport:
         except zmq.Again:
             raise SessionLost("the server does not read its control messages") from None
 
+    def make_frame(self, size: int) -> bytearray | memoryview:
+        return make_frame(size)
+
     def send_data(self, frame: Buffer) -> bool:
         if self._data is None:
             raise SessionLost("the data connection is not open")
         try:
-            self._data.send(frame, zmq.NOBLOCK, copy=False)
+            send_frame(self._data, frame)
         except zmq.Again:
             if not self._waits_for_room:
                 self._waits_for_room = True

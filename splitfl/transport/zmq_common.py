@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
+import os
 import socket
 import sys
+from typing import Any
 
 import zmq
 
+from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.keys import Identity, PublicKey
+from splitfl.protocol.records import MAX_RECORD_BYTES, OVERHEAD_BYTES
 
 # Frames queued in one peer's pipe. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16
 # MiB.
@@ -76,6 +81,39 @@ def plain_client(sock: zmq.Socket[bytes], ticket: bytes) -> None:
     sock.setsockopt(zmq.PLAIN_USERNAME, PLAIN_USER)
     # As text: an option of libzmq that is documented as a string should not hold zero bytes.
     sock.setsockopt(zmq.PLAIN_PASSWORD, ticket.hex().encode())
+
+
+def make_frame(size: int) -> bytearray | memoryview:
+    """Writable memory for a frame, which :func:`send_frame` gives away. Large ones are ZeroMQ's own: it frees them where
+    it has sent them, while lent memory of Python's would cost a turn of another thread, and of the interpreter's lock, for each.
+    """
+    template = _template() if size >= zmq.COPY_THRESHOLD else None
+    if template is None or size > len(template):
+        return bytearray(size)
+    owned: Any = zmq.Frame(template[:size], copy=True)
+    return memoryview(owned)
+
+
+def send_frame(sock: zmq.Socket[bytes], frame: Buffer) -> None:
+    """Queues a frame that nobody changes any more. Raises zmq.Again."""
+    owned = frame.obj if isinstance(frame, memoryview) else None
+    sock.send(owned if isinstance(owned, zmq.Frame) else frame, zmq.NOBLOCK, copy=False)
+
+
+@functools.cache
+def _template() -> memoryview | None:
+    """What a new frame is copied from, as pyzmq makes none without; None where its frames cannot be written to."""
+    try:
+        probe: Any = zmq.Frame(b"\0", copy=True)
+        if memoryview(probe).readonly:
+            return None
+    except TypeError:  # pyzmq for PyPy
+        return None
+    size = MAX_RECORD_BYTES + OVERHEAD_BYTES
+    if os.name != "posix":
+        return memoryview(bytes(size))
+    # Never written to, so every page of it is the kernel's one page of zeros, which stays in the nearest cache.
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ))
 
 
 def bracketed(host: str) -> str:

@@ -22,7 +22,7 @@ from splitfl.transport.accept_filter import shut_out
 from splitfl.transport.base import Endpoint, Sent, ServerFrame
 from splitfl.transport.connections import Connection, Connections, listener
 from splitfl.transport.door import Door, excess
-from splitfl.transport.zmq_common import BYTES_A_TURN, CURVE_BYTES, FRAMES_A_TURN, bracketed
+from splitfl.transport.zmq_common import BYTES_A_TURN, CURVE_BYTES, FRAMES_A_TURN, bracketed, send_frame
 
 _EVENTS_A_TURN = 512
 # Parts of one message that are passed over before the other sockets are looked at again.
@@ -107,7 +107,7 @@ class ListeningEndpoint:
 
     # --- frames ---
 
-    def send(self, peer: bytes, frame: Buffer, *, copy: bool) -> Sent:
+    def send(self, peer: bytes, frame: Buffer) -> Sent:
         try:
             # The ROUTER judges the peer on the first part: after it the second cannot fail.
             self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
@@ -117,7 +117,7 @@ class ListeningEndpoint:
             if error.errno == zmq.EHOSTUNREACH:
                 return Sent.GONE
             raise
-        self.socket.send(frame, zmq.NOBLOCK, copy=copy)
+        send_frame(self.socket, frame)
         return Sent.SENT
 
     def receive(self, frames: list[ServerFrame]) -> bool:

@@ -34,6 +34,7 @@ from splitfl.transport.zmq_common import (
     data_frame_limit,
     data_options,
     keep_large_buffers,
+    make_frame,
     plain_client,
 )
 from splitfl.transport.zmq_endpoint import ListeningEndpoint
@@ -141,10 +142,13 @@ class ZmqServerTransport:
         return frames
 
     def send_control(self, peer: bytes, frame: bytes) -> Sent:
-        return self._control.send(peer, frame, copy=True)
+        return self._control.send(peer, frame)
+
+    def make_frame(self, size: int) -> bytearray | memoryview:
+        return make_frame(size)
 
     def send_data(self, peer: bytes, frame: Buffer) -> Sent:
-        return self._data.send(peer, frame, copy=False)
+        return self._data.send(peer, frame)
 
     def wake(self) -> None:
         self._wake.set()

@@ -121,6 +121,24 @@ def test_credit_holds_the_sender_until_it_comes_back(make: Make) -> None:
     assert [message.micro for _, message, _ in world.handler.data] == [0, 1, 2, 3, 4]
 
 
+def test_a_little_credit_is_kept_until_it_is_more_or_needed(make: Make) -> None:
+    world = make(window=16 * MIB, max_message=8 * MIB)
+    client = world.join()
+    path = client.channel._path
+    assert path is not None
+    told: list[int] = []
+    receive = path.credit.receive
+    path.credit.receive = lambda size: (told.append(size), receive(size))[1]  # type: ignore[method-assign]
+    for micro in range(64):
+        client.echo(bytes(MIB // 8), micro)
+    assert len(told) <= 8, "a message about credit for each message"
+    client.echo(bytes(MIB // 8), 64)
+    world.handler.give_credit = False
+    for micro in (65, 66):  # not covered both, without what is kept
+        client.channel.send(forward(8 * MIB, micro), bytes(8 * MIB))
+    wait_until(lambda: len(client.data) == 67)
+
+
 def test_a_client_that_does_not_read_gets_no_more_credit(make: Make) -> None:
     world = make(window=4 * MIB, max_message=MIB)
     client = world.join()

@@ -273,6 +273,18 @@ def test_credit_is_charged_for_whole_messages_in_order() -> None:
         pipe.credit.receive(2011)
 
 
+def test_a_message_begins_when_it_is_served_or_before_a_smaller_one_behind_it() -> None:
+    pipe = Pipe()
+    for micro in range(3):
+        pipe.outbox.add(message(6000, micro), bytes(6000))
+    for _ in range(3):
+        pipe.inbox.receive(pipe.outbox.next_frame() or b"")
+    assert pipe.allocated == [6000], "the receiver made room for a message that is not under way"
+    pipe.outbox.add(message(10, 3), bytes(10))
+    assert [micro for micro, _ in pipe.carry()] == [3, 0, 1, 2]
+    assert pipe.allocated == [6000, 6000, 6000, 10]
+
+
 def test_credit_accounts_refuse_what_cannot_be() -> None:
     account = CreditAccount(100)
     account.charge(60)
