@@ -66,7 +66,7 @@ def test_a_word_of_the_client_that_was_lost(make: Make) -> None:
     transport.send_control = lambda frame: None if frame == done else send(frame)  # type: ignore[method-assign]
     client.channel.tell(StepDone(0, 0, 0, "pause"))
     client.channel.tell(Enrol())
-    wait_until(lambda: client.lost)
+    wait_until(lambda: client.lost and world.handler.closed)
     ((closed, why),) = world.handler.closed
     assert closed == session
     assert why.startswith("seal: ")
