@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from client_ends.clipping import TrunkGradient, norm_before_clipping
-from client_ends.objective import Objective, objective_of, without_targets_after_padding
-from client_ends.pieces import forward_in_pieces, pieces_of
+from client_ends.objective import Objective
+from client_ends.observing import ObservedForward
 from client_ends.remote import RemoteTrunk
 from client_ends.rounds import EndsRounds
 from client_ends.session import TrunkSession
-from client_ends.stepping import leaves_of, step_with
+from client_ends.stepping import step_with
 from splitfl.adapters import named_trainables
 from splitfl.channel.opening import OpenTerms
 from splitfl.errors import ConfigError, ModelError, UserError
@@ -90,7 +87,8 @@ class _SplitModel:
     _task: ClassVar[Task]
     _remote: RemoteTrunk
     _set_objective: Objective | None
-    _declare: Callable[[int], Objective] | None
+    _declare: Callable[[Mapping[str, Any]], Objective | None] | None
+    _per_token: ClassVar[bool]  # whether each token has a target, or each row
     _trunk_gradient: TrunkGradient | None  # where the run clips both sides together
     _fed_by: tuple[torch.nn.Parameter, ...]  # what trains outside this model, before its embedding: soft prompts
 
@@ -187,7 +185,9 @@ class _SplitModel:
         base = type(ends)
         remote = RemoteTrunk(session, micro_batches=micro_batches)
         # The override is on the class, not a hook: PEFT calls the inner model's `forward` past its hooks.
-        ends.__class__ = type(base.__name__, (cls, base), {"forward": _observed(base.forward), "__module__": base.__module__})
+        ends.__class__ = type(
+            base.__name__, (cls, base), {"forward": ObservedForward(base.forward), "__module__": base.__module__}
+        )
         object.__setattr__(ends, "_remote", remote)
         object.__setattr__(ends, "_set_objective", None)
         object.__setattr__(ends, "_declare", None)
@@ -254,15 +254,15 @@ class _SplitModel:
         """
         if divisor <= 0:
             raise UserError("the divisor of a loss must be positive")
-        self._set_objective = Objective(tuple(targets), float(divisor))
+        self._set_objective = Objective(tuple(targets), float(divisor), is_stated=True)
         try:
             yield
         finally:
             self._set_objective = None
 
     @contextlib.contextmanager
-    def undeclared(self, declare: Callable[[int], Objective]) -> Iterator[None]:
-        """Of forwards inside that have no labels and no objective, ``declare(rows)`` says what their loss is."""
+    def declaring(self, declare: Callable[[Mapping[str, Any]], Objective | None]) -> Iterator[None]:
+        """Of training forwards inside, ``declare(arguments)`` says what their loss is, where it knows better than the labels."""
         self._declare = declare
         try:
             yield
@@ -279,12 +279,14 @@ class SplitModelForCausalLM(_SplitModel):
     """A causal language model whose trunk is on a server. See :meth:`from_pretrained`."""
 
     _task = "causal-lm"
+    _per_token = True
 
 
 class SplitModelForSequenceClassification(_SplitModel):
     """A sequence classifier whose trunk is on a server; labels and head stay here. See :meth:`from_pretrained`."""
 
     _task = "sequence-classification"
+    _per_token = False
 
 
 def _trainables_of(model: weakref.ref[Any]) -> Callable[[], Mapping[str, torch.nn.Parameter]]:
@@ -293,58 +295,3 @@ def _trainables_of(model: weakref.ref[Any]) -> Callable[[], Mapping[str, torch.n
         return {} if ends is None else named_trainables(ends)
 
     return trainables
-
-
-def _observed(forward: Any) -> Any:
-    """The family's forward, watched: it tells the remote trunk the mode, and what the labels say of the objective."""
-    signature = inspect.signature(forward)
-    names = {name for name, each in signature.parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD} - {"self"}
-
-    @functools.wraps(forward)
-    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind_partial(self, *args, **kwargs).arguments
-        arguments = {**bound, **kwargs}
-        per_token = isinstance(self, SplitModelForCausalLM)
-        if per_token and isinstance(arguments.get("labels"), torch.Tensor):
-            labels = without_targets_after_padding(arguments["labels"], arguments.get("attention_mask"))
-            arguments["labels"] = labels
-            if "labels" in kwargs:
-                kwargs["labels"] = labels
-            else:  # given by position; `self` is the first
-                place = list(bound).index("labels") - 1
-                args = (*args[:place], labels, *args[place + 1 :])
-        objective = self._set_objective or objective_of(arguments, per_token=per_token)
-        if objective is None and self._declare is not None and self.training and torch.is_grad_enabled():
-            objective = self._declare(_rows_of(arguments))
-        if self.training and torch.is_grad_enabled():
-            self._fed_by = leaves_of(arguments.get("inputs_embeds"))
-            self._remote.session.begin_forward()
-        self._remote.training = self.training
-        self._remote.ends_adapter_on = not _is_adapter_off(self)
-        self._remote.objective = objective
-        named = {name: arguments[name] for name in arguments if name in names or name in kwargs}
-        pieces = pieces_of(named, self.config, self._remote.micro_batches)
-        try:
-            if pieces:
-                out = forward_in_pieces(self, forward, named, pieces, self._remote, objective)
-            else:
-                out = forward(self, *args, **kwargs)
-        finally:
-            self._remote.objective = None
-        loss = out.get("loss") if hasattr(out, "get") else out[0] if objective and isinstance(out, tuple) else None
-        if objective is not None and isinstance(loss, torch.Tensor):
-            objective.watch(loss)
-        return out
-
-    return observed
-
-
-def _rows_of(arguments: Mapping[str, Any]) -> int:
-    tokens = arguments.get("input_ids")
-    return len(arguments["inputs_embeds"] if tokens is None else tokens)
-
-
-def _is_adapter_off(model: torch.nn.Module) -> bool:
-    """Whether PEFT has switched the ends' adapter off, as the reference pass of a preference loss does."""
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    return layer is not None and bool(layer.disable_adapters)

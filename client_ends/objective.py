@@ -23,6 +23,8 @@ IGNORED = -100  # PyTorch's and Hugging Face's label for "no target here"
 class Objective:
     """``targets``: target tokens of each batch row. ``divisor``: what the loss's sum over targets is divided by.
 
+    ``is_stated``: by whoever computes the loss, so nothing is learned of it. ``is_known``: whether the divisor is.
+
     ``scale`` is what the loss was multiplied by before its backward, seen by a hook on the loss itself: 1/k in a loop that
     accumulates k batches.
     """
@@ -30,6 +32,8 @@ class Objective:
     targets: tuple[int, ...]
     divisor: float
     scale: float = 1.0
+    is_stated: bool = False
+    is_known: bool = True
 
     def share(self, rows: range) -> tuple[int, float]:
         """``(n, d)`` of the rows: their targets, and the divisor with the loss's scale in it."""
@@ -45,6 +49,21 @@ class Objective:
 
         if loss.requires_grad and loss.ndim == 0:
             loss.register_hook(saw)
+
+    def learn(self, log_probs: torch.Tensor) -> None:
+        """Learn divisor and scale where the loss is the mean of ``-log_probs`` over targets, computed elsewhere: each of them
+        then has the gradient -1 / divisor. Any other loss of them is not known.
+        """
+
+        def saw(gradient: torch.Tensor) -> None:
+            found = gradient[gradient != 0].double()
+            if len(found):
+                mean = float(found.mean())
+                self.is_known = mean < 0 and bool(((found - mean).abs() <= 1e-3 * abs(mean)).all())
+                self.divisor, self.scale = (-1 / mean, 1.0) if self.is_known else (self.divisor, self.scale)
+
+        if log_probs.requires_grad:
+            log_probs.register_hook(saw)
 
 
 def objective_of(arguments: Mapping[str, Any], *, per_token: bool) -> Objective | None:

@@ -78,8 +78,11 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         call: _Call = ctx.call
-        if call.objective is None:
-            raise UserError("the loss of this forward is unknown: pass labels= to the model, or set model.objective(...)")
+        if call.objective is None or not call.objective.is_known:
+            raise UserError(
+                "the loss of this forward is unknown: pass labels= to the model, set model.objective(...), or call "
+                "bind_trainer(trainer) before a Trainer with a loss of its own trains"
+            )
         if call.answered:
             raise UserError("the trunk keeps the graph of a forward for one backward: add losses up and call backward() once")
         call.answered = True

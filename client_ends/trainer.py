@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -154,23 +155,34 @@ class _Bound(TrainerCallback):
     def compute_loss(self, compute_loss: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """``Trainer.compute_loss``; where the model is not given labels, the trunk learns from here what the loss is."""
         declared: list[Objective] = []
+        items = kwargs.get("num_items_in_batch")
         labels = inputs.get("labels") if hasattr(inputs, "get") else None
 
-        def declare(rows: int) -> Objective:
-            found = objective_of({"labels": labels}, per_token=labels is not None and labels.ndim > 1)
-            if found is None or len(found.targets) != rows:
+        def declare(arguments: Mapping[str, Any]) -> Objective | None:
+            fused = bool(arguments.get("fused_lm_head"))  # TRL's: the model gets labels, and the loss is the trainer's
+            if isinstance(arguments.get("labels"), torch.Tensor) and not fused:
+                return None
+            found = objective_of({"labels": labels}, per_token=self._ends._per_token)
+            if found is not None and items is not None:
+                found.divisor = float(items)
+            else:
+                rows = _rows_of(arguments)
                 found = Objective((1,) * rows, float(rows))
-            elif kwargs.get("num_items_in_batch") is not None:
-                found.divisor = float(kwargs["num_items_in_batch"])
+            found.is_stated = True
             declared.append(found)
             return found
 
-        with self._ends.undeclared(declare):
+        with self._ends.declaring(declare):
             computed = compute_loss(model, inputs, *args, **kwargs)
         loss = computed[0] if isinstance(computed, tuple) else computed
         for each in declared:
             each.watch(loss)
         return computed
+
+
+def _rows_of(arguments: Mapping[str, Any]) -> int:
+    tokens = arguments.get("input_ids")
+    return len(arguments["inputs_embeds"] if tokens is None else tokens)
 
 
 def _differences(args: Any, steps: int, run: dict[str, Any]) -> str:

@@ -68,6 +68,7 @@ def test_another_client_may_look_and_not_train(tmp_path, model):
         late.close()
 
 
+@pytest.mark.slow
 def test_the_norm_is_asked_for_again_when_the_link_has_broken(tmp_path, model):
     world = World(tmp_path, model, 1, timing=QUICK, on_loss="wait", step_deadline=0.0, **JOINT)
     with running(world):

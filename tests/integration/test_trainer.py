@@ -110,6 +110,7 @@ def test_every_logged_value_equals_the_whole_models(tmp_path, model):
     assert len(world.events("step")) == STEPS
 
 
+@pytest.mark.slow
 def test_adapters_on_both_sides_equal_adapters_on_the_whole_model(tmp_path, model):
     reference = train_whole(model, tmp_path / "whole", lora=True)
     with running(World(tmp_path, model, 1, **(RUN | {"trainables": "lora"}))) as world:
@@ -120,6 +121,7 @@ def test_adapters_on_both_sides_equal_adapters_on_the_whole_model(tmp_path, mode
     assert_same(trainer, reference)
 
 
+@pytest.mark.slow
 def test_without_clipping_together_the_losses_come_apart(tmp_path, model):
     """The test of the tests above."""
     reference = train_whole(model, tmp_path / "whole")
@@ -163,6 +165,7 @@ def test_resumed_on_both_sides_is_as_undisturbed(tmp_path, model):
     assert_same(trainer, reference)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model):
     with running(World(tmp_path, model, 1, checkpoint_every=2, **RUN)) as world:
         saving = {"save_strategy": "steps", "save_steps": 500}
@@ -176,6 +179,7 @@ def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model
         split.close()
 
 
+@pytest.mark.slow
 def test_the_trainer_goes_back_with_the_run(tmp_path, model):
     """The server comes back from an older checkpoint than the client can send again from, while it trains."""
     reference = train_whole(model, tmp_path / "whole")
@@ -193,6 +197,7 @@ def test_the_trainer_goes_back_with_the_run(tmp_path, model):
     assert [event["step"] for event in world.events("step")] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_one_warning_says_what_differs(tmp_path, model, caplog):
     with running(World(tmp_path, model, 1, **RUN)) as world:
         split = world.join_as(0)
