@@ -62,7 +62,7 @@ class ServerChannel:
             raise ConfigError(f"the credit window ({window} bytes) must cover the largest message ({max_message} bytes)")
         if not MIN_RECORD_BYTES <= record <= MAX_RECORD_BYTES:
             raise ConfigError(f"a record has {MIN_RECORD_BYTES} to {MAX_RECORD_BYTES} bytes, not {record}")
-        self._transport, self._record, self._bulk = transport, record, bulk
+        self._transport, self._record, self._window, self._bulk = transport, record, window, bulk
         self._timing, self._clock = timing or Timing(), clock
         self._admission = Admission(authorized, ticket_seconds, clock, bulk)
         offer = Offer(window, max_message, record, ciphers or pick_ciphers(), aead_factory, bulk)
@@ -155,7 +155,7 @@ class ServerChannel:
         self._transport.on_refused(self._sessions.refusal)
         self._transport.on_cut(self._sessions.cut)
         try:
-            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES, curve=self._bulk == CURVE)
+            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES, window=self._window, curve=self._bulk == CURVE)
         except BaseException as error:
             self._failure = error
             self._transport.close(0)

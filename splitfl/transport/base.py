@@ -103,8 +103,10 @@ class ClientTransport(Protocol):
 class ServerTransport(Protocol):
     """The server's two endpoints."""
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, curve: bool = False) -> None:
-        """Opens both endpoints and proves that a stranger is refused, else ConfigError. ``curve``: tickets are CURVE keys."""
+    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
+        """Opens both endpoints and proves that a stranger is refused, else ConfigError. ``window``: bytes that a client may have
+        in flight; ``curve``: tickets are CURVE keys.
+        """
 
     @property
     def control_port(self) -> int:

@@ -97,7 +97,7 @@ class MemoryServerTransport:
     def on_cut(self, report: Cut) -> None:
         """There is nothing here that floods could fill."""
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, curve: bool = False) -> None:
+    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
         self.gate, self._frame_limit = gate, record_frame_bytes
         with self.network.lock:
             self.network.server = self

@@ -25,10 +25,10 @@ from splitfl.transport.zmq_common import (
     FRAMES_A_TURN,
     Wake,
     bracketed,
+    client_data_options,
     common_options,
     curve_client,
     data_frame_limit,
-    data_options,
     keep_large_buffers,
     make_frame,
     plain_client,
@@ -93,7 +93,7 @@ class ZmqClientTransport:
         except ConnectError as error:
             raise wording.data_unreachable(host, port, str(error.__cause__ or "no connection")) from None
         sock = self._socket(address, affinity=2, max_frame=data_frame_limit(self._frame_limit, curve=curve is not None))
-        data_options(sock)
+        client_data_options(sock)
         if curve is not None:
             curve_client(sock, curve, Identity.from_secret(ticket))
         else:

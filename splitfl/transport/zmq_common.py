@@ -17,10 +17,9 @@ from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.protocol.records import MAX_RECORD_BYTES, OVERHEAD_BYTES
 
-# Frames queued in one peer's pipe. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16
-# MiB.
+# Frames queued for one peer. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16 MiB.
 DATA_FRAMES_QUEUED = 16
-# Control frames of one client, at most 64 KiB each, that wait for the server to take them.
+# Control frames of one client, at most 64 KiB each, that may wait for the server to take them.
 CONTROL_FRAMES_QUEUED = 64
 # Frames, and bytes, taken from one socket before the other sockets are looked at again: a control message that comes meanwhile
 # waits for as many records to be opened.
@@ -29,7 +28,8 @@ BYTES_A_TURN = 2 * 2**20
 # A peer that has not finished its handshake by then is cut.
 HANDSHAKE_MILLISECONDS = 5000
 # Dead TCP connections are the kernel's to reap; the channel's heartbeats decide when a session is lost. Not ZMTP's heartbeats:
-# one that is due on a connection that broke while its queue was full ends the process by a failed assertion (libzmq 4.3.5).
+# one that is due on a connection that broke while its queue was full ends the process by a failed assertion (libzmq 4.3.5). A
+# peer's own heartbeat does so too, so a server's queues have no mark at which they are full (:func:`never_full`).
 _KEEPALIVE_SECONDS, _KEEPALIVE_TIMES = 10, 2
 
 PLAIN_USER = b"splitfl"
@@ -54,12 +54,24 @@ def common_options(sock: zmq.Socket[bytes], *, max_frame: int, ipv6: bool) -> No
 def data_options(sock: zmq.Socket[bytes]) -> None:
     """Options of the data sockets on top of the common ones."""
     sock.setsockopt(zmq.SNDHWM, DATA_FRAMES_QUEUED)
+
+
+def client_data_options(sock: zmq.Socket[bytes]) -> None:
+    """Of a client's data socket: what the server sends faster than it is taken waits in the server."""
+    data_options(sock)
     sock.setsockopt(zmq.RCVHWM, DATA_FRAMES_QUEUED)
 
 
 def data_frame_limit(record_frame: int, *, curve: bool) -> int:
     """The largest frame of the data endpoint, bytes: a record, and what CURVE puts around it."""
     return record_frame + CURVE_BYTES * curve
+
+
+def never_full(sock: zmq.Socket[bytes]) -> None:
+    """Of a server's sockets: ZeroMQ takes whatever comes. What one client may have waiting there is bounded by its credit, and by
+    the watch over each connection's account, which cuts it.
+    """
+    sock.setsockopt(zmq.RCVHWM, 0)
 
 
 def curve_client(sock: zmq.Socket[bytes], server_key: PublicKey, identity: Identity) -> None:

@@ -47,8 +47,8 @@ _WATCHED = (
 
 class ListeningEndpoint:
     """``make`` gives a fresh socket, ready to bind. ``half_open``: connections that have not said anything yet, besides those of
-    ``expected`` clients; ``frame``: bytes of its largest frame; ``queued``: frames that ZeroMQ keeps of a connection until they
-    are taken; ``curve``: whether they come in CURVE.
+    ``expected`` clients; ``frame``: bytes of its largest frame; ``queued``: frames that an honest client may have waiting until
+    they are taken; ``curve``: whether they come in CURVE.
     """
 
     def __init__(

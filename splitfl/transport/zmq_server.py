@@ -25,7 +25,6 @@ from splitfl.transport.refusals import RefusalLog
 from splitfl.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN, Zap
 from splitfl.transport.zmq_common import (
     CONTROL_FRAMES_QUEUED,
-    DATA_FRAMES_QUEUED,
     Wake,
     bracketed,
     common_options,
@@ -35,6 +34,7 @@ from splitfl.transport.zmq_common import (
     data_options,
     keep_large_buffers,
     make_frame,
+    never_full,
     plain_client,
 )
 from splitfl.transport.zmq_endpoint import ListeningEndpoint
@@ -82,7 +82,7 @@ class ZmqServerTransport:
     def on_cut(self, report: Cut) -> None:
         self._cut = report
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, curve: bool = False) -> None:
+    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
         self._curve = curve
         self._zap = Zap(self._context, gate, self._refuse)
         self._poller.register(self._zap.socket, zmq.POLLIN)
@@ -103,7 +103,7 @@ class ZmqServerTransport:
             half_open=_HALF_OPEN_DATA,
             expected=functools.partial(gate.expected, Endpoint.DATA),
             frame=data_frame,
-            queued=DATA_FRAMES_QUEUED,
+            queued=-(-window // record_frame_bytes),
             curve=curve,
             refuse=self._flood,
         )
@@ -172,10 +172,9 @@ class ZmqServerTransport:
         sock.setsockopt(zmq.ZAP_DOMAIN, domain)
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         sock.setsockopt(zmq.AFFINITY, affinity)
+        never_full(sock)
         if domain == DATA_DOMAIN:
             data_options(sock)
-        else:
-            sock.setsockopt(zmq.RCVHWM, CONTROL_FRAMES_QUEUED)
         if curve:
             curve_server(sock, self._identity)
         else:
