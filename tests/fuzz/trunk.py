@@ -14,6 +14,7 @@ from server_trunk.steps import Steps
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing
 from server_trunk.trunkloop import Event, TrunkLoop
+from server_trunk.underway import Underway
 from splitfl.errors import LocalProtocolError
 from splitfl.protocol import messages as m
 from splitfl.runlog import RunLog
@@ -29,6 +30,7 @@ class _Engine:
     """Computes nothing; keeps count of the graphs that it would keep."""
 
     is_atomic = True
+    has_room = True
     training: Any
 
     def __init__(self) -> None:
@@ -38,15 +40,18 @@ class _Engine:
 
     def joined(self, client: str) -> None: ...
 
-    def forward(self, batch: Any) -> tuple[Landing, bool]:
+    def runs_beside(self, batch: Any) -> bool:
+        return True
+
+    def begin_forward(self, batch: Any, heard: Any = None) -> Underway[tuple[Landing, bool]]:
         if batch.keep:
             self.graphs.add(batch.number)
-        return Landing([_NOTHING] * len(batch.members), lambda: 0.0), batch.keep
+        return Underway((), lambda: (Landing([_NOTHING] * len(batch.members), lambda: 0.0), batch.keep))
 
-    def backward(self, batch: Any) -> Landing:
+    def begin_backward(self, batch: Any, heard: Any = None) -> Underway[Landing]:
         assert batch.number in self.graphs or not batch.kept
         self.graphs.discard(batch.number)
-        return Landing([_NOTHING if member.backward else None for member in batch.members], lambda: 0.0)
+        return Underway((), lambda: Landing([_NOTHING if each.backward else None for each in batch.members], lambda: 0.0))
 
     def discard(self, number: int) -> None:
         self.graphs.discard(number)
@@ -150,7 +155,7 @@ class _Desk:
         loop = self.loop
         for _ in range(200):
             loop._turn()
-            if loop.inbox.empty() and not loop._has_work():
+            if loop.inbox.empty() and not loop._batches.may_go_on and not loop._batches.are_underway:
                 return
         raise AssertionError("the loop goes round and round")
 
