@@ -301,6 +301,13 @@ class Participant:
         self._forwards = self._backwards = self._targets = 0
 
     @property
+    def may_end_before_ends(self) -> bool:
+        """Whether the server may be told of the end of this part before the ends' optimizer has stepped: unless the ends are kept
+        as they are after it, averaged, or clipped together with the trunk.
+        """
+        return self.rounds is None and not self.is_due(self.step) and self.terms["optimizer"]["clipping"] == "separate"
+
+    @property
     def contributed(self) -> bool:
         """Whether a backward went out since the last step ended."""
         return self._backwards > 0

@@ -1,30 +1,59 @@
-"""When the user's optimizer steps, the trunk's does: this hears of every optimizer step, and knows whose it is."""
+"""When the user's optimizer steps, the trunk's does: this hears of every optimizer step, and knows whose it is.
+
+The server is told before the ends' optimizer steps, so that both step at the same time; or after it, where what the ends are then
+is to be kept or averaged, or where the optimizer makes forwards of its own.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from splitfl.errors import SplitflError
 
 __all__ = ["StepHook", "leaves_of", "step_with"]
 
 
 def step_with(model: weakref.ref[Any]) -> StepHook:
     """When an optimizer that holds parameters of the ends steps, the trunk's step ends."""
+    return StepHook(_Stepping(model))
 
-    def stepped(optimizer: torch.optim.Optimizer) -> None:
-        ends = model()
-        if ends is None or not ends._remote.session.contributed:
+
+class _Stepping:
+    def __init__(self, model: weakref.ref[Any]) -> None:
+        self._model = model
+        self._failure: SplitflError | None = None  # of the word that was sent before the ends stepped
+
+    def before(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
+        ends = self._ends_of(optimizer)
+        if ends is None or closure or not ends._remote.session.may_end_before_ends:
             return
-        own = {id(parameter) for parameter in ends._own_parameters()}
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        try:
+            ends.step()
+        except SplitflError as failure:
+            self._failure = failure  # the ends step all the same, as they would if it were told after
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        ends = self._ends_of(optimizer)
+        if ends is not None:
             ends.step()
 
-    return StepHook(stepped)
+    def _ends_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The model whose part of the step this optimizer ends, if it ends any."""
+        ends = self._model()
+        if ends is None or not ends._remote.session.contributed:
+            return None
+        own = {id(parameter) for parameter in ends._own_parameters()}
+        groups = optimizer.param_groups
+        return ends if any(id(parameter) in own for group in groups for parameter in group["params"]) else None
 
 
 def leaves_of(fed: Any) -> tuple[torch.nn.Parameter, ...]:
@@ -52,8 +81,8 @@ class StepHook:
     _all: ClassVar[tuple[StepHook, ...]] = ()
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, stepped: Callable[[torch.optim.Optimizer], None]) -> None:
-        self._stepped = stepped
+    def __init__(self, stepping: _Stepping) -> None:
+        self._stepping = stepping
         with self._lock:
             StepHook._all = (*StepHook._all, self)
 
@@ -62,9 +91,17 @@ class StepHook:
             StepHook._all = tuple(each for each in StepHook._all if each is not self)
 
     @classmethod
-    def heard(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def before(cls, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Torch says what `step` was called with: the optimizer itself first, perhaps, and a closure, perhaps.
+        closure = any(callable(each) and each is not optimizer for each in (*args, *kwargs.values()))
         for hook in cls._all:
-            hook._stepped(optimizer)
+            hook._stepping.before(optimizer, closure=closure)
+
+    @classmethod
+    def after(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for hook in cls._all:
+            hook._stepping.after(optimizer)
 
 
-register_optimizer_step_post_hook(StepHook.heard)
+register_optimizer_step_pre_hook(StepHook.before)
+register_optimizer_step_post_hook(StepHook.after)

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from splitfl.errors import UserError
 from splitfl.parts.loading import attach_trunk, load_ends, load_trunk
 from tests.integration.test_sessions import batch, train_step
+from tests.unit.channel_world import wait_until
 from tests.world import World, running, side_by_side, tiny_llama
 
 
@@ -209,3 +210,56 @@ def test_a_frozen_clients_last_part_counts_though_it_leaves_at_once(tmp_path, mo
     (closed,) = world.events("step")
     assert closed["targets"] == 6 * 14
     assert not closed["parts"]["client0"]["dropped"]
+
+
+class Slow(torch.optim.SGD):
+    """Steps once ``ready`` says so."""
+
+    def __init__(self, parameters, ready):
+        super().__init__(parameters, lr=1e-2)
+        self._ready = ready
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        assert self._ready()
+        super().step()
+        return loss
+
+
+def test_the_server_steps_while_the_ends_optimizer_does(world, split):
+    def stepped() -> bool:
+        wait_until(lambda: world.events("step"))
+        return True
+
+    optimizer = Slow(split.parameters(), stepped)
+    split.train()(**batch()).loss.backward()
+    optimizer.step()
+    assert split.wait_step().step == 0
+
+
+def test_the_server_hears_of_a_step_with_a_closure_after_it(world, split):
+    optimizer = Slow(split.parameters(), lambda: split.trunk.session.contributed)
+    split.train()(**batch()).loss.backward()  # of which the closure makes more
+
+    def closure():
+        loss = split(**batch()).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    split.wait_step()
+    assert [event["parts"]["client0"]["micro_batches"] for event in world.events("step")] == [2]
+
+
+def test_the_server_hears_of_a_checkpoint_s_step_once_the_ends_are_kept(tmp_path, model):
+    with running(World(tmp_path, model, 1, checkpoint_every=1)) as world:
+        split = world.join_as(0)
+        kept = []
+        split.on_checkpoint(lambda step: kept.append([p.detach().clone() for p in split.parameters()]))
+        optimizer = Slow(split.parameters(), lambda: split.trunk.session.contributed)
+        split.train()(**batch()).loss.backward()
+        optimizer.step()
+        split.wait_step()
+        assert all(torch.equal(own, p) for own, p in zip(kept[0], split.parameters(), strict=True))
+        split.close()
