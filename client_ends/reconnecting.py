@@ -9,6 +9,7 @@ gone back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -121,8 +122,17 @@ class Reconnecting(Participant):
             self._lock.notify_all()
         if self._channel is not None:
             self._channel.close(leave=leave)
+            if leave and self._channel.ended_by == RefusalCode.MOVED:
+                self._leave_elsewhere(self._channel.opened.session)
         with self._lock:
             self._give_up_link(SessionLost("the session was closed", "closed"))
+
+    def _leave_elsewhere(self, moved: str) -> None:
+        """The server has sent this client to another replica instead of hearing that it leaves; there it is waited for."""
+        if self._restorer is not None:
+            self._restorer.join()
+        with contextlib.suppress(SplitflError):
+            self._connect(moved).close()
 
     # --- what is sent, and sent again -------------------------------------------------------------------------------------------
 
@@ -277,6 +287,7 @@ class Reconnecting(Participant):
             self._have_closed(last.step)
             last = None
         if not wanted and last is None:
+            self.channel.tell(Pause())  # who was moved is waited for
             return
         self._opened = self._dropped = None
         for message in self._declaration():

@@ -91,7 +91,7 @@ class AsyncSteps:
             raise RemoteProtocolError("enrolled twice")
         presence.enrolled = True
 
-    def pause(self, session: str) -> int | None:
+    def pause(self, session: str, client: str = "") -> int | None:
         """Withdraw; returns the number of the part it withdrew from, of which what has arrived counts."""
         presence = self._sessions.get(session)
         if presence is None:

@@ -122,7 +122,7 @@ class StepKeeper:
             raise RemoteProtocolError("left the step while forwards of it are under way")
         if self._rounds is not None:
             self._rounds.withdraw(session)
-        left = self._steps.pause(session)
+        left = self._steps.pause(session, self._names[session])
         if left is not None:
             self._scheduler.abandon(session, left)
 

@@ -60,8 +60,8 @@ class Steps:
         if returned is not None:
             del self._awaited[returned], self._awaited_since[returned]
 
-    def pause(self, session: str) -> int | None:
-        """Withdraw from the next step, and from the open one where this part of it is not done.
+    def pause(self, session: str, client: str = "") -> int | None:
+        """Withdraw from the next step, and from the open one where this part of it is not done. ``client``: whose session it is.
 
         Returns the open step if it withdrew from it: what of it has run counts, nothing more is waited for.
         """

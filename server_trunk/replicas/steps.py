@@ -90,6 +90,10 @@ class ReplicaSteps(Steps):
         if moves:
             self._moves.add(session)
 
+    def pause(self, session: str, client: str = "") -> int | None:
+        self._forget_coming(client)  # it has come, and takes no part
+        return super().pause(session, client)
+
     def lose(self, session: str, now: float = 0.0) -> None:
         super().lose(session, now)
         self._moves.discard(session)

@@ -137,6 +137,7 @@ class ClientChannel:
         self._closing: float | None = None  # when the flush gives up, monotonic seconds
         self._leave = False
         self._quitting = self._parting = False
+        self.ended_by = ""  # the code of the Fault by which the server has ended the session
         self._opened: Opened | None = None
         self._path: DataPath | None = None  # from Opened on
         self._heard = self._beat = time.monotonic()
@@ -312,6 +313,8 @@ class ClientChannel:
             except OutOfTurn as error:
                 self._tally.doubt(error, self._heard)
                 return
+            if isinstance(message, Fault) and message.fatal:
+                self.ended_by = message.code  # also where this side is parting
             passed_over = self._tally.is_in_doubt and not isinstance(message, Heartbeat | Fault | Closing)
             if message is not None and not self._parting and not passed_over:
                 self._control(message)

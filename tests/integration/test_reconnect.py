@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from client_ends.reconnecting import may_pass
+from client_ends.reconnecting import Reconnecting, may_pass
 from client_ends.session import TrunkSession
 from splitfl.errors import ConnectError, Refused, SealError, SessionLost, StepMissed
-from splitfl.protocol.messages import StepClosed
+from splitfl.protocol.messages import Fault, RefusalCode, StepClosed
 from splitfl.transport.memory import MemoryClientTransport
 from tests.integration.test_lost import (
     FLIGHTY,
@@ -99,6 +99,37 @@ def test_under_wait_a_link_that_breaks_changes_nothing(tmp_path, model, stage):
     assert len(world.events("joined")) == 3
     assert said[0].startswith("the connection to the server broke; connecting again")
     assert said[1].startswith("connected again after")
+
+
+def test_who_leaves_while_it_is_sent_elsewhere_says_so_there(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(Reconnecting, "_restore", lambda session, lost: None)  # it leaves before it has connected again
+    world = World(tmp_path, model, 1, timing=QUICK, **TRUNK)
+    with running(world):
+        split = join(world, 0)
+        step(split, STEADY[0])
+        split.wait_step()
+        moved = split.trunk.session.channel
+        world.server.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
+        wait_for(lambda: moved.ended_by == "moved")
+        split.close()
+        wait_for(lambda: len(world.events("left")) == 2)
+    assert [event["why"] for event in world.events("left")] == ["moved: elsewhere", "the client said goodbye"]
+    assert not any(event["lost"] for event in world.events("left"))
+
+
+def test_who_is_sent_elsewhere_and_takes_part_in_no_further_step_says_so_there(tmp_path, model, monkeypatch):
+    world = World(tmp_path, model, 1, timing=QUICK, **TRUNK)
+    with running(world):
+        split = join(world, 0)
+        step(split, STEADY[0], then="pause")
+        split.wait_step()
+        moved, keeper = split.trunk.session.channel, world.server._loop._keeper
+        withdrawn: list[str] = []
+        monkeypatch.setattr(keeper, "withdraw", withdrawn.append)
+        world.server.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
+        wait_for(lambda: split.trunk.session.channel is not moved)
+        wait_for(lambda: withdrawn == [split.trunk.session.channel.opened.session])
+        split.close()
 
 
 def test_under_drop_the_step_goes_on_and_the_client_hears_it_once(tmp_path, model):

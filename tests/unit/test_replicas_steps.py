@@ -278,7 +278,8 @@ def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
     assert said[-1].movable == ("ada",)
 
 
-def test_who_was_to_come_from_another_replica_is_not_waited_for_for_ever():
+@pytest.mark.parametrize("says", [False, True])
+def test_who_was_to_come_from_another_replica_is_not_waited_for_for_ever(says):
     world = World(2, clients=2)
     world.add("stays", 0, 3), world.add("goes", 0, 3)
     world.coordinator._choose = lambda step, movable: Move("goes", 0, 1) if step == 0 else None
@@ -293,7 +294,11 @@ def test_who_was_to_come_from_another_replica_is_not_waited_for_for_ever():
     assert there.wake(10.0) == ARRIVAL - 10.0
     assert there.overdue(ARRIVAL - 1) == []
     assert there.overdue(ARRIVAL) == ["moved goes"]
-    there.drop("moved goes")
+    if says:
+        there.pause("goes-1", "goes")  # it has come, to leave
+    else:
+        there.drop("moved goes")
+    assert there.away(0.0) == set()
     world.turn(1)
     world.clients[0].act(STEADY)
     world.settle()
