@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from client_ends.clipping import TrunkGradient, norm_before_clipping
+from client_ends.decoding import SplitCache
 from client_ends.objective import Objective
 from client_ends.observing import ObservedForward
 from client_ends.remote import RemoteTrunk
@@ -130,7 +131,7 @@ class _SplitModel:
             kwargs: handed to Hugging Face's ``from_pretrained`` (``num_labels``, ``seed`` of a fresh head, ...).
 
         Returns:
-            A model of the checkpoint's own Hugging Face class: ``forward``, ``backward``, ``generate(use_cache=False)``,
+            A model of the checkpoint's own Hugging Face class: ``forward``, ``backward``, ``generate``,
             ``save_pretrained``, PEFT and optimizers work as on any other. When an optimizer that holds parameters of the ends
             steps, the trunk's step ends too; with frozen ends call :meth:`step`.
 
@@ -198,6 +199,8 @@ class _SplitModel:
         if session.terms["optimizer"]["clipping"] == "joint":
             ends.trunk_slot.trunk_gradient = TrunkGradient(session)
             object.__setattr__(ends, "_trunk_gradient", ends.trunk_slot.trunk_gradient)
+        if session.terms["cache_tokens"] and ends.can_generate() and ends.generation_config is not None:
+            ends.generation_config.use_cache = True
         if session.terms["round_steps"]:
             session.rounds = EndsRounds(
                 session.terms["round_steps"], session.terms["part_bytes"], _trainables_of(weakref.ref(ends))
@@ -208,6 +211,30 @@ class _SplitModel:
     def trunk(self) -> RemoteTrunk:
         """The remote trunk; ``trunk.session`` counts bytes and steps, ``trunk.adapter_on = False`` runs the base model."""
         return self._remote
+
+    def make_cache(self) -> SplitCache:
+        """An empty key-value cache, to be passed as ``past_key_values``: to go on from what ``generate()`` has made, say. It
+        makes its own where none is given.
+
+        Raises:
+            ModelError: the trunk keeps none in this run.
+        """
+        session, layout, cut = self._remote.session, self.layout, self.cut  # type: ignore[attr-defined]
+        if not session.terms["cache_tokens"]:
+            raise ModelError("the trunk keeps no key-value caches in this run: pass use_cache=False to generate()")
+        config: Any = self.config  # type: ignore[attr-defined]
+        return SplitCache(config, cut.trunk_range(layout.count), session, self._remote.takes_adapter)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's hook: ``generate()`` asks for the cache it decodes with."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.make_cache()
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"].activate_past_recording()
 
     def step(self, then: str = "continue") -> None:
         """End this client's part of the optimizer step. Called for you when an optimizer of the ends steps.

@@ -14,6 +14,7 @@ from client_ends.micro import Micro, missed
 from client_ends.rounds import EndsRounds
 from splitfl.channel.client import ClientChannel
 from splitfl.errors import (
+    CacheLost,
     LocalProtocolError,
     RemoteProtocolError,
     RunComplete,
@@ -23,12 +24,34 @@ from splitfl.errors import (
     UserError,
 )
 from splitfl.protocol.control import MAX_HELD
-from splitfl.protocol.messages import Enrol, Fault, Leave, Pause, RoundClosed, RoundOpened, StepClosed, StepDone, StepOpened
+from splitfl.protocol.messages import (
+    Enrol,
+    Fault,
+    Leave,
+    Pause,
+    RefusalCode,
+    RoundClosed,
+    RoundOpened,
+    StepClosed,
+    StepDone,
+    StepOpened,
+)
 
 __all__ = ["Participant"]
 
 #: The word that a step has closed changes the channel's state a moment before it is heard here, seconds.
 _HEARD_SOON = 5.0
+
+
+def _answer(fault: Fault, micro: Micro) -> SplitflError:
+    """What becomes of a forward that is answered by a fault."""
+    if fault.code == RefusalCode.STALE:
+        return missed(micro.step)
+    if fault.code == RefusalCode.EVICTED:
+        return CacheLost(fault.text)
+    if fault.code == RefusalCode.CACHE_FULL:
+        return UserError(fault.text)
+    return SessionLost(fault.text, fault.code)
 
 
 class Participant:
@@ -382,7 +405,7 @@ class Participant:
                 self._unanswered.discard(message.micro)
                 asked = self._micros.get(message.micro)
                 if asked is not None:
-                    asked.fail(missed(asked.step) if message.code == "stale" else SessionLost(message.text, message.code))
+                    asked.fail(_answer(message, asked))
             elif isinstance(message, Fault) and message.code == "run-complete":
                 self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):

@@ -176,6 +176,16 @@ class RemoteTrunk:
             flat = _Refuse.apply(flat.requires_grad_())
         return unpack(flat.to(hidden_states.dtype), underway.segments, underway.shape)
 
+    def takes_adapter(self) -> bool:
+        """Whether the next forward runs with the trunk's adapter. Raises UserError where it shall not, and there is none."""
+        adapter_on = self.adapter_on and self.ends_adapter_on
+        if not adapter_on and self.session.terms["trainables"] == "full":
+            raise UserError(
+                "the trunk has no adapter to switch off, as this run trains its whole weights: for a reference pass ask the "
+                "operator for a run with trainables = lora"
+            )
+        return adapter_on
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteTrunk:
         return self  # a copy of the ends talks to the same trunk
 
@@ -184,12 +194,7 @@ class RemoteTrunk:
             self.on_first_forward(flat)
             self.on_first_forward = None
 
-        adapter_on = self.adapter_on and self.ends_adapter_on
-        if not adapter_on and self.session.terms["trainables"] == "full":
-            raise UserError(
-                "the trunk has no adapter to switch off, as this run trains its whole weights: for a reference pass ask the "
-                "operator for a run with trainables = lora"
-            )
+        adapter_on = self.takes_adapter()
 
         def send(tensor: torch.Tensor) -> int:
             return self.session.send_forward(tensor, part.wire, train=self.training, grad=grad, adapter_on=adapter_on)

@@ -5,8 +5,11 @@ The channel's I/O thread fills futures; the training thread sends and waits. Not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -22,10 +25,12 @@ from splitfl.errors import (
     RemoteProtocolError,
     RunComplete,
     RunWentBack,
+    SessionLost,
     StepMissed,
     UserError,
 )
 from splitfl.libraries import library_versions
+from splitfl.protocol.data import MAX_SEGMENTS
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
@@ -36,6 +41,7 @@ from splitfl.protocol.messages import (
     Forward,
     Hidden,
     RefusalCode,
+    Release,
     TrunkNorm,
     Welcome,
 )
@@ -55,6 +61,8 @@ class TrunkSession(Reconnecting):
         super().__init__()
         self.uncounted = 0  # micro-batches whose gradient counted as zero in the trunk
         self.on_uncounted: Callable[[str], None] = _log.warning  # hears in one line of each; must not block
+        self._sequences = itertools.count()
+        self._released: deque[int] = deque()  # sequences that the trunk need not keep
 
     @classmethod
     def open(
@@ -120,10 +128,17 @@ class TrunkSession(Reconnecting):
     # --- tensors out and in -----------------------------------------------------------------------------------------------------
 
     def send_forward(
-        self, flat: torch.Tensor, segments: Sequence[tuple[int, int]], *, train: bool, grad: bool, adapter_on: bool = True
+        self,
+        flat: torch.Tensor,
+        segments: Sequence[tuple[int, int]],
+        *,
+        train: bool,
+        grad: bool,
+        adapter_on: bool = True,
+        sequences: Sequence[tuple[int, tuple[int, int]]] = (),
     ) -> int:
         """Send hidden states ``(tokens, hidden)`` and return the micro-batch's number. The tensor must not be changed
-        afterwards.
+        afterwards. ``sequences``: what each segment follows, as :class:`Forward` has it; then the answer may be CacheLost.
         """
         self._check()
         if grad:
@@ -143,7 +158,11 @@ class TrunkSession(Reconnecting):
             train = train and self._enrolled
             number, self._next_micro = self._next_micro, self._next_micro + 1
             self._micros[number] = Micro(self.step, rows, hidden, dtype, grad)
-            message = Forward(self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on, ordinal)
+            message = Forward(
+                self.step, number, tuple(segments), hidden, dtype, "raw", train, grad, adapter_on, ordinal, tuple(sequences)
+            )
+            if self._released:
+                self._send_released()
             if grad:
                 self._unanswered.add(number)
             try:
@@ -155,6 +174,21 @@ class TrunkSession(Reconnecting):
                 self._check_missed()
                 raise
         return number
+
+    def new_sequence(self) -> int:
+        """The number of a sequence that the trunk is to keep; no two of a client's have the same."""
+        return next(self._sequences)
+
+    def release_later(self, sequences: Sequence[int]) -> None:
+        """The trunk need not keep these; it hears of it with the next forward. From any thread, amid anything."""
+        self._released.extend(sequences)
+
+    def _send_released(self) -> None:
+        """The lock is held."""
+        released = [self._released.popleft() for _ in range(min(len(self._released), MAX_SEGMENTS))]
+        # What it is about has gone with the link, if that is down.
+        with contextlib.suppress(SessionLost):
+            self.channel.send(Release(tuple(released)), b"")
 
     def await_hidden(self, number: int) -> torch.Tensor:
         """The trunk's ``y: (tokens, hidden)`` for a forward, in host memory. Raises StepMissed, SessionLost."""
@@ -260,6 +294,9 @@ class TrunkSession(Reconnecting):
                 self._norm = message
                 self._lock.notify_all()
             return
+        if isinstance(message, Fault) and message.micro is not None:
+            with self._lock:
+                self._asked.pop(message.micro, None)
         super()._on_control(message)
 
     def _on_data(self, message: Any, payload: torch.Tensor) -> None:

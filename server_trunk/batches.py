@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from server_trunk.async_steps import AsyncSteps
+from server_trunk.decoding import Decoder
 from server_trunk.engine import Engine
+from server_trunk.kvcache import CacheBook
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
@@ -49,6 +51,7 @@ class Batches:
         payload_of: Callable[[Any], Any],
         end: Callable[[str, str, str], None],
         wake: Callable[[], None],
+        caches: CacheBook | None = None,
     ) -> None:
         self._engine, self._steps, self._scheduler, self._keeper = engine, steps, scheduler, keeper
         self._outlet, self._meter, self._log = outlet, meter, log
@@ -57,6 +60,17 @@ class Batches:
         self._may_overlap = isinstance(steps, Steps)
         self._begun: deque[tuple[Underway[Any], Callable[[], None]]] = deque()  # batches under way, and what follows each
         self._mailer = Mailer(wake)
+        self.decoder = Decoder(
+            engine,
+            caches or CacheBook(0, 0),
+            outlet,
+            self._mailer,
+            payload_of=payload_of,
+            may_evaluate=steps.may_evaluate,
+            end=end,
+            log=log.write,
+            meter=meter,
+        )
 
     @property
     def are_underway(self) -> bool:
@@ -65,12 +79,16 @@ class Batches:
     @property
     def may_go_on(self) -> bool:
         """Whether one has ended, or another may begin."""
-        return bool(self._begun and self._begun[0][0].is_done) or (self._engine.has_room and self.has_work)
+        if self.decoder.has_work or (self._begun and self._begun[0][0].is_done):
+            return True
+        return self._engine.has_room and self.has_work
 
     @property
     def has_work(self) -> bool:
         """Whether something waits that may run. If not, the scheduler's ``due`` says when it will, should nothing come."""
-        return self._scheduler.has_work(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
+        return self.decoder.has_work or self._scheduler.has_work(
+            self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards
+        )
 
     def _may_run(self, member: Member) -> bool:
         if member.forward.grad:
@@ -80,6 +98,7 @@ class Batches:
     def go_on(self) -> None:
         """Answer what has run, and begin the next batch if one may."""
         self._mailer.check()
+        self.decoder.turn()
         self.settle(wait=False)
         self._begin()
         self.settle(wait=not self._may_overlap)

@@ -19,6 +19,7 @@ from server_trunk.training import SharedTraining, Training
 from splitfl.adapters import attach_lora, set_trainable
 from splitfl.config import RunConfig
 from splitfl.errors import ConfigError
+from splitfl.parts.cache_trial import why_not_cached
 from splitfl.parts.cut import Cut
 from splitfl.parts.dropout import install_keyed_dropout
 from splitfl.parts.loading import load_trunk
@@ -33,7 +34,8 @@ __all__ = ["Trunk", "follow_leader", "load_run_trunk", "run_device"]
 class Trunk:
     """A loaded trunk ready to run. On several ranks each makes its own at the same time: loading and trying it are collective.
 
-    ``training_of``: makes its training, where that is not one server's. ``packing_obstacle``: why it only runs padded.
+    ``training_of``: makes its training, where that is not one server's. ``packing_obstacle``: why it only runs padded;
+    ``cache_obstacle``: why it keeps no caches for decoding.
     ``log(event, **fields)``: where something is worth a line.
     """
 
@@ -51,7 +53,15 @@ class Trunk:
         self.training = training_of(self.model) if training_of else _training_of(config, self.model, book, shards)
         install_keyed_dropout(self.model)
         # It is tried out, and so has to come before anything else runs it.
-        self.packing_obstacle = "layout = padded" if config.layout == "padded" else why_not_packed(self.model)
+        obstacle, padded = None, config.layout == "padded"
+        if config.caches[0] or not padded:
+            obstacle = why_not_packed(self.model)
+        self.packing_obstacle = "layout = padded" if padded else obstacle
+        self.cache_obstacle: str | None = "the config asks for none"
+        if config.caches[0]:
+            self.cache_obstacle = obstacle or why_not_cached(self.model)
+            if self.cache_obstacle is not None:
+                log("no-caches", why=self.cache_obstacle)
         self.engine = self._engine(config, device, shards, log)
 
     def _engine(self, config: RunConfig, device: torch.device, shards: ShardGroup | None, log: Callable[..., None]) -> Engine:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from server_trunk.decoding import Decoding, Run
 from server_trunk.gradients import GradientSum
 from server_trunk.members import NO_TARGETS, NOT_FINITE, BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, results_of, scatter
@@ -177,6 +178,21 @@ class Engine:
         with torch.set_grad_enabled(grad):
             piece.out = run_segments(self._model, piece.hidden, piece.rows)
         return piece.out.detach()
+
+    def decode(self, runs: Sequence[Run]) -> Landing:
+        """Run the next tokens of sequences whose keys and values are kept, of one kind, and write theirs behind them; returns
+        each run's ``y: (tokens, hidden)`` on its way to host memory.
+        """
+        self._lanes.settle()  # it answers sooner alone
+        began = self._transfers.begin()
+        member = runs[0].of
+        hidden = [self._transfers.up(run.of.hidden[run.begin : run.begin + run.length]) for run in runs]
+        owners = tuple(run.of.client for run in runs) if member.forward.adapter_on else ("",) * len(runs)
+        wire = tuple((run.length, run.start) for run in runs)
+        rows = Rows(wire, True, owners, past=tuple(run.follows for run in runs))
+        with self._mode(member), torch.no_grad():
+            out = run_segments(self._model, hidden[0] if len(hidden) == 1 else torch.cat(hidden), rows)
+        return self._transfers.down(list(out.split([run.length for run in runs])), began)
 
     # --- backward ---------------------------------------------------------------------------------------------------------------
 
@@ -352,14 +368,14 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _turn_to(self, member: Member) -> None:
+    def _turn_to(self, member: Member | Decoding) -> None:
         """Dropout on or off, as the member's kind has it."""
         if self._model.training != member.forward.train:
             self._lanes.settle()
             self._model.train(member.forward.train)
 
     @contextlib.contextmanager
-    def _mode(self, member: Member) -> Iterator[None]:
+    def _mode(self, member: Member | Decoding) -> Iterator[None]:
         """The model in the mode of the member's kind: dropout on or off, the adapter on or off."""
         self._turn_to(member)
         with contextlib.ExitStack() as stack:

@@ -35,6 +35,7 @@ from splitfl.protocol.messages import (
     Open,
     Redirect,
     RefusalCode,
+    Release,
     StepDone,
     Welcome,
 )
@@ -60,12 +61,14 @@ class Gateway:
         meter: Meter | None = None,
         pin: bool = False,
         longest: int | None = None,
+        cache_tokens: int = 0,
         stands: Callable[[], int] = lambda: 0,
         elsewhere: Callable[[str], Redirect | None] = lambda client: None,
     ) -> None:
         """``stands``: the run's open step, or the next to open. ``book``: what each client's own adapter is like. ``ends``: what
         the clients train of theirs, where it is averaged. ``longest``: the position before which every token must lie, where
-        the model's rotary table grows with what it sees.
+        the model's rotary table grows with what it sees. ``cache_tokens``: tokens whose keys and values a client may have kept,
+        to decode with; 0: none.
         """
         self._config, self._identity, self._hidden = config, identity, hidden_size
         self._inbox, self._log, self._pin, self._longest = inbox, log, pin, longest
@@ -81,7 +84,9 @@ class Gateway:
             "identity": identity.to_plain(),
             "hidden_size": hidden_size,
             "part_bytes": self._ends.part_bytes,
+            "cache_tokens": cache_tokens,
         }
+        self._caches = cache_tokens > 0
 
     # --- admission --------------------------------------------------------------------------------------------------------------
 
@@ -157,6 +162,8 @@ class Gateway:
             raise RemoteProtocolError(f"codec {message.codec!r}, where the run uses raw")
         if isinstance(message, Forward) and message.grad and not message.train:
             raise RemoteProtocolError("a graph to keep for an evaluation forward")
+        if isinstance(message, Forward) and message.sequences and not self._caches:
+            raise RemoteProtocolError("sequences to keep, where the run keeps none")
         if isinstance(message, Forward) and self._longest is not None:
             reached = max(start + length for length, start in message.segments)
             if reached > self._longest:
@@ -164,7 +171,9 @@ class Gateway:
                 raise RemoteProtocolError(f"a token at position {reached - 1}, where this model takes {self._longest}")
         return receive_buffer(message.rows, message.hidden, DTYPES[message.dtype], pin=self._pin)
 
-    def on_data(self, session: str, message: Any, payload: torch.Tensor) -> None:
+    def on_data(self, session: str, message: Any, payload: torch.Tensor | None) -> None:
+        if isinstance(message, Release) and not self._caches:
+            raise RemoteProtocolError("sequences to release, where the run keeps none")
         self._put(Event(session, message, payload))
 
     def on_control(self, session: str, message: Any) -> None:

@@ -25,6 +25,7 @@ from server_trunk.building import Trunk, load_run_trunk, run_device
 from server_trunk.ends_book import EndsBook
 from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
+from server_trunk.kvcache import CacheBook
 from server_trunk.live import Live
 from server_trunk.meter import Meter
 from server_trunk.replicas.group import Group, in_turn
@@ -111,6 +112,7 @@ class TrunkServer:
         )
         self._model, self._engine = trunk.model, trunk.engine
         self._packing_obstacle = trunk.packing_obstacle
+        self._caches = CacheBook(*(config.caches if trunk.cache_obstacle is None else (0, 0)))
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._ends = EndsBook(averaged=config.round_steps > 0, part_bytes=part_bytes_for(config.window))
@@ -175,6 +177,7 @@ class TrunkServer:
             meter=self.meter,
             run=self._replica.run_of(self._keeper) if self._replica else self._keeper,
             rounds=self._rounds,
+            caches=self._caches,
             on_presence=self._on_presence,
         )
         hidden = self._model.config.get_text_config().hidden_size
@@ -189,6 +192,7 @@ class TrunkServer:
             meter=self.meter,
             pin=self._device.type == "cuda",
             longest=find_trunk(self._model).layout.longest,
+            cache_tokens=self._caches.client_tokens,
             stands=lambda: self._loop.step,
             elsewhere=self._replica.redirect if self._replica else lambda client: None,
         )

@@ -18,6 +18,7 @@ from server_trunk.absent import ANYBODY
 from server_trunk.async_steps import AsyncSteps
 from server_trunk.batches import Batches
 from server_trunk.engine import Engine
+from server_trunk.kvcache import CacheBook
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.roundkeeper import RoundKeeper
@@ -34,6 +35,7 @@ from splitfl.protocol.messages import (
     Forward,
     Leave,
     Pause,
+    Release,
     StepDone,
 )
 from splitfl.runlog import RunLog
@@ -78,6 +80,7 @@ class TrunkLoop:
         meter: Meter | None = None,
         run: Run | None = None,
         rounds: RoundKeeper | None = None,
+        caches: CacheBook | None = None,
         on_presence: Callable[[Set[str], Set[str], bool], None] = lambda here, awaited, trained: None,
     ) -> None:
         self._engine, self._steps, self._scheduler = engine, steps, scheduler
@@ -104,6 +107,7 @@ class TrunkLoop:
             payload_of=payload_of,
             end=self._end,
             wake=self.wake,
+            caches=caches,
         )
         self._rounds = rounds
         if rounds is not None:
@@ -245,6 +249,8 @@ class TrunkLoop:
                 raise RemoteProtocolError(f"{message.targets} targets in a micro-batch of {message.rows} tokens")
             self._take_backward(event, message)
             self._outlet.credit(session, message.payload_bytes)
+        elif isinstance(message, Release):
+            self._batches.decoder.release(session, message.sequences)
         elif isinstance(message, EndsPart):
             assert self._rounds is not None, "the gateway takes only parts that were asked for"
             self._rounds.take_part(session, message, event.payload)
@@ -265,6 +271,9 @@ class TrunkLoop:
                 f"takes {self._client_tokens}; use a smaller batch, or sequences of like length"
             )
             self._end(session, "too-many-tokens", text)
+            return
+        if forward.sequences:
+            self._batches.decoder.take(session, self._names[session], forward, event.payload, event.at)
             return
         if forward.grad and self._steps.is_stale(session, forward.step):
             self._keeper.take_stale(session, forward.micro)
@@ -309,6 +318,7 @@ class TrunkLoop:
         if client is None:
             return
         self._scheduler.forget(session)
+        self._batches.decoder.forget(session)
         self._keeper.forget(session, client)
         if lost and client not in self._names.values():
             self._absent.lost(client, time.monotonic())

@@ -118,6 +118,8 @@ class RunConfig:
     graphs: str = "auto"
     graph_tokens: int = 0
     client_tokens: int = 262144
+    cache_tokens: int = 131072
+    client_cache_tokens: int = 32768
     checkpoint_every: int = 100
     checkpoint_keep: int = 3
     until_done: bool = False
@@ -144,6 +146,13 @@ class RunConfig:
     def ranks(self) -> int:
         """Processes that hold one trunk together."""
         return self.shard_size if self.shard in ("tensor", "fsdp") else 1
+
+    @property
+    def caches(self) -> tuple[int, int]:
+        """Tokens whose keys and values are kept: of all clients, and of one. None where a trunk's ranks run in step."""
+        if self.ranks > 1 or not self.cache_tokens:
+            return 0, 0
+        return self.cache_tokens, min(self.cache_tokens, self.client_cache_tokens)
 
     @property
     def out_dir(self) -> Path:
@@ -236,7 +245,23 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
         _check_client_adapters(config)
     _check_shard(config)
     _check_quantize(config)
+    _check_caches(config)
     return config
+
+
+def _check_caches(config: RunConfig) -> None:
+    """Raises ConfigError where what is said of caches has no effect."""
+    defaults = RunConfig(model="")
+    own = config.client_cache_tokens != defaults.client_cache_tokens
+    if config.ranks > 1 and (own or config.cache_tokens != defaults.cache_tokens):
+        raise ConfigError(
+            f"cache_tokens and client_cache_tokens have no say with shard = {config.shard}, whose trunk keeps no caches: "
+            "leave them out, or use --shard layers"
+        )
+    if own and config.client_cache_tokens > config.cache_tokens:
+        raise ConfigError(
+            f"client_cache_tokens = {config.client_cache_tokens} is more than all clients have together: raise --cache-tokens"
+        )
 
 
 def _check_shard(config: RunConfig) -> None:

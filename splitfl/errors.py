@@ -109,6 +109,12 @@ class StepMissed(ChannelError):
     """
 
 
+class CacheLost(ChannelError):
+    """The trunk has no longer the keys and values that a decoding forward was to follow: they were evicted, or went with a lost
+    session. Whoever decodes sends the whole prefix again.
+    """
+
+
 class RunWentBack(ChannelError):
     """The run goes on from step ``step``, before which this client does not stand any more: its server was started again from an
     older checkpoint. Load what was kept of the ends after the step before (see ``model.on_checkpoint``) and repeat from there;

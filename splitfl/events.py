@@ -61,6 +61,7 @@ EVENTS: dict[str, Event] = {
     "stopped": Event(("why",), "stopped: {why}"),
     # The machine.
     "out-of-memory": Event(("most_tokens",), "out of memory: batches run in pieces of at most {most_tokens} tokens"),
+    "no-caches": Event(("why",), "clients generate without caches: {why}"),
     "dropout-not-keyed": Event(("why",), "dropout depends on how batches are put together: {why}"),
     "metrics": Event(("url",), "live numbers at {url}"),
     "status": Event(("...",), "live numbers", routine=True),

@@ -224,6 +224,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("graph_tokens", int, "tokens whose graphs are kept at a time over all clients (0: no limit)", _at_least(0)),
     Setting("client_tokens", int, "most tokens whose graph the trunk keeps for one client", _at_least(1)),
+    Setting(
+        "cache_tokens",
+        int,
+        "most tokens whose keys and values the trunk keeps for clients that generate (0: none, they generate without)",
+        _at_least(0),
+    ),
+    Setting("client_cache_tokens", int, "of these, most for one client", _at_least(1)),
     Setting("checkpoint_every", int, "steps between checkpoints (0: only at the end)", _at_least(0)),
     Setting("checkpoint_keep", int, "how many checkpoints are kept", _at_least(1)),
     Setting("until_done", bool, "end when clients have trained and all have left, or are lost and not waited for"),

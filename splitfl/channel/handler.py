@@ -59,7 +59,7 @@ class ServerHandler(Protocol):
         """
 
     def on_data(self, session: str, message: DataMessage, payload: Any) -> None:
-        """A complete, verified data message. ``payload`` is the object from ``allocate``."""
+        """A complete, verified data message. ``payload`` is the object from ``allocate``; None where it carries none."""
 
     def on_control(self, session: str, message: ControlMessage) -> None:
         """Enrol, StepDone, AskNorm, Pause, Leave or Ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,18 @@ from splitfl.parts.segments import check_layout
 from splitfl.parts.trunk import TrunkCallable, TrunkPart, find_trunk
 
 
+class TrunkCache(ABC):
+    """A key-value cache, given to the ends as ``past_key_values``, whose part for the trunk's blocks lies where those are."""
+
+    @abstractmethod
+    def trunk_forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The trunk on the next tokens ``(B, T, H)``, behind those that the cache has; ``attention_mask`` (B, cached + T) is of
+        all, ``position_ids`` (B, T) of the new ones.
+        """
+
+
 @dataclass
 class _Given:
     """The 2-D mask and the positions (B, T) of the call in progress, and the module they were given to."""
@@ -25,6 +38,7 @@ class _Given:
     module: nn.Module
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+    cache: TrunkCache | None = None
 
 
 # A context variable, not an attribute of the slot: a copy of the ends has hooks and a slot that find each other.
@@ -60,7 +74,8 @@ class TrunkSlot(StandIn):
         h = hidden_argument(args, kwargs)
         given = _given.get()
         assert given is not None, "the blocks run within a call of the backbone"
-        y = self._attached.trunk(h, given.attention_mask, given.position_ids)
+        trunk = self._attached.trunk if given.cache is None else given.cache.trunk_forward
+        y = trunk(h, given.attention_mask, given.position_ids)
         if y.shape != h.shape:
             raise ModelError(f"the trunk returned a hidden state of shape {tuple(y.shape)} for one of {tuple(h.shape)}")
         return self.answer(y)
@@ -124,15 +139,21 @@ def _watch(module: nn.Module, layout: Layout, family: str) -> None:
         if outer is not None and outer.module is not module and any(inner is module for inner in outer.module.modules()):
             return args, kwargs
         given = signature.bind_partial(module, *args, **kwargs).arguments
-        if given.get("past_key_values") is not None:
-            raise ModelError("the trunk keeps no key-value cache for these ends: pass use_cache=False to generate()")
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        check_layout(mask, positions, packing=layout.packing, family=family)
+        mask, positions, cache = given.get("attention_mask"), given.get("position_ids"), given.get("past_key_values")
+        if cache is None:
+            check_layout(mask, positions, packing=layout.packing, family=family)
+        elif not isinstance(cache, TrunkCache):
+            raise ModelError(
+                "this key-value cache has no part in the trunk: leave past_key_values out, take it from model.make_cache(), or "
+                "pass use_cache=False to generate()"
+            )
         if layout.longest is not None:
             _check_length(given, positions, layout.longest)
         if kwargs.get("output_router_logits") or given.get("output_router_logits"):
             raise ModelError("the auxiliary loss multiplies sums over all blocks: leave out output_router_logits")
-        _given.set(_Given(module, mask, positions))
+        _given.set(_Given(module, mask, positions, cache))
+        if cache is not None:
+            return args, kwargs
         # A cache of the held blocks alone serves nobody, and its presence switches off Hugging Face's packing.
         return args, {**kwargs, "use_cache": False}
 

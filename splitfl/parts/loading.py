@@ -97,7 +97,7 @@ def load_ends(
     keep = {name for name, block in owners.items() if block not in trunk_blocks}
     ends = _load(part, checkpoint, config, keep, dtype, device, attn, seed, from_pretrained_kwargs)
     if ends.can_generate() and ends.generation_config is not None:
-        ends.generation_config.use_cache = False  # the trunk keeps no key-value cache for its clients
+        ends.generation_config.use_cache = False  # whoever has a trunk that keeps caches says so
     return ends
 
 

@@ -21,7 +21,7 @@ from splitfl.parts.segment_attention import install_segment_attention, remove_se
 from splitfl.parts.segments import pad_segments, unpad
 from splitfl.parts.trunk import find_trunk
 
-__all__ = ["drops", "run_segments", "why_not_keyed", "why_not_packed"]
+__all__ = ["drops", "run_segments", "short_windows", "why_not_keyed", "why_not_packed"]
 
 #: The segments a trunk is tried on, as ``(length, start)``: longer than the window below, restarts at 0 and elsewhere, one token.
 _TRIAL = ((5, 0), (9, 2), (5, 0), (1, 4), (7, 0))
@@ -66,7 +66,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     name, training = trunk.config.model_type, trunk.training
     trunk.eval()
     try:
-        with _short_windows(trunk):
+        with short_windows(trunk):
             alone = _tried(trunk, [Rows((segment,), False) for segment in _TRIAL])
             reason = install_segment_attention(trunk)
             if reason is not None:
@@ -145,7 +145,7 @@ def _difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> f
 
 
 @contextmanager
-def _short_windows(trunk: nn.Module) -> Iterator[None]:
+def short_windows(trunk: nn.Module) -> Iterator[None]:
     """Attention windows and chunks of three tokens, in the config and in what was built from it."""
     names = ("sliding_window", "attention_chunk_size")
     owners: list[Any] = [*trunk.modules()]

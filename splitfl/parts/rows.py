@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 __all__ = ["Rows", "current_rows", "running_on"]
 
@@ -23,13 +24,15 @@ class Rows:
     ``wire``: (length, start) of each segment. ``packed``: the trunk sees ``(1, tokens, H)``, all segments behind one another;
     else ``(S, Tmax, H)``, a segment a row, padded on the right. ``owners``: for each segment, the client it belongs to, whose
     adapter it takes where each client has its own ("": none; no owners at all: none anywhere). ``keys``: for each segment, what
-    its dropout masks are keyed by; None where nothing is dropped.
+    its dropout masks are keyed by; None where nothing is dropped. ``past``: in decoding, for each segment, what it follows
+    (:class:`splitfl.parts.cached_attention.KeptSequence`).
     """
 
     wire: tuple[tuple[int, int], ...]
     packed: bool
     owners: tuple[str, ...] = ()
     keys: tuple[bytes, ...] | None = None
+    past: tuple[Any, ...] | None = None
 
     @property
     def tokens(self) -> int:

@@ -17,15 +17,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    eager_mask,
-    sdpa_mask,
-    sliding_window_causal_mask_function,
-)
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from splitfl.errors import ModelError
+from splitfl.parts.cached_attention import attend_cached, mask_of
 from splitfl.parts.dropout import keyed_attention
 from splitfl.parts.rows import Rows, current_rows
 from splitfl.parts.trunk import find_trunk
@@ -88,6 +83,8 @@ def _attend(
         or (query.shape[2], key.shape[2]) != (rows.tokens,) * 2
     ):
         raise ModelError(f"{type(module).__name__} attends by a mask or bias of its own")
+    if rows.past is not None:
+        return attend_cached(attention, eager, module, query, key, value, rows, rows.past, kwargs), None
     runs = _runs(rows)
     # Split and not sliced: the gradient of a slice is as large as the whole row.
     split = [tensor.squeeze(0).split([length * count for length, _, count in runs], 1) for tensor in (query, key, value)]
@@ -98,7 +95,7 @@ def _attend(
             # Neighbours of one length are a view; only runs that lie apart are copied together.
             batches = [[t[i].unflatten(1, (n, length)).transpose(0, 1) for i, n in zip(own, counts, strict=True)] for t in split]
             turn_to(_some_of(rows, [runs[index] for index in own]))
-            mask = _mask_of(eager, module, length, query, kwargs)
+            mask = mask_of(eager, module, length, query, kwargs)
             out, _ = attention(module, *(_joined(batch) for batch in batches), mask, **kwargs)
             for index, part in zip(own, out.split(counts), strict=True):
                 done[index] = part.flatten(0, 1)
@@ -132,31 +129,6 @@ def _some_of(rows: Rows, runs: list[tuple[int, int, int]]) -> Rows:
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _mask_of(eager: bool, module: nn.Module, length: int, query: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The mask ``(1, 1, length, length)`` of an unpadded row; None where sdpa needs none."""
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window")
-    if not causal:
-        if window is not None:
-            raise ModelError(f"{type(module).__name__} attends to both sides of a window")
-        mask_function: Any = bidirectional_mask_function
-    else:
-        mask_function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    make: Callable[..., torch.Tensor | None] = eager_mask if eager else sdpa_mask
-    return make(
-        batch_size=1,
-        q_length=length,
-        kv_length=length,
-        mask_function=mask_function,
-        local_size=window,
-        allow_is_causal_skip=causal,
-        allow_is_bidirectional_skip=not causal,
-        dtype=query.dtype,
-        device=query.device,
-    )
 
 
 def _mask(make: Callable[..., torch.Tensor | None], *args: Any, **kwargs: Any) -> torch.Tensor | None:

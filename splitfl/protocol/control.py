@@ -63,6 +63,8 @@ class RefusalCode:
     STALE = "stale"
     MOVED = "moved"
     NOT_COUNTED = "not-counted"
+    EVICTED = "evicted"
+    CACHE_FULL = "cache-full"
     INTERNAL = "internal"
 
 

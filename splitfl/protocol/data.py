@@ -1,4 +1,4 @@
-"""Data messages: hidden states and gradients at the two cuts. Each carries one payload of ``payload_bytes`` raw bytes.
+"""Data messages: hidden states and gradients at the two cuts. Each carries one payload of ``payload_bytes`` raw bytes, or none.
 
 A payload is a contiguous ``(rows, hidden)`` array of ``dtype``, little-endian, row by row, in the codec's encoding.
 """
@@ -21,6 +21,8 @@ MAX_SEGMENTS = 8192
 MAX_ROWS = 2**31 - 1
 MAX_HIDDEN = 2**24
 MAX_PAYLOAD_BYTES = 2**40
+MAX_SEQUENCE = 2**31 - 1
+NO_PARENT = -1  # a sequence that begins with the rows it comes with
 
 _step = integer(0, MAX_STEP)
 _step_or_evaluation = integer(EVALUATION, MAX_STEP)
@@ -29,6 +31,7 @@ _rows = integer(1, MAX_ROWS)
 _hidden = integer(1, MAX_HIDDEN)
 _dtype = one_of(DTYPES)
 _codec = one_of(CODECS)
+_sequence = integer(0, MAX_SEQUENCE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Forward(DataMessage):
     ``segments``: (length, start position) of each run of consecutive tokens; rows = sum of the lengths. ``train`` is
     the mode of the trunk (dropout), ``grad`` keeps the graph for a Backward, ``adapter_on`` turns the trunk's adapter
     on. ``ordinal``: which of this client's forwards with ``grad`` in this step it is, from 0; 0 for others.
+
+    ``sequences``: in decoding, for each segment ``(sequence, (parent, kept))``: the segment follows the first ``kept`` tokens of
+    the sequence ``parent``, whose keys and values the trunk has, and the whole is from now on the client's ``sequence``. All
+    parents are meant as they were before this message, so what a message writes it may also read.
     """
 
     step: int
@@ -72,6 +79,7 @@ class Forward(DataMessage):
     grad: bool
     adapter_on: bool
     ordinal: int = 0
+    sequences: tuple[tuple[int, tuple[int, int]], ...] = ()
 
     TYPE: ClassVar[int] = 65
     FIELDS: ClassVar = {
@@ -85,6 +93,7 @@ class Forward(DataMessage):
         "grad": boolean,
         "adapter_on": boolean,
         "ordinal": integer(0, MAX_COUNT),
+        "sequences": sequence(pair(_sequence, pair(integer(NO_PARENT, MAX_SEQUENCE), integer(0, MAX_ROWS))), 0, MAX_SEGMENTS),
     }
 
     @property
@@ -102,6 +111,28 @@ class Forward(DataMessage):
             raise LocalProtocolError(f"Forward.segments must have at most {MAX_ROWS} tokens")
         if self.train and self.step == EVALUATION:
             raise LocalProtocolError("Forward.step must name a step when train is set")
+        if self.sequences:
+            self._check_sequences()
+
+    def _check_sequences(self) -> None:
+        if self.train or self.grad:
+            raise LocalProtocolError("Forward.sequences must be empty when train or grad is set")
+        if len(self.sequences) != len(self.segments):
+            raise LocalProtocolError("Forward.sequences must name one sequence for each segment")
+        if len({number for number, _ in self.sequences}) < len(self.sequences):
+            raise LocalProtocolError("Forward.sequences must name each sequence once")
+        if any((parent == NO_PARENT) != (kept == 0) for _, (parent, kept) in self.sequences):
+            raise LocalProtocolError("Forward.sequences must keep one token or more of a parent, and none without one")
+
+
+@dataclass(frozen=True)
+class Release(DataMessage):
+    """The client has no more use for these sequences: their keys and values may go. Client to server, no payload."""
+
+    sequences: tuple[int, ...]
+
+    TYPE: ClassVar[int] = 68
+    FIELDS: ClassVar = {"sequences": sequence(_sequence, 1, MAX_SEGMENTS)}
 
 
 @dataclass(frozen=True)

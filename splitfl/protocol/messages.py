@@ -43,6 +43,7 @@ from splitfl.protocol.data import (
     Forward,
     Grad,
     Hidden,
+    Release,
 )
 from splitfl.protocol.handshake import Hello, Open, Opened, Redirect, Refused, Welcome
 from splitfl.protocol.message import MAX_CONTROL_BYTES, MAX_METADATA_BYTES, PROTOCOL_VERSION, Message
@@ -83,6 +84,7 @@ __all__ = [
     "Redirect",
     "RefusalCode",
     "Refused",
+    "Release",
     "RoundClosed",
     "RoundOpened",
     "StepClosed",
@@ -118,7 +120,7 @@ CONTROL_FROM_SERVER = _table(
     RoundOpened,
     RoundClosed,
 )
-DATA_FROM_CLIENT = _table(Attach, Forward, Backward, EndsPart)
+DATA_FROM_CLIENT = _table(Attach, Forward, Backward, EndsPart, Release)
 DATA_FROM_SERVER = _table(Attached, Hidden, Grad, AveragePart)
 
 

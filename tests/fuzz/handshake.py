@@ -87,7 +87,7 @@ class _Desk:
 
     def on_data(self, session: str, message: Any, payload: Any) -> None:
         assert session in self.present
-        assert len(payload) == message.payload_bytes
+        assert (0 if payload is None else len(payload)) == message.payload_bytes
 
     def on_control(self, session: str, message: Any) -> None:
         assert session in self.present

@@ -57,6 +57,8 @@ DATA_FROM_CLIENT: tuple[m.Message, ...] = (
     m.Forward(-1, 1, ((4, 0),), 8, "float32", "raw", False, False, False),
     m.Backward(0, 0, 5, 8, "float32", "raw", 4, 5.0, True),
     m.EndsPart(0, 0, 0, 64),
+    m.Forward(-1, 2, ((4, 0), (1, 9)), 8, "float32", "raw", False, False, True, 0, ((0, (-1, 0)), (1, (3, 9)))),
+    m.Release((0, 3)),
 )
 DATA_FROM_SERVER: tuple[m.Message, ...] = (
     m.Attached(),
@@ -215,5 +217,7 @@ def seeds(name: str) -> list[bytes]:
     enrol = [bytes([client, 2, 0, 0, 0, 0, 0, 1]) for client in (0, 1)]
     steps = [*enrol, *_step(0, 0, 0), *_step(1, 0, 0), *_step(0, 1, 1), *_step(1, 1, 1)]
     lost = [*enrol, *_step(0, 0, 0)[:1], bytes([0, 1, 1]), bytes([0, 0, 1]), bytes([0, 2]), *_step(0, 0, 0), *_step(1, 0, 0)]
+    decode = [bytes([client, 4, 0, 0, 1, kind, parent, 1]) for client in (0, 1) for kind, parent in ((4, 4), (5, 12), (4, 20))]
+    decode += [bytes([0, 7, 0, 0, 5, 0, 1]), bytes([1, 1]), *decode]
     left = [*enrol, *_step(0, 0, 0), bytes([0, 7]), bytes([1, 8]), bytes([2, 4, 0, 1, 1]), bytes([0, 9, 0, 0, 1])]
-    return [bytes([kind]) + joined(pieces) for kind in range(0, 48, 3) for pieces in (steps, lost, left)]
+    return [bytes([kind]) + joined(pieces) for kind in range(0, 48, 3) for pieces in (steps, lost, left, decode)]

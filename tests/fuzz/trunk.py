@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from server_trunk.async_steps import AsyncSteps
+from server_trunk.decoding import CHUNK_TOKENS
+from server_trunk.kvcache import CacheBook
 from server_trunk.scheduler import Scheduler
 from server_trunk.steps import Steps
 from server_trunk.training import StepReport
@@ -58,6 +60,11 @@ class _Engine:
 
     def release(self) -> None: ...
 
+    def decode(self, runs: Any) -> Landing:
+        assert sum(run.length for run in runs) <= CHUNK_TOKENS
+        assert all(run.start == run.of.forward.segments[run.segment][1] + run.of.ran[run.segment] for run in runs)
+        return Landing([_NOTHING] * len(runs), lambda: 0.0)
+
     def is_lost(self, error: Exception) -> bool:
         raise AssertionError(error)
 
@@ -101,7 +108,10 @@ class _Desk:
         graphs = (None, 0, 8)[kind // 16 % 3] if not kind % 2 else None
         scheduler = Scheduler(16, graph_tokens=graphs)
         log = RunLog(None, echo=None)
-        self.loop = TrunkLoop(engine, steps, scheduler, self.outlet, log, client_tokens=24, payload_of=lambda tensor: b"")
+        self.caches = CacheBook(12, 8)
+        self.loop = TrunkLoop(
+            engine, steps, scheduler, self.outlet, log, client_tokens=24, payload_of=lambda tensor: b"", caches=self.caches
+        )
         self.sessions = dict(zip(CLIENTS, CLIENTS, strict=True))
         self.born = 0
 
@@ -127,8 +137,9 @@ class _Desk:
             self.take(Event(session, lost=bool(said[2] % 2)))
         else:
             message = self._message(what, said, step, micro)
-            if message is not None:
-                self.take(Event(session, message, _NOTHING if isinstance(message, m.DataMessage) else None))
+            if message is None:
+                return
+            self.take(Event(session, message, _NOTHING if isinstance(message, m.DataMessage) else None))
         if said[7] % 2 == 0:
             self.run()
 
@@ -139,10 +150,12 @@ class _Desk:
         makes: tuple[Callable[[], m.Message], ...] = (
             lambda: m.Enrol(tuple(range(said[4] % 3)), bool(said[5] % 2)),
             lambda: m.Forward(step, micro, segments, *common, True, True, True, said[6] % 4),
-            lambda: m.Forward(step - 1, micro, segments, *common, False, bool(said[6] % 2), True),
+            lambda: m.Forward(
+                step - 1, micro, segments, *common, False, bool(said[6] % 2), True, 0, _sequences(said, len(segments))
+            ),
             lambda: m.Backward(step, micro, rows, *common, said[6] % 8, 1.0, bool(said[5] % 2)),
             lambda: m.StepDone(step, said[4] % 4, said[5] % 4, ("continue", "pause", "leave")[said[6] % 3]),
-            lambda: m.Pause(),
+            lambda: m.Release((said[4] % 4, said[5] % 4)) if said[6] % 2 else m.Pause(),
             lambda: m.Leave(),
             lambda: m.Backward(step, micro, sum(length for length, _ in segments), *common, 0, 1.0),
         )
@@ -153,11 +166,21 @@ class _Desk:
 
     def run(self) -> None:
         loop = self.loop
+        assert self.caches.held_tokens <= self.caches.tokens
+        assert all(self.caches.held_by(client) <= self.caches.client_tokens for client in CLIENTS)
         for _ in range(200):
             loop._turn()
             if loop.inbox.empty() and not loop._batches.may_go_on and not loop._batches.are_underway:
                 return
         raise AssertionError("the loop goes round and round")
+
+
+def _sequences(said: bytes, count: int) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """What a forward goes on from, if anything: sequences of few numbers, of which the client may have none."""
+    if said[6] % 8 < 4:
+        return ()
+    kept = said[6] // 8 % 4
+    return tuple((said[5] % 4 + index, (said[6] // 32 % 4 if kept else -1, kept)) for index in range(count))
 
 
 def trunk(data: bytes) -> None:
@@ -177,5 +200,7 @@ def trunk(data: bytes) -> None:
     left = (scheduler._waiting, scheduler._open, scheduler._underway, loop._names, loop._keeper._stale, desk.engine.graphs)
     assert not any(left), "something of a session stays when it is gone"
     assert not any(scheduler._kept.values())
+    caches = desk.caches
+    assert not any((caches._sessions, caches._expected, loop._batches.decoder._waiting)), "a cache stays when its session is gone"
     assert dataclasses.is_dataclass(scheduler)
     assert scheduler.kept_graph_tokens == 0

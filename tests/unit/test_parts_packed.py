@@ -178,9 +178,9 @@ def test_windows_longer_than_the_trial_are_tried_short(
     assert {getattr(module, "sliding_window", None) for module in model.modules()} <= {None, 40}
     assert model.config.sliding_window == 40
     # Packed attention that forgets the window must be found out, though every segment of the trial fits into the real one.
-    honest = attention_module._mask_of
+    honest = attention_module.mask_of
     monkeypatch.setattr(
-        attention_module, "_mask_of", lambda eager, module, length, query, kwargs: honest(eager, module, length, query, {})
+        attention_module, "mask_of", lambda eager, module, length, query, kwargs: honest(eager, module, length, query, {})
     )
     assert "does not keep packed sequences apart" in (why_not_packed(model) or "")
 

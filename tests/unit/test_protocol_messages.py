@@ -30,6 +30,16 @@ SHAPE = st.lists(st.integers(1, 2**20), max_size=8).map(tuple)
 SEGMENTS = st.lists(st.tuples(st.integers(1, 2**12), st.integers(0, 2**20)), min_size=1, max_size=40).map(tuple)
 
 
+def decoding(segments: list[tuple[tuple[int, int], tuple[int, int]]], step: int, micro: int) -> m.Forward:
+    """A forward of so many segments, each with the ``(parent, kept)`` that it follows; those that keep nothing have no parent."""
+    sequences = tuple((i, (parent if kept else -1, kept)) for i, (_, (parent, kept)) in enumerate(segments))
+    wire = tuple(segment for segment, _ in segments)
+    return m.Forward(step, micro, wire, 8, "float32", "raw", False, False, True, 0, sequences)
+
+
+FOLLOWING = st.tuples(st.tuples(st.integers(1, 2**12), st.integers(0, 2**20)), st.tuples(COUNT, st.integers(0, 3) | COUNT))
+
+
 def exactly(length: int) -> st.SearchStrategy[bytes]:
     return st.binary(min_size=length, max_size=length)
 
@@ -91,6 +101,8 @@ DATA_FROM_CLIENT = st.one_of(
     st.builds(m.Forward, st.just(-1), MICRO, SEGMENTS, HIDDEN, DTYPE, RAW, st.just(False), st.booleans(), st.booleans()),
     st.builds(m.Backward, STEP, MICRO, ROWS, HIDDEN, DTYPE, RAW, STEP, st.floats(1e-9, 1e9), st.booleans()),
     st.builds(m.EndsPart, STEP, COUNT, STEP, st.integers(1, 2**31 - 1)),
+    st.builds(decoding, st.lists(FOLLOWING, min_size=1, max_size=9), STEP, MICRO),
+    st.builds(m.Release, st.lists(COUNT, min_size=1, max_size=9).map(tuple)),
 )
 DATA_FROM_SERVER = st.one_of(
     st.builds(m.Attached),
@@ -104,7 +116,7 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(LEAF.filter(lambda k: k == k), inner, max_size=3),
     max_leaves=5,
 )
-KINDS = sorted({*m.CONTROL_FROM_CLIENT, *m.CONTROL_FROM_SERVER, 64, 65, 66, 67, 96, 97, 98, 99})
+KINDS = sorted({*m.CONTROL_FROM_CLIENT, *m.CONTROL_FROM_SERVER, 64, 65, 66, 67, 68, 96, 97, 98, 99})
 
 
 @settings(deadline=None)
@@ -216,6 +228,15 @@ FORWARD = m.Forward(0, 0, ((3, 0), (2, 7)), 16, "bfloat16", "raw", True, True, T
         ({"dtype": ["float32"]}, "must be one of"),
         ({"codec": "zip"}, "must be one of raw"),
         ({"extra": 1}, "extra"),
+        ({"sequences": [[0, [-1, 0]], [1, [-1, 0]]]}, "must be empty when train or grad"),
+        ({"train": False, "grad": False, "sequences": [[0, [-1, 0]]]}, "one sequence for each segment"),
+        ({"train": False, "grad": False, "sequences": [[0, [-1, 0]]] * 2}, "each sequence once"),
+        ({"train": False, "grad": False, "sequences": [[0, [-1, 3]], [1, [0, 3]]]}, "keep one token or more"),
+        ({"train": False, "grad": False, "sequences": [[0, [-1, 0]], [1, [0, 0]]]}, "keep one token or more"),
+        ({"sequences": [[0, [-2, 0]]]}, "Forward.sequences"),
+        ({"sequences": [[2**31, [-1, 0]]]}, "Forward.sequences"),
+        ({"sequences": [[0, 1, 2]]}, "pair"),
+        ({"sequences": [[0, [-1, 0]]] * (MAX_SEGMENTS + 1)}, "items"),
     ],
 )
 def test_forward_refuses(change: dict[str, Any], says: str) -> None:

@@ -14,6 +14,7 @@ from server_trunk.trunkloop import Event, TrunkLoop
 from splitfl.adapters import set_trainable
 from splitfl.config import OptimizerSettings
 from splitfl.parts.loading import load_trunk
+from splitfl.parts.packed import why_not_packed
 from splitfl.protocol.messages import Backward, Enrol, Fault, Forward, StepClosed, StepDone
 from splitfl.runlog import RunLog
 
@@ -48,9 +49,23 @@ class Desk:
     """A loop that runs only when told to."""
 
     def __init__(
-        self, model, work, *, clients=1, last=0, first=0, on_loss="drop", deadline=0.0, client_tokens=4096, lanes=1, **settings
+        self,
+        model,
+        work,
+        *,
+        clients=1,
+        last=0,
+        first=0,
+        on_loss="drop",
+        deadline=0.0,
+        client_tokens=4096,
+        lanes=1,
+        caches=None,
+        **settings,
     ):
         self.trunk = load_trunk(model, (1, 1))
+        if caches is not None:
+            assert why_not_packed(self.trunk) is None
         set_trainable(self.trunk, "full")
         training = SharedTraining(self.trunk, OptimizerSettings(learning_rate=1e-2, **settings))
         self.engine = Engine(self.trunk, training, torch.device("cpu"), in_place=True, lanes=lanes)
@@ -64,6 +79,7 @@ class Desk:
             RunLog(self.log, echo=None),
             client_tokens=client_tokens,
             payload_of=lambda tensor: tensor,
+            caches=caches,
             on_presence=lambda here, awaited, trained: self.presence.append((len(here) + len(awaited), trained)),
         )
 

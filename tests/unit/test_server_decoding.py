@@ -1,0 +1,197 @@
+"""Decoding in the trunk's loop: many clients' tokens in one batch, prompts in chunks, beside training, within bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from server_trunk.decoding import CHUNK_TOKENS
+from server_trunk.kvcache import CacheBook
+from splitfl.parts.packed import run_segments
+from splitfl.parts.rows import Rows
+from splitfl.protocol.messages import Fault, Forward, Hidden, Release
+from tests.unit.trunkloop_world import HIDDEN, Desk, Event, forward, honest
+from tests.world import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def desk(tmp_path, model):
+    desk = Desk(model, tmp_path, clients=1, caches=CacheBook(4000, 3000))
+    desk.batches = []
+    decode = desk.engine.decode
+
+    def counted(runs):
+        desk.batches.append([(run.of.session, run.length) for run in runs])
+        return decode(runs)
+
+    desk.engine.decode = counted
+    desk.join("a", "b", "c")
+    return desk
+
+
+def rows(tokens: int, seed: int) -> torch.Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def following(micro: int, *pieces: tuple[int, int, int, int], step: int = -1, adapter: bool = True) -> Forward:
+    """Of each segment ``(sequence, parent, kept, length)``; it begins at position ``kept``."""
+    wire = tuple((length, kept) for _, _, kept, length in pieces)
+    sequences = tuple((number, (parent, kept)) for number, parent, kept, _ in pieces)
+    return Forward(step, micro, wire, HIDDEN, "float32", "raw", False, False, adapter, 0, sequences)
+
+
+def put(desk: Desk, session: str, message: Forward, hidden: torch.Tensor) -> None:
+    desk.loop.inbox.put(Event(session, message, hidden))
+
+
+def answers(desk: Desk, session: str) -> dict[int, torch.Tensor]:
+    return {message.micro: y for own, message, y in desk.outlet.sent if own == session and isinstance(message, Hidden)}
+
+
+def faults(desk: Desk, session: str) -> list[tuple[str, bool, int | None]]:
+    return [(m.code, m.fatal, m.micro) for own, m in desk.outlet.told if own == session and isinstance(m, Fault)]
+
+
+def whole(desk: Desk, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
+    with torch.no_grad():
+        return run_segments(desk.trunk, hidden, Rows(((len(hidden), start),), False))
+
+
+def run(desk: Desk) -> None:
+    while not desk.loop.inbox.empty() or desk.loop._batches.has_work:
+        desk.loop._turn()
+
+
+def test_tokens_and_prompts_of_several_clients_run_together(desk):
+    """A prompt of several chunks, one of a few tokens, and single tokens: in the same batches, each as if it were alone."""
+    long, short, single = rows(3 * CHUNK_TOKENS, 1), rows(9, 2), rows(40, 3)
+    put(desk, "c", following(0, (5, -1, 0, 20)), single[:20])
+    run(desk)
+    put(desk, "a", following(0, (0, -1, 0, len(long))), long)
+    put(desk, "b", following(0, (0, -1, 0, 4)), short[:4])
+    found = [answers(desk, "c")[0]]
+    for token in range(20, 40):
+        put(desk, "c", following(token, (5, 5, token, 1)), single[token : token + 1])
+        desk.loop._turn()
+        found.append(answers(desk, "c")[token])
+    put(desk, "b", following(1, (0, 0, 4, 5)), short[4:])
+    run(desk)
+    assert torch.allclose(torch.cat(found), whole(desk, single), atol=1e-5)
+    assert torch.allclose(answers(desk, "a")[0], whole(desk, long), atol=1e-5)
+    assert torch.allclose(torch.cat([answers(desk, "b")[0], answers(desk, "b")[1]]), whole(desk, short), atol=1e-5)
+    assert max(sum(length for _, length in batch) for batch in desk.batches) <= CHUNK_TOKENS
+    assert {session for session, _ in desk.batches[1]} == {"a", "b", "c"}
+    assert desk.loop._batches.decoder._book.held_by("a") == len(long)
+
+
+def test_a_token_comes_before_training_and_training_goes_on(desk):
+    """One turn of the loop runs a batch of each."""
+    desk.take(("a", forward(0)))
+    put(desk, "b", following(0, (0, -1, 0, 3)), rows(3, 0))
+    desk.loop._turn()
+    assert [session for session, message, _ in desk.outlet.sent] == ["b", "a"]
+    desk.run(*honest("a"))
+    assert desk.outlet.closed()[0].step == 0
+
+
+def test_who_names_the_next_step_waits_for_its_weights(desk):
+    hidden = rows(3, 0)
+    put(desk, "b", following(0, (0, -1, 0, 3), step=1), hidden)
+    desk.run(("a", forward(0)))
+    assert not answers(desk, "b")
+    before = whole(desk, hidden)
+    desk.run(*honest("a"))
+    run(desk)
+    assert torch.allclose(answers(desk, "b")[0], whole(desk, hidden), atol=1e-5)
+    assert not torch.allclose(answers(desk, "b")[0], before, atol=1e-5)
+
+
+def test_what_is_gone_and_what_never_fits_are_answered_and_nobody_ends(desk):
+    put(desk, "a", following(0, (0, 7, 3, 1)), rows(1, 0))
+    put(desk, "a", following(1, (1, -1, 0, 3001)), rows(3001, 0))
+    run(desk)
+    put(desk, "a", following(2, (2, -1, 0, 2)), rows(2, 0))
+    run(desk)
+    assert list(answers(desk, "a")) == [2]
+    put(desk, "a", following(3, (2, 2, 2, 1)), rows(1, 0))
+    put(desk, "a", following(4, (3, 2, 2, 1)), rows(1, 0))
+    run(desk)
+    assert faults(desk, "a") == [("evicted", False, 0), ("cache-full", False, 1)]
+    assert list(desk.outlet.ended) == ["a"]  # a second forward about a sequence before the first was answered
+    assert desk.outlet.ended["a"].code == "protocol"
+    assert desk.loop._batches.decoder._book.held_tokens == 0
+
+
+def test_room_passes_from_client_to_client(desk):
+    for session in "abc":
+        put(desk, session, following(0, (0, -1, 0, 1500)), rows(1500, 0))
+    run(desk)
+    assert all(len(answers(desk, session)[0]) == 1500 for session in "abc")
+    put(desk, "a", following(1, (0, 0, 1500, 1)), rows(1, 0))
+    put(desk, "c", following(1, (0, 0, 1500, 1)), rows(1, 0))
+    run(desk)
+    assert faults(desk, "a") == [("evicted", False, 1)]
+    assert 1 in answers(desk, "c")
+
+
+def test_a_forward_that_cannot_run_ends_its_own_session(desk):
+    decode = desk.engine.decode
+
+    def failing(runs):
+        if any(run.of.session == "b" for run in runs):
+            raise ValueError("no such kernel")
+        return decode(runs)
+
+    desk.engine.decode = failing
+    for session in "abc":
+        put(desk, session, following(0, (0, -1, 0, 3)), rows(3, 0))
+    run(desk)
+    assert list(desk.outlet.ended) == ["b"]
+    assert 0 in answers(desk, "a")
+    assert 0 in answers(desk, "c")
+    assert desk.events("forward-failed")[0]["client"] == "b"
+    assert desk.loop._batches.decoder._book.held_by("b") == 0
+
+
+def test_a_full_device_drops_what_nobody_is_at_work_on(desk):
+    put(desk, "a", following(0, (0, -1, 0, 3)), rows(3, 0))
+    run(desk)
+    decode, failed = desk.engine.decode, []
+
+    def failing(runs):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("full")
+        return decode(runs)
+
+    desk.engine.decode = failing
+    put(desk, "b", following(0, (0, -1, 0, 3)), rows(3, 1))
+    run(desk)
+    assert torch.allclose(answers(desk, "b")[0], whole(desk, rows(3, 1)), atol=1e-5)
+    assert desk.loop._batches.decoder._book.held_by("a") == 0
+    assert not desk.outlet.ended
+
+
+def test_released_and_left(desk):
+    put(desk, "a", following(0, (0, -1, 0, 3), (1, -1, 0, 3)), rows(6, 0))
+    put(desk, "b", following(0, (0, -1, 0, 3)), rows(3, 0))
+    run(desk)
+    desk.run(("a", Release((1, 9))))
+    assert desk.loop._batches.decoder._book.held_tokens == 6
+    put(desk, "a", following(1, (2, -1, 0, 3)), rows(3, 0))
+    desk.run(("a", None), ("b", None))
+    run(desk)
+    assert desk.loop._batches.decoder._book.held_tokens == 0
+    assert not desk.loop._batches.decoder._waiting
+
+
+def test_with_and_without_the_adapter_are_apart(desk):
+    for session, adapter in zip("abc", (True, False, True), strict=True):
+        put(desk, session, following(0, (0, -1, 0, 3), adapter=adapter), rows(3, 0))
+    run(desk)
+    assert sorted(sorted(session for session, _ in batch) for batch in desk.batches) == [["a", "c"], ["b"]]
