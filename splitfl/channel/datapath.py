@@ -16,7 +16,7 @@ from splitfl.protocol.schedule import TrafficSecrets
 from splitfl.transport.base import ClientTransport
 
 # Records, and their bytes, sealed and handed over before the connections are read again.
-_RECORDS_A_TURN, _BYTES_A_TURN = 16, 4 * 2**20
+_RECORDS_A_TURN, _BYTES_A_TURN = 16, 2 * 2**20
 
 
 class DataPath:

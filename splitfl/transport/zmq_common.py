@@ -19,12 +19,15 @@ from splitfl.protocol.records import MAX_RECORD_BYTES, OVERHEAD_BYTES
 
 # Frames queued for one peer. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16 MiB.
 DATA_FRAMES_QUEUED = 16
+# At the client fewer, on their way to the server: with more of them the bulk's threads go on for longer at a stretch, while a
+# control message waits for a core. (A server only looks now and then whether a full queue has room again: its own must last.)
+FRAMES_TO_SERVER = 4
 # Control frames of one client, at most 64 KiB each, that may wait for the server to take them.
 CONTROL_FRAMES_QUEUED = 64
 # Frames, and bytes, taken from one socket before the other sockets are looked at again: a control message that comes meanwhile
 # waits for as many records to be opened.
 FRAMES_A_TURN = 32
-BYTES_A_TURN = 2 * 2**20
+BYTES_A_TURN = 2**20
 # A peer that has not finished its handshake by then is cut.
 HANDSHAKE_MILLISECONDS = 5000
 # Dead TCP connections are the kernel's to reap; the channel's heartbeats decide when a session is lost. Not ZMTP's heartbeats:
@@ -58,7 +61,7 @@ def data_options(sock: zmq.Socket[bytes]) -> None:
 
 def client_data_options(sock: zmq.Socket[bytes]) -> None:
     """Of a client's data socket: what the server sends faster than it is taken waits in the server."""
-    data_options(sock)
+    sock.setsockopt(zmq.SNDHWM, FRAMES_TO_SERVER)
     sock.setsockopt(zmq.RCVHWM, DATA_FRAMES_QUEUED)
 
 
