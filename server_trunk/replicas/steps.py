@@ -130,7 +130,7 @@ class ReplicaSteps(Steps):
         self._awaited.pop(name, None)
         self._awaited_since.pop(name, None)
         part = self._holders.get(name)
-        if part is not None and part.lost_at is not None:
+        if part is not None and part.session == name and part.lost_at is not None:  # nobody has taken it over
             self._forget_part(part)
 
     # --- opened and closed ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.steps import ARRIVAL, ReplicaSteps
-from server_trunk.replicas.words import GoBack, Grant, Move, Phase
+from server_trunk.replicas.words import Close, GoBack, Grant, Move, Phase
 from splitfl.protocol.messages import StepDone
 from tests.unit.replica_steps_world import STEADY, TARGETS, World
 
@@ -276,6 +276,19 @@ def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
     steps.openings()
     assert said[-1].phase is Phase.WHOLE
     assert said[-1].movable == ("ada",)
+
+
+def test_a_part_that_has_come_along_and_is_held_for_its_client_stays_held():
+    steps = ReplicaSteps(lambda word: None, meetings=Meetings(), rank=1, on_loss="wait")
+    steps.hear(Close(0, True, {}, 0, Move("a", 0, 1)))
+    steps.close()
+    steps.openings()
+    steps.enrol("a1", "a")
+    assert steps.openings() == [("a1", 1)]
+    steps.take_forward("a1", 1)
+    steps.lose("a1", 0.0)
+    steps.pause("a2", "a")
+    assert steps.away(0.0) == {"a"}
 
 
 @pytest.mark.parametrize("says", [False, True])
