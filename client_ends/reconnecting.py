@@ -352,6 +352,7 @@ class Reconnecting(Participant):
             if micro.grad:
                 micro.fail(fate)
         self._forwards = self._backwards = self._targets = 0
+        self._norm_asked = self._norm = None
 
     def _have_closed(self, step: int) -> None:
         """``step`` closed while nobody here heard it."""

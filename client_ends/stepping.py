@@ -27,20 +27,24 @@ def step_with(model: weakref.ref[Any]) -> StepHook:
 class _Stepping:
     def __init__(self, model: weakref.ref[Any]) -> None:
         self._model = model
-        self._failure: SplitflError | None = None  # of the word that was sent before the ends stepped
+        # Of the word that was sent before the ends stepped, and the optimizer that was about to: what else steps meanwhile, in
+        # another thread, or after one that failed, is not to hear of it.
+        self._failure: tuple[torch.optim.Optimizer, SplitflError] | None = None
 
     def before(self, optimizer: torch.optim.Optimizer, *, closure: bool) -> None:
         ends = self._ends_of(optimizer)
+        if ends is not None:
+            self._failure = None
         if ends is None or closure or not ends._remote.session.may_end_before_ends:
             return
         try:
             ends.step()
         except SplitflError as failure:
-            self._failure = failure  # the ends step all the same, as they would if it were told after
+            self._failure = optimizer, failure  # the ends step all the same, as they would if it were told after
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
+        if self._failure is not None and self._failure[0] is optimizer:
+            (_, failure), self._failure = self._failure, None
             raise failure
         ends = self._ends_of(optimizer)
         if ends is not None:
@@ -99,8 +103,16 @@ class StepHook:
 
     @classmethod
     def after(cls, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        failures = []
         for hook in cls._all:
-            hook._stepping.after(optimizer)
+            try:
+                hook._stepping.after(optimizer)
+            except (
+                SplitflError
+            ) as failure:  # an optimizer may hold parameters of several models: the others are told all the same
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
 
 register_optimizer_step_pre_hook(StepHook.before)

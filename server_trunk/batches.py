@@ -77,11 +77,16 @@ class Batches:
         return bool(self._begun)
 
     @property
+    def have_room(self) -> bool:
+        """Whether another may begin."""
+        return self._engine.has_room
+
+    @property
     def may_go_on(self) -> bool:
         """Whether one has ended, or another may begin."""
         if self.decoder.has_work or (self._begun and self._begun[0][0].is_done):
             return True
-        return self._engine.has_room and self.has_work
+        return self.have_room and self.has_work
 
     @property
     def has_work(self) -> bool:
@@ -109,7 +114,7 @@ class Batches:
 
     def _begin(self) -> None:
         """Begin the next batch, if one may."""
-        if not self._engine.has_room:
+        if not self.have_room:
             return
         work = self._scheduler.next(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
         if work is None:
@@ -212,6 +217,7 @@ class Batches:
 
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
+        self._engine.discard(batch.number)
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         for member in batch.members:
             if member.backward is not None:

@@ -117,7 +117,8 @@ class Engine:
         """``work`` on each piece of a batch of this member's kind: begun, or, ``amid`` something or where it cannot run beside
         others, done.
         """
-        if amid is None and len(pieces) > 1 and self._is_parallel(member):
+        # A single piece has all threads where nothing runs, else the lane that is free.
+        if amid is None and self._is_parallel(member) and (len(pieces) > 1 or not self._lanes.are_idle):
             self._turn_to(member)
             return self._lanes.begin(work, pieces, heard)
         self._lanes.settle()
@@ -212,7 +213,7 @@ class Engine:
         """
         members = batch.members
         began = self._transfers.begin()
-        gradients = [self._transfers.up(_summed(member)) for member in members]
+        gradients: list[torch.Tensor] = []
         pieces = self._graphs.pop(batch.number, []) if batch.kept else []
         owners = sorted({member.client for member in members if not member.replayed})
         early = self._early = self.training.early(in_place=self._in_place) if batch.last else None
@@ -228,6 +229,7 @@ class Engine:
 
         running: list[Future[torch.Tensor]]
         try:
+            gradients += [self._transfers.up(_summed(member)) for member in members]
             pieces = pieces or self._cut(members)
             running = self._start(differentiate, pieces, members[0], heard, None if early is None else early.amid(len(pieces)))
         except Exception as error:

@@ -143,6 +143,11 @@ class Lanes:
         self._busy = {future for future in self._busy if not future.done()}
         return len(self._busy) < self.count
 
+    @property
+    def are_idle(self) -> bool:
+        """Whether nothing runs."""
+        return all(future.done() for future in self._busy)
+
     def begin(self, work: Callable[[T], Any], items: Sequence[T], heard: Callable[[], None]) -> list[Future[Any]]:
         """Have ``work`` done on each item, after what was begun before; ``heard`` is called, in a lane's thread, as each ends."""
         assert self._pool is not None, "one lane is the caller itself"

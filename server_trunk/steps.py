@@ -310,7 +310,7 @@ class Steps:
 
     def norm_due(self) -> list[Part]:
         """The parts whose sessions are to be told the norm of the step's gradient now."""
-        due = [part for part in self._holders.values() if part.has_asked_in_time]
+        due = [part for part in self._ledger.parts.values() if part.has_asked_in_time]
         for part in due:
             part.asked = None
         return due

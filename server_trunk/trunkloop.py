@@ -214,7 +214,7 @@ class TrunkLoop:
         """Seconds until something is due though nothing comes; None: nothing is."""
         batch = None if self._scheduler.due is None else max(0.0, self._scheduler.due - now)
         if self._batches.are_underway:
-            return batch  # its end wakes the thread
+            return batch if self._batches.have_room else None  # the end of what runs wakes the thread
         return min((due for due in (self._keeper.wake(now), batch, self._absent.wake(now)) if due is not None), default=None)
 
     # --- process ----------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,8 @@ class TrunkLoop:
             self._keeper.done(session, message)
         elif isinstance(message, Pause | Leave):
             self._batches.settle()
-            self._keeper.withdraw(session)
+            if session in self._names:  # what has run may have ended it
+                self._keeper.withdraw(session)
 
     def _take_forward(self, event: Event, forward: Forward) -> None:
         session = event.session

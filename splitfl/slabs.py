@@ -47,7 +47,8 @@ class Slabs:
             slab = self._fitting(size)
         if slab is None:
             slab = _map(-(-size // SMALLEST) * SMALLEST)
-        lease = slab[:size]
+        # Not a slice: NumPy's views of that would hold the slab, and not the lease.
+        lease = np.frombuffer(memoryview(slab)[:size], np.uint8)
         weakref.finalize(lease, self._let_go, slab).atexit = False
         return lease
 

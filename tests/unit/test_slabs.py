@@ -83,3 +83,12 @@ def test_threads_never_get_the_same_slab() -> None:
 
 def test_the_process_has_one_pool() -> None:
     assert slabs.slabs() is slabs.slabs()
+
+
+def test_a_view_of_a_view_holds_the_memory_too():
+    slabs = Slabs()
+    view = slabs.take(3 << 20)
+    view[:] = 1
+    view = view[:10]
+    slabs.take(3 << 20)[:] = 2
+    assert view.tolist() == [1] * 10
