@@ -9,18 +9,29 @@ from typing import Any
 
 from splitfl.errors import ConfigError
 
-__all__ = ["add_adapter_arguments", "add_arguments", "add_data_arguments", "add_ends_arguments", "check", "run", "split_columns"]
+__all__ = [
+    "add_adapter_arguments",
+    "add_arguments",
+    "add_data_arguments",
+    "add_ends_arguments",
+    "add_joining_arguments",
+    "add_machine_arguments",
+    "check",
+    "run",
+    "split_columns",
+]
 
 
-def add_data_arguments(data: argparse._ArgumentGroup) -> None:
-    """How a client's file is read."""
+def add_data_arguments(data: argparse._ArgumentGroup, *, evaluate: bool = True) -> None:
+    """How a client's file is read; ``evaluate``: and what of it is held out."""
     data.add_argument("--columns", metavar="A=B,...", help="which columns to use, as in prompt=question,completion=answer")
     data.add_argument("--data-format", choices=["txt", "jsonl", "csv", "tsv"], help="where the suffix does not say")
     data.add_argument("--task", default="causal-lm", choices=["causal-lm", "sequence-classification"])
     data.add_argument("--num-labels", type=int, metavar="N", help="classes of the whole task (default: those in the file)")
     data.add_argument("--label-names", metavar="A,B,...", help="names of the classes, in their order")
     data.add_argument("--max-length", type=int, default=512, metavar="N", help="longest row, in tokens (512)")
-    data.add_argument("--evaluate", type=float, default=0.05, metavar="X", help="held-out share, or rows if 1 or more (0.05)")
+    if evaluate:
+        data.add_argument("--evaluate", type=float, default=0.05, metavar="X", help="held-out share, or rows if 1 or more (0.05)")
 
 
 def add_ends_arguments(training: argparse._ArgumentGroup) -> None:
@@ -43,8 +54,8 @@ def add_adapter_arguments(adapter: argparse._ArgumentGroup) -> None:
     adapter.add_argument("--adapter-weight-decay", type=float, metavar="X", help="its weight decay")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    joining = parser.add_argument_group("joining")
+def add_joining_arguments(joining: argparse._ArgumentGroup) -> None:
+    """How a client finds the run, and its model."""
     joining.add_argument("--trunk", required=True, metavar="JOIN", help="the join string, splitfl://KEY@host:port/RUN")
     joining.add_argument("--identity", required=True, metavar="FILE", help="this client's secret key (splitfl keygen)")
     joining.add_argument("--model", metavar="MODEL", help="directory or hub id (default: the hub model the run names)")
@@ -57,10 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for which a lost link, or a server that starts again, is waited for (600; 0: not at all)",
     )
-    joining.add_argument("--resume", action="store_true", help="go on with the ends kept in --out, where the run stands")
     joining.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="seconds that any one answer of the server may take (10)"
     )
+
+
+def add_machine_arguments(machine: argparse._ArgumentGroup) -> None:
+    """What a client computes on."""
+    machine.add_argument("--device", default="auto", help="cuda, cuda:N, mps, cpu, or auto")
+    machine.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="insist on a precision (default: the run's)")
+    machine.add_argument("--attn", metavar="NAME", help="attention implementation, as transformers names it")
+    machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (0: torch's choice)")
+    machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    joining = parser.add_argument_group("joining")
+    add_joining_arguments(joining)
+    joining.add_argument("--resume", action="store_true", help="go on with the ends kept in --out, where the run stands")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="FILE", help="txt, jsonl, csv or tsv; never leaves this machine")
@@ -80,11 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("this machine")
     machine.add_argument("--out", default="", metavar="DIR", help="where results and the log go (default runs/RUN-ends)")
     machine.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps between checkpoints (0: at the end)")
-    machine.add_argument("--device", default="auto", help="cuda, cuda:N, mps, cpu, or auto")
-    machine.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="insist on a precision (default: the run's)")
-    machine.add_argument("--attn", metavar="NAME", help="attention implementation, as transformers names it")
-    machine.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (0: torch's choice)")
-    machine.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
+    add_machine_arguments(machine)
     machine.add_argument("--dump-hidden", default="", metavar="FILE", help="keep the first hidden state sent, to audit the wire")
 
 

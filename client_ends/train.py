@@ -31,9 +31,10 @@ from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 from splitfl.runlog import RunLog
 
-__all__ = ["TrainResult", "TrainSettings", "prepare_ends", "read_data", "train"]
+__all__ = ["FACES", "TrainResult", "TrainSettings", "prepare_ends", "read_data", "train"]
 
-_FACES = {
+#: What a client joins as, by task.
+FACES = {
     "causal-lm": SplitModelForCausalLM,
     "sequence-classification": SplitModelForSequenceClassification,
 }
@@ -57,8 +58,8 @@ def train(
             after their last step, under its number. The trunk may stand one step earlier: it steps once every client is done.
         CheckpointError: the run went back to where none of the ends' checkpoints stands.
     """
-    if settings.task not in _FACES:
-        raise ConfigError(f"the task is {' or '.join(_FACES)}, not {settings.task!r}")
+    if settings.task not in FACES:
+        raise ConfigError(f"the task is {' or '.join(FACES)}, not {settings.task!r}")
     if settings.revision and settings.model is None:
         raise ConfigError("--revision is of the model that --model names: give both, or neither to train what the run names")
     if settings.resume and not (settings.out and checkpoint_steps(settings.out)):
@@ -77,7 +78,7 @@ def train(
     if settings.task == "sequence-classification":
         labels = settings.num_labels or (data[0].num_labels if data else None)
         extra = {"num_labels": labels or 2, "seed": settings.seed}
-    model = _FACES[settings.task].from_pretrained(
+    model = FACES[settings.task].from_pretrained(
         settings.model,
         settings.trunk,
         settings.identity,

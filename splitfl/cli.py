@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("splitfl.commands.plan", "what each side of a cut holds and sends, before anything is loaded"),
     "serve": ("server_trunk.command", "host the trunk of a model"),
     "train": ("client_ends.command", "join a run and train on your own data"),
+    "eval": ("client_ends.eval_command", "how good a run's model is: on a file of your own, or on tasks of lm-eval"),
     "doctor": ("client_ends.doctor", "check address, keys, clock, versions and model of a join string"),
     "export": ("splitfl.commands.export", "write what a run trained as a portable part"),
     "merge": ("splitfl.commands.merge", "join ends and trunk into one PEFT adapter or full weights"),

@@ -1,0 +1,141 @@
+"""How good the split model is, by the harness's own scoring and by ours: the same numbers as of the whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from client_ends.data import load_examples, tokenize
+from client_ends.metrics import classified, rouge
+from client_ends.scoring import harness_scores, score_rows, score_texts
+from tests.world import World, running
+
+TASKS = Path(__file__).parents[1] / "tasks"
+
+
+@pytest.fixture
+def both(tmp_path, stories):
+    """The split model and the whole one, and their tokenizer."""
+    with running(World(tmp_path, stories, 1, cut="1:1")) as world:
+        split = world.join_as(0)
+        yield split, AutoModelForCausalLM.from_pretrained(stories).eval(), AutoTokenizer.from_pretrained(stories)
+        split.close()
+
+
+@pytest.mark.parametrize(("task", "limit"), [("splitfl_copa", 20), ("splitfl_cb", 8)])
+def test_the_harness_finds_the_same_numbers_split_and_whole(both, task, limit, monkeypatch):
+    assert_same_scores(both, [task], limit, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_harness_finds_the_same_numbers_on_all_of_cb_and_copa(both, monkeypatch):
+    found = assert_same_scores(both, ["splitfl_cb", "splitfl_copa"], None, monkeypatch)
+    assert found["splitfl_cb"]["sample_len"] == 56
+    assert found["splitfl_copa"]["sample_len"] == 100
+
+
+def assert_same_scores(both, tasks, limit, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # where the tasks look for their rows from
+    split, whole, tokenizer = both
+    options = {"batch_size": 8, "include": TASKS, "limit": limit}
+    mine = harness_scores(split, tokenizer, tasks, **options)
+    assert mine == harness_scores(whole, tokenizer, tasks, **options)
+    assert set(mine) == set(tasks)
+    assert all(0 < scores["acc"] < 1 for scores in mine.values())
+    return mine
+
+
+def test_loss_and_what_is_written_are_the_whole_model_s(both, tmp_path):
+    split, whole, tokenizer = both
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        ("Once upon a time, there was a", " little girl named Lily."),
+        ("Tom and his dog", " went to the park. It was a sunny day."),
+    ]
+    file.write_text("\n".join(json.dumps({"prompt": prompt, "completion": rest}) for prompt, rest in rows))
+    dataset = tokenize(load_examples(file), tokenizer, max_length=128, task="causal-lm")
+    mine = score_rows(split, dataset, tokenizer, batch_size=2)
+    theirs = score_rows(whole, dataset, tokenizer, batch_size=1)
+    assert mine["targets"] == theirs["targets"]
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert mine["perplexity"] == pytest.approx(math.exp(mine["loss"]), rel=1e-6)
+    options = {"batch_size": 2, "new_tokens": 12}
+    scores, written = score_texts(split, dataset, tokenizer, **options)
+    assert (scores, written) == score_texts(whole, dataset, tokenizer, **options)
+    assert all(written)
+    assert 0 < scores["rouge1"] < 1
+
+
+def test_scores_of_a_classifier_and_of_texts():
+    # By hand: of three classes, class 0 has P = 1/2 and R = 1, class 1 P = 1 and R = 1/2, class 2 is never predicted.
+    scores = classified([0, 1, 1, 2], [0, 1, 0, 0])
+    assert scores["accuracy"] == 0.5
+    assert scores["f1_macro"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
+    # One of two words is right, in its place: P = R = 1/2, and no pair of words.
+    assert rouge(["red house"], ["red garden"]) == {"rouge1": 0.5, "rouge2": 0.0, "rougeL": 0.5}
+
+
+def eval_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "splitfl.cli", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_on_a_file_and_with_the_ends_of_a_training_run(tmp_path, stories, data):
+    text = (data / "text" / "tinyshakespeare" / "input.txt").read_text()[:4000]
+    (tmp_path / "held.txt").write_text(text)
+    with running(World(tmp_path, stories, 1, memory=False, bind="127.0.0.1:0", cut="1:1")) as world:
+        common = ("--trunk", world.join, "--identity", world.keys[0], "--model", stories)
+        from client_ends.train import TrainSettings, train
+
+        trained = train(
+            TrainSettings(
+                world.join,
+                str(world.keys[0]),
+                str(tmp_path / "held.txt"),
+                stories,
+                steps=3,
+                ends="full",
+                learning_rate=1e-3,
+                batch_size=2,
+                max_length=64,
+                out=str(tmp_path / "ends"),
+                device="cpu",
+                evaluate=0.0,
+            )
+        )
+        assert trained.steps == 3
+        options = (*common, "--data", tmp_path / "held.txt", "--max-length", 64, "--device", "cpu", "--json")
+        before = eval_command(*options)
+        after = eval_command(*options, "--ends", tmp_path / "ends")
+    losses = [json.loads(run.stdout.splitlines()[-1])["loss"] for run in (before, after)]
+    # The trunk is the trained one in both; the ends are the model's own in the first.
+    assert losses[1] < losses[0] < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "say what to evaluate on"),
+        (("--data", "nowhere.txt"), "no such file"),
+        (("--tasks", "cb", "--task", "sequence-classification"), "a classifier writes no text"),
+        (("--tasks", "cb", "--limit", "0"), "--limit must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, said, capsys):
+    from splitfl.cli import main
+
+    assert main(["eval", "--trunk", "splitfl://x", "--identity", "none", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_language_models_are_asked_by_the_harness(both):
+    from splitfl.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="no task 'nothing'"):
+        harness_scores(both[0], both[2], ["nothing"], batch_size=1, include=TASKS)
