@@ -113,11 +113,7 @@ class Gateway:
                 RefusalCode.CUT_MISMATCH,
                 f"the run is cut at {self._config.cut}, your client at {theirs}; use --cut {self._config.cut}",
             )
-        try:
-            identity = ModelIdentity.from_plain(message.model)
-        except (ValueError, KeyError, TypeError):
-            raise RemoteProtocolError("a model identity that is none") from None
-        difference = compare(identity, self._identity)
+        difference = compare(ModelIdentity.from_plain(message.model), self._identity)
         if difference:
             raise Refused(RefusalCode.MODEL_MISMATCH, f"your model is not the one this run trains: {difference}")
         self._book.agree(peer.name, message.adapter, max_rank=peer.limits.get("max_rank"))

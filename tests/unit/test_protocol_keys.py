@@ -226,3 +226,34 @@ def test_any_text_is_a_join_string_or_a_config_error(text: str) -> None:
         except ConfigError:
             continue
         assert JoinString.parse(str(join)) == join
+
+
+def test_keys_of_another_size() -> None:
+    with pytest.raises(KeyFileError, match="a public key has 32 bytes, not 31"):
+        PublicKey(bytes(31))
+    with pytest.raises(KeyFileError, match="a secret key has 32 bytes, not 33"):
+        Identity.from_secret(bytes(33))
+
+
+def test_files_that_cannot_be_written_or_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyFileError, match="the key cannot be written to"):
+        write_identity(tmp_path / "file" / "key")
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"\xff\xfe")
+    odd.chmod(0o600)
+    with pytest.raises(KeyFileError, match="cannot be read"):
+        read_identity(odd)
+    with pytest.raises(KeyFileError, match="cannot be read"):
+        AuthorizedClients(odd)
+
+
+def test_a_list_that_becomes_unreadable_admits_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "authorized_clients"
+    path.write_text(f"{ONE.public} one\n")
+    clients = AuthorizedClients(path)
+    assert clients.lookup(ONE.public) is not None
+    path.write_bytes(b"\xff" * 7)
+    assert clients.lookup(ONE.public) is None
+    path.write_text(f"{ONE.public} one\n")
+    assert clients.lookup(ONE.public) is not None
