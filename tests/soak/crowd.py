@@ -7,6 +7,8 @@ What befalls them stands in a diary, a JSON object a line.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import random
 import sys
@@ -14,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,6 +35,8 @@ __all__ = ["Orders"]
 ROWS, LENGTH = 2, 24
 #: Seconds between two steps of a client, of which a step waits for the longest; between two visits.
 _THINKS, _AWAY = (0.1, 0.8), (1.0, 15.0)
+#: Seconds between two looks at this process's heap.
+_LOOK = 5.0
 #: Steps of one visit.
 _STAYS = 20, 120
 #: States of the ends that are kept to go back to.
@@ -184,6 +188,22 @@ class Member(threading.Thread):
         copy_into(named, self._kept[max(self._kept)] if self._kept else self._ends)
 
 
+def heap_mib() -> float | None:
+    """What is in use of the C heap, MiB; None where the system does not say (it is glibc that does)."""
+
+    class Mallinfo(ctypes.Structure):
+        _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_size_t) for name in "abcdefghij"]
+
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return None
+    ask.restype = Mallinfo
+    gc.collect()
+    said = ask()
+    return float(said.e + said.h) / 2**20  # mapped for large pieces; in use of all arenas
+
+
 def _copy(named: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in named.items()}
 
@@ -205,8 +225,9 @@ def main() -> None:
     members = [Member(orders, index, diary, text, held_out) for index in range(len(orders.members))]
     for member in members:
         member.start()
-    for member in members:
-        member.join()
+    while any(member.is_alive() for member in members):
+        diary.note(what="heap", mib=heap_mib())
+        threading.Event().wait(_LOOK)
 
 
 if __name__ == "__main__":
