@@ -21,7 +21,6 @@ _TESTS = (
     "tests/unit/test_hostile_sessions.py",
     "tests/unit/test_replicas_words.py",
     "tests/unit/test_server_books.py",
-    "tests/unit/test_server_clipping.py",
     "tests/unit/test_server_gateway.py",
     *sorted(str(path.relative_to(_ROOT)) for path in (_ROOT / "tests/unit").glob("test_protocol_*.py")),
     *sorted(str(path.relative_to(_ROOT)) for path in (_ROOT / "tests/unit").glob("test_channel_*.py")),

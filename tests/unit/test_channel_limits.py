@@ -158,7 +158,7 @@ def test_a_client_whose_line_does_not_say_has_so_many_sessions_and_no_more() -> 
 
 def test_a_flood_of_control_messages_ends_the_session(make: Make) -> None:
     world = make(clock=Clock(), timing=PATIENT)
-    client, honest = world.join(), world.join(identity=limited(world, "honest"), timing=PATIENT)
+    client, honest = world.join(timing=PATIENT), world.join(identity=limited(world, "honest"), timing=PATIENT)
     link = world.server._sessions.find(client.channel.opened.session)
     assert link is not None
     for _ in range(50):

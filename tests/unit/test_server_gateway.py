@@ -149,3 +149,16 @@ def test_ends_in_a_run_that_averages_none(gate):
 def test_sequences_to_release_in_a_run_that_keeps_none(gate):
     with pytest.raises(RemoteProtocolError, match="where the run keeps none"):
         gate.gateway.on_data("session", m.Release((1,)), None)
+
+
+def test_clipping_together_is_for_one_client(tmp_path):
+    gate = Gate(tmp_path, **{"optimizer.clipping": "joint"})
+    gate.inbox.maxsize = 0
+    gate.open("one", "ann")
+    gate.open("two", "bob")
+    gate.gateway.on_control("one", m.Enrol())
+    gate.gateway.on_control("one", m.StepDone(0, 1, 1, "continue", 1.0))
+    with pytest.raises(Refused, match="which is for one client, and another trains already"):
+        gate.gateway.on_control("two", m.Enrol())
+    gate.gateway.on_closed("one", "goodbye", lost=False)
+    gate.gateway.on_control("two", m.Enrol())
