@@ -68,6 +68,8 @@ class _Run:
     def data(self, frame: bytes) -> None:
         message = m.decode_data(frame, from_client=True)
         self.account.charge(message.payload_bytes)
+        if isinstance(message, m.Release):
+            self.gateway.on_data(SESSION, message, None)
         if not message.payload_bytes:
             return
         tensor, view = self.gateway.allocate(SESSION, message)

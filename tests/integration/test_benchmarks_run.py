@@ -116,3 +116,11 @@ def test_channel():
     assert result["times_curve_16mib"] == pytest.approx(row["ours"] / row["curve"])
     assert result["share_of_bound_16mib"] == pytest.approx(row["ours"] * (1 / row["aes_256_gcm"] + 1 / row["zeromq"]))
     assert result["small_amid_64mib_p50_ms"] > 0
+
+
+def test_decode():
+    result = run("decode", "--clients", "2")
+    assert result["ratio_to_local"]["1"] > 0
+    assert result["times_one_client"]["2"] > 0
+    assert result["speculation"]["ratio"] > 1, "a round trip was saved for nothing"
+    assert result["speculation"]["tokens_a_round_trip"] > 1
