@@ -22,12 +22,15 @@ _BYTES_RECEIVED = slice(128, 136)  # tcpi_bytes_received in struct tcp_info, sin
 
 @dataclass(eq=False)
 class Connection:
-    """``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``: their routing id, once one has come."""
+    """``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``: their routing id, once one has come;
+    ``is_silent``: none has come, and nobody here has cut it.
+    """
 
     number: int
     address: str
     port: int
     half_open: bool = True
+    is_silent: bool = True
     handed_on: int = 0
     peer: bytes = b""
     received: int = 0  # by ZeroMQ, when last looked

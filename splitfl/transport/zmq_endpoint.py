@@ -36,13 +36,11 @@ _SLACK = 2 * 2**20
 TOTAL_HELD = 256 * 2**20
 
 _numbers = itertools.count()
-_WATCHED = (
-    zmq.EVENT_LISTENING
-    | zmq.EVENT_ACCEPTED
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED
-)
+# Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq (4.3.5) tells of a CURVE frame that does not decrypt by it as well, which spoils its
+# own errno: it then takes the frame for one that it has no room for, and never reads or closes that connection again.
+_WATCHED = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
+# A connection whose handshake was refused is gone by then, seconds; so many addresses of such are remembered.
+_REFUSED_SECONDS, _MOST_REFUSED = 1.0, 4096
 
 
 class ListeningEndpoint:
@@ -68,7 +66,8 @@ class ListeningEndpoint:
         self.bound, self._queued, self.total = 2 * frame + _SLACK, queued * frame, TOTAL_HELD
         self._around = CURVE_BYTES if curve else 0
         self.door = Door()
-        self._failed_protocol = False
+        self._broke_off = False
+        self._refused: dict[str, float] = {}  # by address: when a handshake last ended with a no
         self._blocked: list[str] = []
         self._skipping = self._looked = False
 
@@ -150,7 +149,8 @@ class ListeningEndpoint:
         except zmq.ZMQError:
             return
         if connection is not None:
-            connection.half_open, connection.peer = False, peer or connection.peer
+            connection.half_open = connection.is_silent = False
+            connection.peer = peer or connection.peer
             size = len(part) + self._around
             connection.handed_on += size + (2 if size < 256 else 9)
 
@@ -183,14 +183,14 @@ class ListeningEndpoint:
                 connection = self.connections.accepted(value)
                 if not self.door.knock(connection.network):
                     self._cut(connection)
-            elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-                # Only a command that does not decrypt is worth a line; every port scan breaks off.
-                self._failed_protocol = kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._broke_off = True
             elif kind == zmq.EVENT_DISCONNECTED:
-                gone = self.connections.gone(value)
-                if self._failed_protocol:
-                    failed.append(gone.address if gone is not None else "unknown address")
-                self._failed_protocol = False
+                # Only a command that does not decrypt is worth a line; every port scan breaks off.
+                gone, broke_off = self.connections.gone(value), self._broke_off
+                self._broke_off = False
+                if gone is not None and gone.is_silent and gone.port and not broke_off and not self._was_refused(gone.address):
+                    failed.append(gone.address)
         waiting = {each.number: each.network for each in self.connections if each.half_open}
         for number in excess(waiting, self._half_open + self._expected()):
             connection_ = self.connections.find(number)
@@ -199,8 +199,17 @@ class ListeningEndpoint:
         self._shut_out()
         return failed
 
+    def refused(self, address: str) -> None:
+        """The handshake of a connection from there ends with a no, which is reported already."""
+        if len(self._refused) >= _MOST_REFUSED:
+            self._refused.clear()
+        self._refused[address] = time.monotonic()
+
+    def _was_refused(self, address: str) -> bool:
+        return time.monotonic() - self._refused.get(address, -_REFUSED_SECONDS) < _REFUSED_SECONDS
+
     def _cut(self, connection: Connection) -> None:
-        connection.half_open = False
+        connection.half_open = connection.is_silent = False
         self.connections.cut(connection)
 
     def _shut_out(self) -> None:

@@ -195,9 +195,11 @@ class ZmqServerTransport:
         self._cut(endpoint.kind, None)
 
     def _refuse(self, address: str, who: str, text: str, at_data: bool) -> None:
+        endpoint = self._data if at_data else self._control
+        endpoint.refused(address)
         if not self._testing:
             # Counted once more: it has cost a whole handshake, and may be gone before its connection was looked at.
-            (self._data if at_data else self._control).door.knock(network_of(address))
+            endpoint.door.knock(network_of(address))
             self._refusals.refused(address, who, RefusalCode.NOT_AUTHORIZED, text, once=at_data)
 
     def _flood(self, who: str, code: str, text: str) -> None:

@@ -9,8 +9,12 @@ import pytest
 
 from client_ends.reconnecting import may_pass
 from splitfl.errors import ConnectError, OutOfTurn, SealError
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import Enrol, Message, StepClosed, StepDone, StepOpened, encode
 from splitfl.transport.base import Sent
+from tests.faults import relay as relays
+from tests.faults.relay import Relay
 from tests.unit.channel_world import QUICK, Client, Make, World, make_worlds, wait_until
 
 CLOSED = StepClosed(0, 0, 1, 0.0, None)
@@ -119,3 +123,31 @@ def test_who_says_nothing_more_is_not_waited_for(make: Make) -> None:
     client.channel._transport.wake()
     wait_until(lambda: world.handler.closed)
     assert world.handler.closed[0][1].startswith("protocol: ")
+
+
+def test_a_control_frame_that_does_not_decrypt_ends_its_connection_for_good() -> None:
+    """libzmq once kept the broken connection, unread, for as long as the server lived."""
+    world = World("zmq")
+    relay = Relay(world.transport.control_port, world.transport.data_port)
+    try:
+        through = JoinString(world.server_identity.public, relays.HOST, world.transport.control_port, "run")
+        for number in range(3):
+            client = world.join(join=through)
+            relay.at(lambda passing: not passing.is_data and passing.way == "up", lambda passing: passing.frame.flipped())
+            wait_until(lambda client=client: client.lost)
+            client.channel.close()
+            wait_until(lambda: not len(world.transport._control.connections) and not len(world.transport._data.connections))
+            assert len(world.handler.closed) == number + 1
+        assert not [text for _, code, text in world.handler.refused if code == "handshake"]
+        other = JoinString(Identity.generate().public, "127.0.0.1", world.transport.control_port, "run")
+
+        def told() -> bool:
+            with pytest.raises(ConnectError, match="another key"):
+                world.join(join=other)
+            return bool(world.handler.refused)
+
+        wait_until(told)  # not within a moment of the server's own test at its start, which is refused
+        assert {code for _, code, _ in world.handler.refused} == {"handshake"}
+    finally:
+        world.close()
+        relay.close()
