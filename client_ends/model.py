@@ -20,7 +20,7 @@ from client_ends.session import TrunkSession
 from client_ends.stepping import step_with
 from splitfl.adapters import named_trainables
 from splitfl.channel.opening import OpenTerms
-from splitfl.errors import ConfigError, ModelError, UserError
+from splitfl.errors import ConfigError, ModelError, StepMissed, UserError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare, model_identity
 from splitfl.parts.loading import Task, attach_trunk, load_ends
@@ -89,6 +89,7 @@ class _SplitModel:
     _remote: RemoteTrunk
     _set_objective: Objective | None
     _declare: Callable[[Mapping[str, Any]], Objective | None] | None
+    _on_missed: Callable[[StepMissed], None] | None  # hears that a step did not wait for its end; else that is raised
     _per_token: ClassVar[bool]  # whether each token has a target, or each row
     _trunk_gradient: TrunkGradient | None  # where the run clips both sides together
     _fed_by: tuple[torch.nn.Parameter, ...]  # what trains outside this model, before its embedding: soft prompts
@@ -193,6 +194,7 @@ class _SplitModel:
         object.__setattr__(ends, "_set_objective", None)
         object.__setattr__(ends, "_declare", None)
         object.__setattr__(ends, "_fed_by", ())
+        object.__setattr__(ends, "_on_missed", None)
         object.__setattr__(ends, "_trunk_gradient", None)
         object.__setattr__(ends, "_step_hook", step_with(weakref.ref(ends)))
         attach_trunk(ends, remote)

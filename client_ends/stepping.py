@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from splitfl.errors import SplitflError
+from splitfl.errors import SplitflError, StepMissed
 
 __all__ = ["StepHook", "leaves_of", "step_with"]
 
@@ -43,6 +43,15 @@ class _Stepping:
             self._failure = optimizer, failure  # the ends step all the same, as they would if it were told after
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
+        ends = self._model()
+        try:
+            self._after(optimizer)
+        except StepMissed as missed:
+            if ends is None or ends._on_missed is None:
+                raise
+            ends._on_missed(missed)
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
         if self._failure is not None and self._failure[0] is optimizer:
             (_, failure), self._failure = self._failure, None
             raise failure

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from client_ends.objective import Objective, objective_of
-from splitfl.errors import CheckpointError, ConfigError, RunWentBack
+from splitfl.errors import CheckpointError, ConfigError, RunWentBack, StepMissed
 from splitfl.parts.ends import find_ends
 
 __all__ = ["bind_trainer"]
@@ -40,6 +40,7 @@ def bind_trainer(trainer: Any) -> Any:
     * It saves whenever the run's checkpoint is due, and goes back by itself where the run has gone back.
     * A loss computed from logits weighs each row alike in the trunk (each target where the rows have labels).
     * One warning names what of ``TrainingArguments`` is not as the run's config.
+    * A step that goes on without this client is passed over, with a warning.
     * The end of training leaves the run, so nobody waits for this client.
 
     Raises:
@@ -50,6 +51,7 @@ def bind_trainer(trainer: Any) -> Any:
     trainer.add_callback(bound)
     trainer.train = functools.partial(bound.train, trainer.train)
     trainer.compute_loss = functools.partial(bound.compute_loss, trainer.compute_loss)
+    trainer.training_step = functools.partial(bound.training_step, trainer.training_step)
     return trainer
 
 
@@ -61,6 +63,7 @@ class _Bound(TrainerCallback):
             raise ConfigError("fp16 scales the loss by steps that the trunk does not know of: use bf16")
         self._trainer, self._ends, self._session = trainer, ends, ends.trunk.session
         self._warned = False
+        ends._on_missed = self._miss
         self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
 
     # --- going on ---------------------------------------------------------------------------------------------------------------
@@ -149,6 +152,20 @@ class _Bound(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._session.leave()
+
+    # --- a step that goes on without this client --------------------------------------------------------------------------------
+
+    def training_step(self, training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``Trainer.training_step``; where the run's step has gone on without this client, its gradient so far is dropped."""
+        try:
+            return training_step(*args, **kwargs)
+        except StepMissed as missed:
+            self._miss(missed)
+            self._trainer.model.zero_grad()
+            return torch.full((), torch.nan, device=self._trainer.args.device)  # which Trainer leaves out of the loss it logs
+
+    def _miss(self, missed: StepMissed) -> None:
+        _log.warning("%s", missed)
 
     # --- a loss of the trainer's own --------------------------------------------------------------------------------------------
 

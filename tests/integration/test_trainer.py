@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from client_ends import bind_trainer
+from client_ends import SplitModelForSequenceClassification, bind_trainer
 from client_ends.train import prepare_ends
 from splitfl.adapters import attach_lora
 from splitfl.config import LoraSettings
-from splitfl.errors import CheckpointError, ConfigError
+from splitfl.errors import CheckpointError, ConfigError, StepMissed
 from tests.integration.test_resume import again
 from tests.integration.test_take_up import QUICK, crash_after, kill, start_again, transport_of
 from tests.trainer import EPS
@@ -220,3 +226,69 @@ def test_scaled_losses_are_refused(tmp_path, model):
         with pytest.raises(ConfigError, match="use bf16"):
             bind_trainer(trainer)
         split.close()
+
+
+@pytest.mark.slow
+def test_a_classifier_is_trained_and_judged_alike(tmp_path, model):
+    changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0, SplitModelForSequenceClassification, num_labels=3, seed=5)
+        whole = AutoModelForSequenceClassification.from_pretrained(model, num_labels=3)
+        whole.score.load_state_dict(split.score.state_dict())
+        trainers = []
+        for each, name in ((whole, "whole"), (split, "split")):
+            each.config.pad_token_id = 0
+            arguments = TrainingArguments(output_dir=str(tmp_path / name), **(ARGUMENTS | changes))
+            labelled = [[{**row, "labels": index % 3} for index, row in enumerate(rows(40, seed))] for seed in (0, 1)]
+            trainers.append(
+                Trainer(each, arguments, train_dataset=labelled[0], eval_dataset=labelled[1], compute_metrics=accuracy)
+            )
+            trainers[-1].train()
+        split.close()
+    assert_same(trainers[1], trainers[0])
+    judged = [[entry["eval_accuracy"] for entry in one.state.log_history if "eval_accuracy" in entry] for one in trainers]
+    assert judged[0] == judged[1]
+
+
+def accuracy(predicted: Any) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
+@pytest.mark.slow
+def test_mixed_precision_stays_within_its_own_rounding(tmp_path, model):
+    """The ends run under autocast; the trunk in the run's own precision, where one process would cast it too."""
+    reference = train_whole(model, tmp_path / "whole", bf16=True)
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        trainer = trainer_of(split, tmp_path / "split", bf16=True)
+        trainer.train()
+        split.close()
+    losses = [[value for _, name, value in history(one) if name.endswith("loss")] for one in (trainer, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["forward", "end"])
+def test_a_step_that_goes_on_without_this_client_is_passed_over(tmp_path, model, caplog, monkeypatch, when):
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        session, calls = split.trunk.session, []
+        name = {"forward": "send_forward", "end": "step_done"}[when]
+        original = getattr(session, name)
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            calls.append(kwargs.get("grad", True))
+            if sum(calls) == {"forward": 10, "end": 3}[when]:
+                if when == "end":
+                    original(*args, **kwargs)
+                raise StepMissed("step 2 went on without this client, which was late: go on with the next batch")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(session, name, late)
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split"))
+        trainer.train()
+        split.close()
+    assert "went on without this client" in caplog.text
+    losses = [value for _, name, value in history(trainer) if name == "loss"]
+    assert len(losses) == STEPS
+    assert all(3 < loss < 5 for loss in losses)

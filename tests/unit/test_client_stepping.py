@@ -24,7 +24,7 @@ class Ends:
         self.parameter.grad = torch.ones(1)
         self._remote = self
         self.session = self
-        self.contributed, self.may_end_before_ends = True, True
+        self.contributed, self.may_end_before_ends, self._on_missed = True, True, None
 
     def _own_parameters(self):
         return [self.parameter]
