@@ -54,49 +54,23 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    from client_ends.joining import joined
+    from client_ends.kept import kept_directory, kept_meta
+    from client_ends.train import FACES
+    from splitfl.libraries import quiet_libraries
     from splitfl.protocol.join import JoinString
     from splitfl.protocol.keys import read_identity
 
     JoinString.parse(args.trunk)
     read_identity(args.identity)
-
-    from client_ends.kept import kept_directory, kept_meta, put_into
-    from client_ends.preparing import load_tokenizer
-    from client_ends.train import FACES
-    from splitfl.libraries import quiet_libraries
-
     quiet_libraries()
     kept = kept_directory(args.ends) if args.ends else None
     labels = kept_meta(kept)["num_labels"] if kept else None
     extra: dict[str, Any] = {}
     if args.task == "sequence-classification":
         extra = {"num_labels": labels or args.num_labels or 2, "seed": 0}
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    model = FACES[args.task].from_pretrained(
-        args.model,
-        args.trunk,
-        args.identity,
-        cut=args.cut,
-        revision=args.revision,
-        dtype=args.dtype,
-        device=args.device,
-        attn=args.attn,
-        trust_remote_code=args.trust_remote_code,
-        timeout=args.timeout,
-        reconnect=args.reconnect,
-        **extra,
-    )
-    try:
-        terms = model.trunk.session.terms
-        where = (args.model, args.revision) if args.model else (terms["model"], terms["revision"])
-        tokenizer = load_tokenizer(*where, trust_remote_code=args.trust_remote_code)
-        used = put_into(model, kept, terms) if kept else model
+    with joined(args, FACES[args.task], kept, **extra) as (used, tokenizer):
         report = _on_tasks(args, used, tokenizer) if args.tasks else _on_data(args, used, tokenizer)
-    finally:
-        model.close()
     if args.json:
         print(json.dumps(report))
     else:

@@ -1,0 +1,86 @@
+"""``splitfl generate`` and ``splitfl chat``: the run's model writes, on this machine's terminal. Text stays here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from client_ends.command import add_joining_arguments, add_machine_arguments
+from splitfl.errors import ConfigError
+
+__all__ = ["add_arguments", "check", "run", "using"]
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, prompt: bool = True) -> None:
+    """``prompt``: with the text to go on from as an argument."""
+    if prompt:
+        parser.add_argument("prompt", nargs="?", metavar="TEXT", help="what to go on from (default: what comes in)")
+    joining = parser.add_argument_group("joining")
+    add_joining_arguments(joining)
+    joining.add_argument("--ends", metavar="DIR", help="what splitfl train kept: its --out, or a checkpoint in it")
+
+    writing = parser.add_argument_group("writing")
+    writing.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer (256)")
+    writing.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token each time (0)")
+    writing.add_argument("--top-k", type=int, default=50, metavar="N", help="with a temperature: of the N likeliest (50)")
+    writing.add_argument("--top-p", type=float, default=1.0, metavar="X", help="with a temperature: of those with this share (1)")
+    writing.add_argument("--seed", type=int, default=0, metavar="N", help="with a temperature: what is drawn")
+    writing.add_argument(
+        "--lookup", type=int, default=0, metavar="N", help="propose up to N tokens from the text before: fewer round trips (0)"
+    )
+    add_machine_arguments(parser.add_argument_group("this machine"))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    least = {"max_new_tokens": 1, "temperature": 0, "top_k": 1, "lookup": 0, "seed": 0}
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError("--top-p must lie in (0, 1]")
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    return using(args, lambda model, tokenizer: _write(args, model, tokenizer, prompt))
+
+
+def using(args: argparse.Namespace, work: Callable[[Any, Any], None]) -> int:
+    """Join the run, ``work(model, tokenizer)``, and leave it."""
+    import torch
+
+    from client_ends.joining import joined
+    from client_ends.kept import kept_directory
+    from client_ends.model import SplitModelForCausalLM
+    from splitfl.libraries import quiet_libraries
+
+    quiet_libraries()
+    torch.manual_seed(args.seed)
+    with joined(args, SplitModelForCausalLM, kept_directory(args.ends) if args.ends else None) as (model, tokenizer):
+        work(model, tokenizer)
+    return 0
+
+
+def options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """What ``generate()`` is told."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    told: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        told |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    if args.lookup:
+        told["prompt_lookup_num_tokens"] = args.lookup
+    return told
+
+
+def _write(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: str) -> None:
+    from transformers import TextStreamer
+
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if not ids.shape[1]:
+        raise ConfigError("there is nothing to go on from: give a text")
+    streamer: Any = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(ids, streamer=streamer, **options(args, tokenizer))
