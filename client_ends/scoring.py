@@ -73,7 +73,11 @@ def harness_scores(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("--tasks takes the lm-eval harness, which is not there: pip install 'splitfl[eval]'") from None
-    manager = TaskManager(include_path=None if include is None else str(include))
+    manager = None
+    if include is not None:  # to look at the thousands that come with the harness takes seconds
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+    if manager is None or any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         where = f"{include} or " if include else ""
