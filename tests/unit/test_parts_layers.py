@@ -81,6 +81,7 @@ def test_a_replica_over_several_gpus_joins_as_such(monkeypatch):
     joined: list[object] = []
     monkeypatch.setattr(process.Group, "join", lambda place, device, ranks: joined.append((device, ranks)))
     monkeypatch.setattr(process, "Watch", lambda limit, lost: None)
+    monkeypatch.setattr(process, "Siblings", lambda: None)
     own, _ = process._joined(config, Place(3, 4, 1, 2, 1))
     assert joined == [(None, 1)]
     assert (own.device, own.replicas) == ("auto", 4)
