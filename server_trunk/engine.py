@@ -22,8 +22,8 @@ import torch
 from peft import PeftModel
 
 from server_trunk.decoding import Decoding, Run
-from server_trunk.gradients import GradientSum
-from server_trunk.members import NO_TARGETS, NOT_FINITE, BackwardBatch, ForwardBatch, Member
+from server_trunk.gradients import GradientSum, is_usable, summed, unscaled
+from server_trunk.members import NOT_FINITE, BackwardBatch, ForwardBatch, Member
 from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, results_of, scatter
 from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
@@ -33,12 +33,8 @@ from splitfl.parts.dropout import dropout_key
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
 from splitfl.parts.trunk import find_trunk
-from splitfl.tensors import DTYPES
 
 __all__ = ["Engine"]
-
-#: Hidden states and gradients beyond this are no model's. The sum of its squares over any width is still a float32.
-_LARGEST = 1e15
 
 
 class Engine:
@@ -145,7 +141,7 @@ class Engine:
         members = batch.members
         began = self._transfers.begin()
         for member in members:
-            if member.forward.grad and not _is_usable(member.hidden):
+            if member.forward.grad and not is_usable(member.hidden):
                 # In the backward its rows have a gradient of zero, but zero times NaN would be NaN in what all share.
                 member.hidden.zero_()
                 member.spoilt = NOT_FINITE
@@ -229,7 +225,7 @@ class Engine:
 
         running: list[Future[torch.Tensor]]
         try:
-            gradients += [self._transfers.up(_summed(member)) for member in members]
+            gradients += [self._transfers.up(summed(member)) for member in members]
             pieces = pieces or self._cut(members)
             running = self._start(differentiate, pieces, members[0], heard, None if early is None else early.amid(len(pieces)))
         except Exception as error:
@@ -260,7 +256,7 @@ class Engine:
                         member.hidden = hidden
                 pieces, found = self._in_smaller_pieces(members, pieces, differentiate, total.clear)
             rows = _by_member(pieces, found, members)
-            return self._transfers.down([_reply(member, own) for member, own in zip(members, rows, strict=True)], began)
+            return self._transfers.down([unscaled(member, own) for member, own in zip(members, rows, strict=True)], began)
 
     def release(self) -> None:
         """The step's sum leaves, as far as it has not: it is likely to be whole."""
@@ -394,34 +390,3 @@ def _by_member(pieces: Sequence[Piece], rows: Sequence[torch.Tensor], members: S
 def _taken(out: torch.Tensor | None) -> torch.Tensor:
     assert out is not None, "a piece that has not run"
     return out
-
-
-def _summed(member: Member) -> torch.Tensor:
-    """The gradient ``(tokens, H)`` of the member's *summed* loss: its own scaled by the divisor; zero where none counts."""
-    if member.backward is None:
-        return torch.zeros(member.tokens, member.forward.hidden, dtype=DTYPES[member.forward.dtype])
-    rows: torch.Tensor = member.gradient.mul_(member.backward.divisor)
-    if not member.spoilt and not _is_usable(rows):
-        member.spoilt = NOT_FINITE
-    elif not member.spoilt and not member.backward.targets and bool(rows.any()):
-        member.spoilt = NO_TARGETS
-    if member.spoilt:
-        # One client's overflow must not cost all others the step.
-        rows.zero_()
-    return rows
-
-
-def _is_usable(rows: torch.Tensor) -> bool:
-    """Whether all numbers are finite, and small enough that what the trunk makes of them is: it squares them in its norms."""
-    least, most = torch.aminmax(rows)  # takes no memory; NaN where one is
-    return bool(torch.maximum(most, -least) <= _LARGEST)
-
-
-def _reply(member: Member, rows: torch.Tensor) -> torch.Tensor | None:
-    back = member.backward
-    if back is None or not back.want_grad:
-        return None
-    if member.spoilt:
-        # Whoever sends NaN gets NaN back, as from a whole model; nobody is told that all is well.
-        return torch.full_like(rows, math.nan)
-    return rows.div_(back.divisor)

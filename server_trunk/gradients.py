@@ -1,18 +1,24 @@
-"""The gradients of one batch on their way into the step's sum."""
+"""The gradients of one batch on their way into the step's sum, and back to those whose rows they are of."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import Parameter
 
+from server_trunk.members import NO_TARGETS, NOT_FINITE, Member
 from server_trunk.training import Early
 from splitfl.shards import local_of
+from splitfl.tensors import DTYPES
 
-__all__ = ["GradientSum"]
+__all__ = ["GradientSum", "is_usable", "summed", "unscaled"]
+
+#: Hidden states and gradients beyond this are no model's. The sum of its squares over any width is still a float32.
+_LARGEST = 1e15
 
 
 class GradientSum:
@@ -73,3 +79,35 @@ class GradientSum:
                 added.append(local_of(gradient))
         if held:
             torch._foreach_add_(held, added)
+
+
+def summed(member: Member) -> torch.Tensor:
+    """The gradient ``(tokens, H)`` of the member's *summed* loss: its own scaled by the divisor; zero where none counts."""
+    if member.backward is None:
+        return torch.zeros(member.tokens, member.forward.hidden, dtype=DTYPES[member.forward.dtype])
+    rows: torch.Tensor = member.gradient.mul_(member.backward.divisor)
+    if not member.spoilt and not is_usable(rows):
+        member.spoilt = NOT_FINITE
+    elif not member.spoilt and not member.backward.targets and bool(rows.any()):
+        member.spoilt = NO_TARGETS
+    if member.spoilt:
+        # One client's overflow must not cost all others the step.
+        rows.zero_()
+    return rows
+
+
+def is_usable(rows: torch.Tensor) -> bool:
+    """Whether all numbers are finite, and small enough that what the trunk makes of them is: it squares them in its norms."""
+    least, most = torch.aminmax(rows)  # takes no memory; NaN where one is
+    return bool(torch.maximum(most, -least) <= _LARGEST)
+
+
+def unscaled(member: Member, rows: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of the member's own loss, from that of its summed one; None where nobody wants it."""
+    back = member.backward
+    if back is None or not back.want_grad:
+        return None
+    if member.spoilt:
+        # Whoever sends NaN gets NaN back, as from a whole model; nobody is told that all is well.
+        return torch.full_like(rows, math.nan)
+    return rows.div_(back.divisor)
