@@ -66,6 +66,8 @@ def _observed(forward: Callable[..., Any], signature: inspect.Signature, *, in_p
                 args = (*args[:place], labels, *args[place + 1 :])
         objective = _objective(self, arguments)
         remote = self._remote
+        if torch.is_grad_enabled():
+            remote.session.await_leftovers()
         if self.training and torch.is_grad_enabled():
             self._fed_by = leaves_of(arguments.get("inputs_embeds"))
             remote.session.begin_forward()

@@ -182,6 +182,17 @@ class Participant:
             self._check()
         self._check_missed()
 
+    def await_leftovers(self) -> None:
+        """Wait for the answers to forwards of a call that failed before it had them all. Where they ran together with the next
+        call's, the trunk would wait for their gradients, which never come, before it answers that one's.
+        """
+
+        def over() -> bool:
+            return self._lost is not None or self._dropped is not None or self._away is not None
+
+        with self._lock:
+            self._lock.wait_for(lambda: not self._unanswered or over())
+
     def begin_forward(self) -> None:
         """Where the run averages the ends: take part, and have the newest average in them, before a training forward uses them.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -192,3 +194,33 @@ def test_rows_are_cut_into_runs_of_like_length():
     assert cut_rows([9, 1, 1, 1], 2) == [range(1), range(1, 4)]
     assert cut_rows([4] * 4, 1, limit=8) == [range(2), range(2, 4)]
     assert cut_rows([0, 0], 3) == [range(2)]
+
+
+def test_what_a_failed_forward_has_sent_never_runs_together_with_what_follows(tmp_path, model):
+    """The trunk would wait for its gradients, and the client for the trunk."""
+    with running(World(tmp_path, model, 1)) as world:
+        split = world.join_as(0, micro_batches=3)
+        engine, sizes = world.server._engine, []
+        begin = engine.begin_forward
+
+        def slowly(work, heard):
+            if not sizes:
+                time.sleep(0.2)  # so that what follows could overtake the rest of it
+            sizes.append([member.forward.micro for member in work.members])
+            return begin(work, heard)
+
+        engine.begin_forward = slowly
+
+        def fail(*_):
+            raise KeyboardInterrupt  # as of somebody who does not wait any longer
+
+        split.trunk.session.await_hidden, await_hidden = fail, split.trunk.session.await_hidden
+        with pytest.raises(KeyboardInterrupt):
+            split.train()(**batch())
+        split.trunk.session.await_hidden = await_hidden
+        split(**batch()).loss.backward()
+        split.step()
+        split.wait_step()
+        split.close()
+    sent = max(sizes[-1]) + 1
+    assert not any(min(each) < sent // 2 <= max(each) for each in sizes)
