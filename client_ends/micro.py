@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitfl.errors import SplitflError, StepMissed
+from splitfl.errors import CacheLost, SessionLost, SplitflError, StepMissed, UserError
+from splitfl.protocol.messages import Fault, RefusalCode
 
 __all__ = ["Micro", "missed"]
 
@@ -29,6 +30,16 @@ class Micro:
         for future in (self.y, self.dh):
             if not future.done():
                 future.set_exception(error)
+
+    def fate(self, fault: Fault) -> SplitflError:
+        """What becomes of a forward that is answered by a fault."""
+        if fault.code == RefusalCode.STALE:
+            return missed(self.step)
+        if fault.code == RefusalCode.EVICTED:
+            return CacheLost(fault.text)
+        if fault.code == RefusalCode.CACHE_FULL:
+            return UserError(fault.text)
+        return SessionLost(fault.text, fault.code)
 
 
 def missed(step: int, why: str = "was late") -> StepMissed:

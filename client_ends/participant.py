@@ -5,16 +5,14 @@ The channel's I/O thread tells what it hears; the training thread waits. ``sessi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from client_ends.journal import Journal
+from client_ends.linked import Linked
 from client_ends.micro import Micro, missed
 from client_ends.rounds import EndsRounds
-from splitfl.channel.client import ClientChannel
 from splitfl.errors import (
-    CacheLost,
     LocalProtocolError,
     RemoteProtocolError,
     RunComplete,
@@ -29,7 +27,6 @@ from splitfl.protocol.messages import (
     Fault,
     Leave,
     Pause,
-    RefusalCode,
     RoundClosed,
     RoundOpened,
     StepClosed,
@@ -43,25 +40,11 @@ __all__ = ["Participant"]
 _HEARD_SOON = 5.0
 
 
-def _answer(fault: Fault, micro: Micro) -> SplitflError:
-    """What becomes of a forward that is answered by a fault."""
-    if fault.code == RefusalCode.STALE:
-        return missed(micro.step)
-    if fault.code == RefusalCode.EVICTED:
-        return CacheLost(fault.text)
-    if fault.code == RefusalCode.CACHE_FULL:
-        return UserError(fault.text)
-    return SessionLost(fault.text, fault.code)
-
-
-class Participant:
-    """A client in the run's steps. While the link is down every call waits; once it is given up, every call raises."""
+class Participant(Linked):
+    """A client in the run's steps."""
 
     def __init__(self) -> None:
-        self._channel: ClientChannel | None = None
-        self._up = True  # the link stands
-        self._placed = True  # it is known where this client stands in the steps, and what the server had lost is sent again
-        self._reconnect = 0.0  # seconds for which a lost link is tried to be had again
+        super().__init__()
         self._journal: Journal | None = None  # kept where a part may be sent again
         self._away: SplitflError | None = None  # what befell the step under way while the link was down, not raised yet
         self._fate: SplitflError | None = None  # the newest of these
@@ -70,8 +53,6 @@ class Participant:
         self._on_due: Callable[[int], None] = lambda step: None
         self._micros: dict[int, Micro] = {}
         self._next_micro = 0
-        self._lock = threading.Condition()
-        self._lost: SplitflError | None = None
         self._enrolled = False
         self._opened: int | None = None
         self._forwards = self._backwards = self._targets = 0  # sent of the present step
@@ -82,31 +63,6 @@ class Participant:
         self.rounds: EndsRounds | None = None  # where the run averages the ends
         self.step = -1
 
-    @property
-    def channel(self) -> ClientChannel:
-        assert self._channel is not None
-        return self._channel
-
-    @property
-    def terms(self) -> dict[str, Any]:
-        """The run's terms, as the operator set them."""
-        return dict(self.channel.welcome.config)
-
-    # --- the link ---------------------------------------------------------------------------------------------------------------
-
-    def _await_link(self, *, steps: bool = True) -> None:
-        """Wait until the link stands, and (``steps``) it is settled where this client stands. The lock is held."""
-        self._lock.wait_for(lambda: self._lost is not None or (self._up and (self._placed or not steps)))
-        self._check()
-
-    def _tell(self, message: Any) -> None:
-        """Tell the server; where the link has just broken, whoever connects again tells what matters. The lock is held."""
-        try:
-            self.channel.tell(message)
-        except SessionLost:
-            if not self._reconnect:
-                raise
-
     # --- checkpoints ------------------------------------------------------------------------------------------------------------
 
     def keep_with(self, on_due: Callable[[int], None], held: Callable[[], Sequence[int]] = tuple) -> None:
@@ -114,11 +70,6 @@ class Participant:
         client's part of it is done; ``held()``: the steps that have been kept so.
         """
         self._on_due, self._held = on_due, held
-
-    def is_due(self, step: int) -> bool:
-        """Whether both sides keep their state after ``step``."""
-        every: int = self.terms["checkpoint_every"]
-        return bool(every and (step + 1) % every == 0) or bool(self._last_step and step + 1 == self._last_step)
 
     def _enrolment(self) -> Enrol:
         """Says after which steps this client can go on."""
@@ -258,17 +209,6 @@ class Participant:
             return self._dropped is not None
 
     # --- the end of a part ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _has_barrier(self) -> bool:
-        """Whether steps have the same numbers for all."""
-        return bool(self.terms["mode"] != "async")
-
-    @property
-    def _last_step(self) -> int:
-        """How many steps a participant of the whole run takes part in; 0: nobody knows, or there is no end."""
-        total: int = self.terms["optimizer"]["steps"]
-        return total if self._has_barrier else 0
 
     def step_done(self, then: str = "continue", ends_norm: float | None = None) -> None:
         """This client's part of the step is done. ``then``: ``continue``, ``pause`` or ``leave``. ``ends_norm``: of the ends'
@@ -416,7 +356,7 @@ class Participant:
                 self._unanswered.discard(message.micro)
                 asked = self._micros.get(message.micro)
                 if asked is not None:
-                    asked.fail(_answer(message, asked))
+                    asked.fail(asked.fate(message))
             elif isinstance(message, Fault) and message.code == "run-complete":
                 self._complete = True  # no more steps; evaluation goes on
             elif isinstance(message, Fault):
@@ -429,7 +369,3 @@ class Participant:
         self.rounds.hear(message, self.channel.send)
         with self._lock:
             self._lock.notify_all()
-
-    def _check(self) -> None:
-        if self._lost is not None:
-            raise self._lost

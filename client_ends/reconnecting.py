@@ -1,10 +1,9 @@
 """A link that was lost is had again: another session, with a new ticket, secrets and keys, that goes on where the lost one was.
 
-A thread of its own connects, with exponential backoff and full jitter (Brooker, "Exponential Backoff and Jitter", AWS 2015),
-and says which session the new one stands for. Where this client had a part in a step it enrols again, and the step that the
-server then opens for it says what was lost: a part that is not whole there is sent again, from the journal; nothing of it counts
-twice. The training thread meanwhile waits, or computes; it hears of it only where the run has gone on without its part, or has
-gone back.
+A thread of its own connects, and says which session the new one stands for. Where this client had a part in a step it enrols
+again, and the step that the server then opens for it says what was lost: a part that is not whole there is sent again, from the
+journal; nothing of it counts twice. The training thread meanwhile waits, or computes; it hears of it only where the run has gone
+on without its part, or has gone back.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -25,44 +23,18 @@ import torch
 from client_ends.journal import Journal, PartSent
 from client_ends.micro import missed
 from client_ends.participant import Participant
+from client_ends.retrying import may_pass, pause_before
 from splitfl.channel.client import ClientChannel, OnLost
-from splitfl.errors import (
-    ConfigError,
-    ConnectError,
-    Refused,
-    RunComplete,
-    RunWentBack,
-    SealError,
-    SessionLost,
-    SplitflError,
-)
+from splitfl.errors import ConfigError, RunComplete, RunWentBack, SessionLost, SplitflError
 from splitfl.protocol.messages import AskNorm, Backward, Forward, Hidden, Pause, RefusalCode, StepClosed, TrunkNorm, Welcome
 from splitfl.tensors import byte_view
 
-__all__ = ["Reconnecting", "may_pass"]
+__all__ = ["Reconnecting"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds: the first attempt comes within ``_BASE``, later ones within twice the time of the one before, up to ``_MOST``.
-_BASE, _MOST = 0.5, 30.0
-
-#: Why a session may end that the next one need not end for.
-_PASSING = frozenset({"lost", "restarting", RefusalCode.MOVED, RefusalCode.SEAL, RefusalCode.STALE, RefusalCode.FULL})
-
 #: Terms of a run without which it is another run.
 _BINDING = ("identity", "cut", "seed", "mode", "trainables", "adapters", "lora", "dtype")
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether it is worth trying again: the link, or a server that is not there; not a word that means this client."""
-    if isinstance(error, SessionLost | Refused):
-        return error.code in _PASSING
-    return isinstance(error, SealError | ConnectError)
-
-
-def _pause(attempt: int) -> float:
-    """Seconds before an attempt to connect."""
-    return random.uniform(0, min(_MOST, _BASE * 2 ** min(attempt, 16)))
 
 
 class _Cut(Exception):
@@ -98,7 +70,7 @@ class Reconnecting(Participant):
             except SplitflError as error:
                 if not may_pass(error) or time.monotonic() >= give_up:
                     raise
-            time.sleep(_pause(attempt))
+            time.sleep(pause_before(attempt))
 
     def _first(self, replaces: str, reconnect: float) -> None:
         with self._lock:  # a link that breaks at once is heard of when all is in place
@@ -199,7 +171,7 @@ class Reconnecting(Participant):
         while not self._closing:
             with self._lock:
                 # Who is moved is waited for, and finds the server there.
-                self._lock.wait_for(lambda: self._closing, 0.0 if is_moved and not attempt else _pause(attempt))
+                self._lock.wait_for(lambda: self._closing, 0.0 if is_moved and not attempt else pause_before(attempt))
                 self._broken = None
             try:
                 if not self._closing and self._take(self._connect(self.channel.opened.session)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,17 +67,13 @@ def describe_part(
     head = classification_head(model)
     config = model.config
     peft_config = getattr(model, "peft_config", {}).get("default")
-    settings = None
-    if lora is not None:
-        settings = asdict(lora)
-        settings["targets"] = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     return {
         "part": part,
         "base": base,
         "identity": dict(identity),
         "cut": str(Cut.of(cut)),
         "trainables": trainables,
-        "lora": settings,
+        "lora": None if lora is None else lora.to_plain(),
         "task": task,
         "step": step,
         "revision": identity.get("revision"),

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from splitfl.channel.datapath import DataPath, data_address
+from splitfl.channel.datapath import DataPath, data_address, outgoing
 from splitfl.channel.opening import Opening, OpenTerms, follow
+from splitfl.channel.parting import Parting
 from splitfl.channel.tally import Tally
 from splitfl.channel.timing import Timing
 from splitfl.errors import (
@@ -22,7 +23,7 @@ from splitfl.errors import (
     SessionLost,
     SplitflError,
 )
-from splitfl.protocol.assembly import Allocate, payload_view
+from splitfl.protocol.assembly import Allocate
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
 from splitfl.protocol.control import CURVE
 from splitfl.protocol.join import JoinString
@@ -30,14 +31,12 @@ from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import (
     Attach,
     Attached,
-    Bye,
     Closing,
     ControlMessage,
     Credit,
     DataMessage,
     Fault,
     Heartbeat,
-    Leave,
     Opened,
     OtherVersionError,
     Welcome,
@@ -109,7 +108,7 @@ class ClientChannel:
             self._ask_to_open(answer(self.welcome))
             self.opened = self._opening.opened()
         except BaseException:
-            self._quitting = True
+            self._parting.is_abandoned = True
             self.close(leave=False)
             raise
         return self
@@ -134,9 +133,7 @@ class ClientChannel:
         self._control_queue: deque[bytes] = deque()
         self._data_queue: deque[tuple[DataMessage, memoryview]] = deque()
         self._error: SplitflError | None = None
-        self._closing: float | None = None  # when the flush gives up, monotonic seconds
-        self._leave = False
-        self._quitting = self._parting = False
+        self._parting = Parting(timing.flush)
         self.ended_by = ""  # the code of the Fault by which the server has ended the session
         self._opened: Opened | None = None
         self._path: DataPath | None = None  # from Opened on
@@ -175,13 +172,7 @@ class ClientChannel:
         Raises LocalProtocolError (wrong size, wrong state, larger than ``max_message``), SessionLost when the session
         is over.
         """
-        if type(message) is Attach:
-            raise LocalProtocolError("Attach is the channel's own")
-        view = payload_view(message, payload)
-        if len(view) > self.max_message:
-            raise LocalProtocolError(
-                f"a payload of {len(view)} bytes exceeds the server's limit of {self.max_message}: use smaller micro-batches"
-            )
+        view = outgoing(message, payload, self.max_message)
         with self._lock:
             self._check_alive()
             self._session.check_send(message)
@@ -202,9 +193,7 @@ class ClientChannel:
         nothing.
         """
         with self._lock:
-            if self._closing is None:
-                self._leave = leave
-                self._closing = time.monotonic() + self._timing.flush
+            self._parting.want(leave=leave)
         self._transport.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -212,7 +201,7 @@ class ClientChannel:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise SessionLost(str(self._error), getattr(self._error, "code", "lost"))
-        if self._closing is not None:
+        if self._parting.is_wanted:
             raise SessionLost("the session is closed", "closed")
 
     def _ask_to_open(self, terms: OpenTerms) -> None:
@@ -252,34 +241,29 @@ class ClientChannel:
 
     def _patience(self, now: float) -> float:
         until = min(self._beat + self._timing.heartbeat, self._heard + self._timing.silence)
-        if self._closing is not None:
-            until = min(until, self._closing)
+        if self._parting.until is not None:
+            until = min(until, self._parting.until)
         return max(0.0, until - now)
 
     def _closed(self) -> bool:
         """Whether close() was asked for, all is sent that can be, and the server has answered our Bye (or time is
         up).
         """
-        if self._closing is None:
+        if not self._parting.is_wanted:
             return False
-        late = self._quitting or time.monotonic() >= self._closing
-        if not self._parting:
-            if not late and (self._control_queue or self._data_queue or self._path):
+        if not self._parting.has_begun:
+            if not self._parting.is_late and (self._control_queue or self._data_queue or self._path):
                 return False
             self._say_goodbye()
-            self._closing = time.monotonic() + self._timing.flush
-            late = self._quitting
-        return late or self._session.state is State.CLOSED
+        return self._parting.is_late or self._session.state is State.CLOSED
 
     @property
     def _records_sent(self) -> int:
         return self._path.records_sent if self._path is not None else 0
 
     def _say_goodbye(self) -> None:
-        self._parting = True
-        bye = Bye(self._records_sent)
         with self._lock:
-            for message in (Leave(), bye) if self._leave else (bye,):
+            for message in self._parting.begin(self._records_sent):
                 try:
                     self._control_queue.append(self._session.send(message))
                 except LocalProtocolError:
@@ -316,10 +300,10 @@ class ClientChannel:
             if isinstance(message, Fault) and message.fatal:
                 self.ended_by = message.code  # also where this side is parting
             passed_over = self._tally.is_in_doubt and not isinstance(message, Heartbeat | Fault | Closing)
-            if message is not None and not self._parting and not passed_over:
+            if message is not None and not self._parting.has_begun and not passed_over:
                 self._control(message)
             return
-        if self._parting:
+        if self._parting.has_begun:
             return  # an answer that nobody waits for any more
         if self._path is None:
             raise RemoteProtocolError("the server sent data before the session was open")
@@ -383,7 +367,7 @@ class ClientChannel:
         if now - self._heard >= self._timing.silence:
             raise SessionLost(f"the server has been silent for {self._timing.silence:g} s")
         self._tally.check_doubt(now, self._timing.silence)
-        if now - self._beat >= self._timing.heartbeat and not self._parting:
+        if now - self._beat >= self._timing.heartbeat and not self._parting.has_begun:
             self._beat = now
             with self._lock:
                 # Between Hello and Welcome there is nobody to hear it yet.
@@ -394,7 +378,7 @@ class ClientChannel:
     def _lose(self, error: SplitflError) -> None:
         with self._lock:
             self._error = error
-            silent = self._closing is not None
+            silent = self._parting.is_wanted
         opening = not self._opening.is_over
         if opening and isinstance(error, SessionLost | SealError):
             error = ConnectError(f"no session was opened: {error}")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.assembly import Allocate, Inbox, Outbox
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.assembly import Allocate, Inbox, Outbox, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, MakeFrame
 from splitfl.protocol.credit import CreditAccount
-from splitfl.protocol.messages import DataMessage, Opened
+from splitfl.protocol.messages import Attach, DataMessage, Opened
 from splitfl.protocol.records import Opener, Sealer
 from splitfl.protocol.schedule import TrafficSecrets
 from splitfl.transport.base import ClientTransport
@@ -81,6 +81,18 @@ class DataPath:
             self.records_sent += 1
             self.bytes_sent += len(frame)
         return True
+
+
+def outgoing(message: DataMessage, payload: Buffer, limit: int) -> memoryview:
+    """The payload's bytes. Raises LocalProtocolError: wrong size, more than ``limit``, or a message of the channel's own."""
+    if type(message) is Attach:
+        raise LocalProtocolError("Attach is the channel's own")
+    view = payload_view(message, payload)
+    if len(view) > limit:
+        raise LocalProtocolError(
+            f"a payload of {len(view)} bytes exceeds the server's limit of {limit}: use smaller micro-batches"
+        )
+    return view
 
 
 def data_address(text: str, dialled: str) -> tuple[str, int]:

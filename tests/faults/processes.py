@@ -22,7 +22,7 @@ import torch
 # Whatever a command imports only once it runs.
 import client_ends.command
 import client_ends.progress
-import client_ends.reconnecting
+import client_ends.retrying
 import client_ends.train
 import server_trunk.command
 import server_trunk.server  # noqa: F401
@@ -112,7 +112,7 @@ def clock() -> Any:
 def hasten() -> None:
     """Shorter clocks in this process."""
     Timing.__init__.__defaults__ = tuple(_CLOCKS.get(field.name, field.default) for field in dataclasses.fields(Timing))
-    client_ends.reconnecting._MOST = PAUSE
+    client_ends.retrying._MOST = PAUSE
 
 
 def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from client_ends.reconnecting import Reconnecting, may_pass
+from client_ends.reconnecting import Reconnecting
+from client_ends.retrying import may_pass
 from client_ends.session import TrunkSession
 from splitfl.errors import ConnectError, Refused, SealError, SessionLost, StepMissed
 from splitfl.protocol.messages import Fault, RefusalCode, StepClosed

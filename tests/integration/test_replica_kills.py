@@ -64,13 +64,13 @@ def check_disturbed(tmp_path: Path, data: Path, stories: str, number: int, **set
 
 
 def test_a_replica_that_is_killed_changes_nothing(tmp_path, data, stories, monkeypatch):
-    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)  # seconds between attempts
+    monkeypatch.setattr("client_ends.retrying._MOST", 0.5)  # seconds between attempts
     check_disturbed(tmp_path, data, stories, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_a_replica_that_hangs_is_taken_for_dead_and_changes_nothing(tmp_path, data, stories, monkeypatch):
-    monkeypatch.setattr("client_ends.reconnecting._MOST", 0.5)
+    monkeypatch.setattr("client_ends.retrying._MOST", 0.5)
     replicas = check_disturbed(tmp_path, data, stories, signal.SIGSTOP, silence=3)
     said = [event["error"] for event in replicas.events("failed")]
     assert said == ["process 1 of this server is gone (silent for 3 s), so this one ends too"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from client_ends.reconnecting import may_pass
+from client_ends.retrying import may_pass
 from splitfl.errors import ConnectError, OutOfTurn, SealError
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import Identity

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from client_ends.reconnecting import _BASE, _MOST, _pause
+from client_ends.retrying import _BASE, _MOST, pause_before
 from splitfl.channel.tally import Tally
 from splitfl.errors import SealError
 from splitfl.protocol.messages import Heartbeat
@@ -56,7 +56,7 @@ def test_attempts_to_connect_back_off_with_full_jitter():
     random.seed(0)
     for attempt in (0, 1, 3, 6, 100):
         most = min(_MOST, _BASE * 2**attempt)
-        pauses = [_pause(attempt) for _ in range(400)]
+        pauses = [pause_before(attempt) for _ in range(400)]
         assert 0 <= min(pauses) < 0.05 * most
         assert 0.95 * most < max(pauses) <= most
         assert sum(pauses) / len(pauses) == pytest.approx(most / 2, rel=0.15)

@@ -1,12 +1,13 @@
 """The run config: one table, checked; TOML and flags give the same; nothing is guessed."""
 
 import argparse
+import json
 import math
 
 import pytest
 
 from server_trunk.command import add_arguments, config_from
-from splitfl.config import build_config, read_toml, to_toml
+from splitfl.config import LoraSettings, build_config, read_toml, to_toml
 from splitfl.errors import ConfigError
 
 
@@ -141,3 +142,8 @@ def test_processes_that_are_not_there_are_asked_for_by_their_command(monkeypatch
 def test_both_sides_keep_checkpoints_where_replicas_meet(sync, every, kept):
     config = build_config({"model": "m", "mode": "hierarchical", "sync": sync, "checkpoint_every": every})
     assert config.kept_every == config.terms()["checkpoint_every"] == kept
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(), LoraSettings(4, 8.0, 0.1, ("q_proj", "v_proj"))])
+def test_lora_settings_that_travelled_are_the_same(lora):
+    assert LoraSettings.from_plain(json.loads(json.dumps(lora.to_plain()))) == lora
