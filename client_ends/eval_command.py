@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
     read_identity(args.identity)
     quiet_libraries()
     kept = kept_directory(args.ends) if args.ends else None
-    labels = kept_meta(kept)["num_labels"] if kept else None
     extra: dict[str, Any] = {}
     if args.task == "sequence-classification":
-        extra = {"num_labels": labels or args.num_labels or 2, "seed": 0}
+        args.num_labels, args.label_names = _classes(args, kept_meta(kept) if kept else None)
+        extra = {"num_labels": args.num_labels, "seed": 0}
     with joined(args, FACES[args.task], kept, **extra) as (used, tokenizer):
         report = _on_tasks(args, used, tokenizer) if args.tasks else _on_data(args, used, tokenizer)
     if args.json:
@@ -78,23 +78,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _classes(args: argparse.Namespace, meta: dict[str, Any] | None) -> tuple[int, tuple[str, ...] | None]:
+    """How many classes there are, and their names: as the kept ends were trained, or as the flags say.
+
+    Raises:
+        ConfigError: the flags say otherwise than the ends.
+    """
+    from client_ends.preparing import unnamed
+
+    asked = tuple(args.label_names.split(",")) if args.label_names else None
+    if meta is None:
+        return args.num_labels or (len(asked) if asked else 2), asked
+    if meta["task"] != args.task:
+        raise ConfigError(f"the ends in {args.ends} are trained for --task {meta['task']}: evaluate them so")
+    count, names = int(meta["num_labels"]), tuple(meta["label_names"])
+    if args.num_labels not in (None, count):
+        raise ConfigError(f"the ends in {args.ends} know {count} classes: leave --num-labels out")
+    if names == unnamed(count):  # trained on numbers
+        return count, asked or names
+    if asked not in (None, names):
+        raise ConfigError(f"the ends in {args.ends} number the classes {','.join(names)}: leave --label-names out")
+    return count, names
+
+
 def _on_tasks(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     from client_ends.scoring import harness_scores
 
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     shots, limit = args.num_fewshot, args.limit
     return harness_scores(
-        model.eval(), tokenizer, tasks, batch_size=args.batch_size, include=args.include_path, shots=shots, limit=limit
+        model, tokenizer, tasks, batch_size=args.batch_size, include=args.include_path, shots=shots, limit=limit
     )
 
 
 def _on_data(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    from client_ends.data import load_examples, tokenize
+    from client_ends.data import load_examples, pad_token, tokenize
     from client_ends.scoring import score_rows, score_texts
 
     if getattr(model.config, "pad_token_id", None) is None:
-        from client_ends.data import pad_token
-
         model.config.pad_token_id = pad_token(tokenizer)
     rows = tokenize(
         load_examples(args.data, columns=split_columns(args.columns), format=args.data_format),
@@ -102,7 +123,7 @@ def _on_data(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, 
         max_length=min(args.max_length, tokenizer.model_max_length),
         task=args.task,
         num_labels=args.num_labels,
-        label_names=tuple(args.label_names.split(",")) if args.label_names else None,
+        label_names=args.label_names,
     )
     rows.rows = rows.rows[: args.limit]
     report: dict[str, Any] = score_rows(model, rows, tokenizer, batch_size=args.batch_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from client_ends.kept import put_into
-from client_ends.preparing import load_tokenizer
+from client_ends.preparing import check_model, load_tokenizer, model_of
 
 __all__ = ["joined"]
 
@@ -22,6 +22,7 @@ def joined(args: argparse.Namespace, face: Any, kept: Path | None = None, **extr
     Raises:
         UserError: each one sentence with the mend.
     """
+    check_model(args)
     if args.threads:
         import torch
 
@@ -42,8 +43,7 @@ def joined(args: argparse.Namespace, face: Any, kept: Path | None = None, **extr
     )
     try:
         terms = model.trunk.session.terms
-        where = (args.model, args.revision) if args.model else (terms["model"], terms["revision"])
-        tokenizer = load_tokenizer(*where, trust_remote_code=args.trust_remote_code)
+        tokenizer = load_tokenizer(*model_of(args, terms), trust_remote_code=args.trust_remote_code)
         yield (put_into(model, kept, terms) if kept else model).eval(), tokenizer
     finally:
         model.close()

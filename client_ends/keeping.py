@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from client_ends.preparing import TRAINED, model_of
+from client_ends.settings import TrainSettings
 from splitfl.adapters.results import describe_part
 from splitfl.adapters.trainables import copy_into
 from splitfl.checkpoint import (
@@ -24,9 +26,12 @@ from splitfl.checkpoint import (
     save_checkpoint,
     unpack_state,
 )
+from splitfl.config import LoraSettings
 from splitfl.errors import CheckpointError
+from splitfl.parts.cut import Cut
+from splitfl.parts.identity import model_identity
 
-__all__ = ["EndsKeeper", "Place", "last_session"]
+__all__ = ["EndsKeeper", "Place", "about_ends", "last_session"]
 
 #: Other than at the run's checkpoints: of the client's own choice, or where a run broke off.
 _OTHERS = 3
@@ -149,6 +154,22 @@ class EndsKeeper:
         with contextlib.suppress(OSError):
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / _SESSION).write_text(session, encoding="utf-8")
+
+
+def about_ends(settings: TrainSettings, terms: Mapping[str, Any], run: str, lora: LoraSettings) -> dict[str, Any]:
+    """What a checkpoint of a client's ends says of them, as :func:`~splitfl.adapters.results.describe_part` is told it."""
+    cut = Cut.parse(terms["cut"])
+    path, revision = model_of(settings, terms)
+    return {
+        "part": "ends",
+        "base": path,
+        "identity": model_identity(path, revision=revision).to_plain(),
+        "cut": (cut.input_blocks, cut.output_blocks),
+        "trainables": TRAINED[settings.ends],
+        "lora": lora if settings.ends == "lora" else None,
+        "task": settings.task,
+        "run": run,
+    }
 
 
 def last_session(out: Path) -> str:

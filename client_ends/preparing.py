@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from transformers import AutoTokenizer
 
 from client_ends.data import TokenizedDataset, load_examples, split_holdout, tokenize
 from client_ends.settings import TrainSettings
-from splitfl.adapters import attach_lora, set_trainable
+from splitfl.adapters import Trainables, attach_lora, set_trainable
 from splitfl.config import LoraSettings
 from splitfl.errors import ConfigError, ModelError
 
-__all__ = ["load_tokenizer", "model_of", "prepare_ends", "read_data"]
+__all__ = ["TRAINED", "check_model", "load_tokenizer", "model_of", "name_classes", "prepare_ends", "read_data", "unnamed"]
+
+#: How a client has its ends train: what their checkpoints call it.
+TRAINED: dict[str, Trainables] = {"lora": "lora", "full": "full", "frozen": "none"}
 
 
 def read_data(settings: TrainSettings, tokenizer: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
@@ -41,13 +45,19 @@ def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any
     """
     if ends == "lora":
         return attach_lora(model, lora, seed=seed)
-    if ends not in ("full", "frozen"):
+    if ends not in TRAINED:
         raise ConfigError(f"the ends can be trained as lora or full, or be frozen, not {ends!r}")
-    set_trainable(model, "full" if ends == "full" else "none")
+    set_trainable(model, TRAINED[ends])
     return model
 
 
-def model_of(settings: TrainSettings, terms: Mapping[str, Any]) -> tuple[str, str | None]:
+def check_model(settings: TrainSettings | argparse.Namespace) -> None:
+    """Raises ConfigError for the revision of a model that is not named."""
+    if settings.revision and settings.model is None:
+        raise ConfigError("--revision is of the model that --model names: give both, or neither for what the run names")
+
+
+def model_of(settings: TrainSettings | argparse.Namespace, terms: Mapping[str, Any]) -> tuple[str, str | None]:
     """Directory or hub id of the model that a client holds, and its revision: its own, or what the run's ``terms`` name."""
     return (terms["model"], terms["revision"]) if settings.model is None else (settings.model, settings.revision)
 
@@ -61,3 +71,15 @@ def load_tokenizer(path: str, revision: str | None, *, trust_remote_code: bool) 
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer for {path}: {first}") from None
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """What Hugging Face calls classes that nobody has named."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+def name_classes(config: Any, names: Sequence[str]) -> None:
+    """Have a classifier's config say what its classes are called, in the order of their numbers: so its checkpoints do."""
+    called = (*names, *unnamed(config.num_labels)[len(names) :])[: config.num_labels]
+    config.id2label = dict(enumerate(called))
+    config.label2id = {name: number for number, name in enumerate(called)}

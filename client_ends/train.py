@@ -16,9 +16,9 @@ import torch
 
 from client_ends.data import Batches, TokenizedDataset, pad_token
 from client_ends.evaluation import evaluate
-from client_ends.keeping import EndsKeeper, Place, last_session
+from client_ends.keeping import EndsKeeper, Place, about_ends, last_session
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
-from client_ends.preparing import load_tokenizer, model_of, prepare_ends, read_data
+from client_ends.preparing import check_model, load_tokenizer, model_of, name_classes, prepare_ends, read_data
 from client_ends.progress import Progress
 from client_ends.settings import TrainResult, TrainSettings
 from splitfl.adapters import named_trainables
@@ -27,8 +27,6 @@ from splitfl.config import LoraSettings, OptimizerSettings
 from splitfl.errors import ConfigError, NotWritten, RunComplete, RunWentBack, StepMissed
 from splitfl.libraries import differences, library_versions
 from splitfl.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from splitfl.parts.cut import Cut
-from splitfl.parts.identity import model_identity
 from splitfl.runlog import RunLog
 
 __all__ = ["FACES", "TrainResult", "TrainSettings", "prepare_ends", "read_data", "train"]
@@ -60,8 +58,7 @@ def train(
     """
     if settings.task not in FACES:
         raise ConfigError(f"the task is {' or '.join(FACES)}, not {settings.task!r}")
-    if settings.revision and settings.model is None:
-        raise ConfigError("--revision is of the model that --model names: give both, or neither to train what the run names")
+    check_model(settings)
     if settings.resume and not (settings.out and checkpoint_steps(settings.out)):
         raise ConfigError(f"{settings.out or 'no directory'} holds no ends to go on from: leave --resume out")
     if settings.threads:
@@ -76,8 +73,9 @@ def train(
     progress.say("joining the run")
     extra: dict[str, Any] = {}
     if settings.task == "sequence-classification":
-        labels = settings.num_labels or (data[0].num_labels if data else None)
-        extra = {"num_labels": labels or 2, "seed": settings.seed}
+        labels = settings.num_labels or (data[0].num_labels if data else len(settings.label_names or ())) or 2
+        settings = dataclasses.replace(settings, num_labels=labels)
+        extra = {"num_labels": labels, "seed": settings.seed}
     model = FACES[settings.task].from_pretrained(
         settings.model,
         settings.trunk,
@@ -99,6 +97,8 @@ def train(
     try:
         tokenizer = early or load_tokenizer(*model_of(settings, model.trunk.session.terms), trust_remote_code=trust)
         rows, held_out = data or read_data(settings, tokenizer)
+        if rows.label_names:
+            name_classes(model.config, rows.label_names)
         return _Run(settings, model, tokenizer, rows, held_out, log, progress).run()
     except NotWritten:
         model.trunk.session.close(leave=False)
@@ -124,14 +124,9 @@ class _Run:
         self.split = model
         self.session = model.trunk.session
         self.terms = self.session.terms
-        lora = self.terms["lora"]
-        targets = lora["targets"]
-        self.lora = LoraSettings(
-            settings.adapter_rank or lora["rank"],
-            settings.adapter_alpha or lora["alpha"],
-            lora["dropout"],
-            targets if isinstance(targets, str) else tuple(targets),
-        )
+        lora = LoraSettings.from_plain(self.terms["lora"])
+        rank, alpha = settings.adapter_rank or lora.rank, settings.adapter_alpha or lora.alpha
+        self.lora = dataclasses.replace(lora, rank=rank, alpha=alpha)
         # A fresh PEFT wrapper forwards attribute access, so `self.model` serves as both.
         self.model = prepare_ends(model, settings.ends, self.lora, seed=self.terms["seed"])
         self.device = next(iter(model.parameters())).device
@@ -164,7 +159,7 @@ class _Run:
             self.model,
             self.trainables,
             self.optimizer,
-            self._about(),
+            about_ends(settings, self.terms, self.session.channel.welcome.run, self.lora),
             keep=self.terms["checkpoint_keep"],
             due=self.session.is_due,
             on_damage=self._hear_of_damage,
@@ -328,22 +323,6 @@ class _Run:
         self.progress.say(f"note: {text}")
 
     # --- keeping the ends, and going on from what was kept ----------------------------------------------------------------------
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint of the ends says of them."""
-        trained = {"lora": "lora", "full": "full", "frozen": "none"}[self.settings.ends]
-        cut = Cut.parse(self.terms["cut"])
-        path, revision = model_of(self.settings, self.terms)
-        return {
-            "part": "ends",
-            "base": path,
-            "identity": model_identity(path, revision=revision).to_plain(),
-            "cut": (cut.input_blocks, cut.output_blocks),
-            "trainables": trained,
-            "lora": self.lora if trained == "lora" else None,
-            "task": self.settings.task,
-            "run": self.session.channel.welcome.run,
-        }
 
     def _number(self) -> int:
         """The number of the step that the ends are about to make; without a barrier the run's numbers are not this client's."""

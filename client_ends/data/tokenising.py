@@ -206,7 +206,9 @@ def _number_labels(
     count = num_labels or (len(names) if names else max(2, max(labels) + 1))
     for line, number in zip(examples.lines, labels, strict=True):
         if not 0 <= number < count:
-            raise bad_row(examples.path, line, f"the label {number} is not below the number of labels, {count}; mend it.")
+            raise bad_row(
+                examples.path, line, f"the label {number} is not below the number of labels, {count}; mend one of them."
+            )
     return labels, names, count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +111,46 @@ def test_the_command_line_on_a_file_and_with_the_ends_of_a_training_run(tmp_path
             losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])["loss"])
     # The trunk is the trained one in both; the ends are the model's own in the first.
     assert losses[1] < losses[0] < 10
+
+
+def test_a_classifier_is_judged_by_the_classes_that_its_ends_were_trained_on(tmp_path, stories, capsys):
+    seen, held = tmp_path / "seen.csv", tmp_path / "held.csv"
+    seen.write_text("text,label\n" + "The cat sat down.,calm\nThe dog ran home.,glad\nThe bird was lost.,sad\n" * 4)
+    held.write_text("text,label\nThe girl was lost.,sad\nThe boy ran home.,glad\n")  # none is calm
+    task, ends = "sequence-classification", str(tmp_path / "ends")
+    with running(World(tmp_path, stories, 1, memory=False, bind="127.0.0.1:0", cut="1:1")) as world:
+        key = str(world.keys[0])
+        train(
+            TrainSettings(
+                world.join, key, str(seen), stories, task=task, ends="full", steps=2, evaluate=0, out=ends, device="cpu"
+            )
+        )
+        common = (
+            "--trunk",
+            world.join,
+            "--identity",
+            key,
+            "--model",
+            stories,
+            "--task",
+            task,
+            "--ends",
+            ends,
+            "--data",
+            str(held),
+        )
+
+        def scores(*more: str) -> Any:
+            assert main(["eval", *common, "--device", "cpu", "--json", *more]) == 0
+            return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+        assert scores() == scores("--label-names", "calm,glad,sad", "--num-labels", "3")
+        for flag, value, said in (
+            ("--label-names", "sad,glad,calm", "number the classes calm,glad,sad: leave --label-names out"),
+            ("--num-labels", "2", "know 3 classes: leave --num-labels out"),
+        ):
+            assert main(["eval", *common, flag, value]) == 2
+            assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Which model a client's ends, tokenizer and results are of."""
 
+from argparse import Namespace
+
 import pytest
 
+from client_ends.joining import joined
 from client_ends.preparing import model_of
 from client_ends.train import TrainSettings, train
 from splitfl.errors import ConfigError
@@ -17,6 +20,13 @@ def test_the_runs_model_comes_with_the_runs_revision(model, revision, held):
     assert model_of(TrainSettings(trunk="", identity="", data="", model=model, revision=revision), TERMS) == held
 
 
-def test_a_revision_of_no_model_is_refused():
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: train(TrainSettings(trunk="", identity="", data="", revision="v1")),
+        lambda: joined(Namespace(model=None, revision="v1"), None).__enter__(),
+    ],
+)
+def test_a_revision_of_no_model_is_refused(use):
     with pytest.raises(ConfigError, match="give both, or neither"):
-        train(TrainSettings(trunk="", identity="", data="", revision="v1"))
+        use()
