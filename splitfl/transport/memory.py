@@ -118,15 +118,16 @@ class MemoryServerTransport:
             return link
 
     def detach(self, link: _Link) -> None:
+        """The connection is gone, which the client notices at once, as by a socket."""
         with self.network.lock:
             link.up = False
             self._links.pop(link.peer, None)
+        link.client.wake()
 
     def deliver(self, link: _Link, endpoint: Endpoint, frame: Buffer) -> None:
         """From a client. A frame over the limit cuts the connection, as MAXMSGSIZE does."""
         if len(frame) > (MAX_CONTROL_BYTES if endpoint is Endpoint.CONTROL else self._frame_limit):
             self.detach(link)
-            link.client.wake()
             return
         for carried in self.network.carried(endpoint, True, frame):
             if endpoint is Endpoint.DATA:

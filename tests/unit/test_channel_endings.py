@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from splitfl.channel.server import ServerChannel
+from splitfl.channel.timing import Timing
 from splitfl.errors import (
     ConfigError,
     Refused,
@@ -99,6 +101,13 @@ def test_the_server_stops_in_good_order(make: Make) -> None:
     assert world.handler.closed == [(client.channel.opened.session, "maintenance")]
     with pytest.raises(SessionLost, match="maintenance"):
         client.channel.tell(Enrol())
+
+
+def test_a_connection_in_memory_that_breaks_is_noticed_at_once() -> None:
+    with contextlib.closing(World("memory")) as world:
+        client = world.join(timing=Timing(heartbeat=300.0, silence=600.0))
+        world.transport.detach(client.channel._transport._link)  # type: ignore[attr-defined]
+        wait_until(lambda: client.lost)
 
 
 def test_end_tells_the_client_why(make: Make) -> None:
