@@ -17,10 +17,11 @@ from benchmarks.relay import free_port
 from server_trunk.run_ledger import RunLedger
 from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
 from splitfl.protocol.join import JoinString
-from splitfl.protocol.keys import read_identity, write_identity
+from splitfl.protocol.keys import read_identity
 from tests.faults import relay as relays
 from tests.faults.processes import Process, Stop
 from tests.faults.relay import Relay
+from tests.faults.words import flags, serve, write_keys
 
 __all__ = ["STEPS", "Stage", "wait_until"]
 
@@ -50,10 +51,7 @@ class Stage:
         self.clocks: dict[str, Any] = {}
         self.before_again: Callable[[str], None] = lambda name: None  # what is mended before somebody is started again
         self.ended: list[tuple[str, str]] = []  # who ended with an error, and its last words
-        self._keys = [work / f"client{index}.key" for index in range(2)]
-        lines = [f"{write_identity(key).public} client{index}" for index, key in enumerate(self._keys)]
-        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
-        write_identity(work / "server.key")
+        self._keys = write_keys(work, ["client0", "client1"])
         self._ports = free_port(), free_port()
         self.relay = Relay(*self._ports)
         self._processes: dict[str, Process] = {}
@@ -79,31 +77,22 @@ class Stage:
         self._processes[name] = Process(words, said, stop=stop, clock=self.clocks.get(name), diary=diary)
 
     def _serve(self) -> list[str]:
-        control, data = self._ports
         words = {
             "clients": 2,
             "run": "test",
-            "out": self.work / "server",
-            "identity": self.work / "server.key",
-            "authorized-clients": self.work / "authorized_clients",
-            "bind": f"127.0.0.1:{control}",
-            "data-port": data,
-            "device": "cpu",
-            "trainables": "full",
-            "lr": 1e-3,
             "eps": 1e-6,
             "steps": STEPS,
             "on-loss": self._on_loss,
             "step-deadline": 0,
             "checkpoint-every": 1,
         }
-        return ["serve", self._model, *_flags(words), "--until-done", "--resume-if-any"]
+        return serve(self.work, self._model, self._ports, words, "--until-done")
 
     def _train(self, index: int) -> list[str]:
         key = read_identity(self.work / "server.key").public
         words = {
             "trunk": JoinString(key, relays.HOST if index else "127.0.0.1", self._ports[0], "test"),
-            "identity": self._keys[index],
+            "identity": self._keys[f"client{index}"],
             "model": self._model,
             "data": self._texts[index],
             "device": "cpu",
@@ -117,7 +106,7 @@ class Stage:
             "timeout": 4,
         }
         resume = ["--resume"] if checkpoint_steps(self.work / f"ends{index}") else []
-        return ["train", *_flags(words), *resume]
+        return ["train", *flags(words), *resume]
 
     def kill(self, name: str) -> None:
         """kill -9; :meth:`see_through` starts it again."""
@@ -188,7 +177,3 @@ class Stage:
         newest = newest_checkpoint(self.work / side)
         assert newest is not None
         return load_checkpoint(newest)
-
-
-def _flags(words: dict[str, Any]) -> list[str]:
-    return [word for name, value in words.items() for word in (f"--{name}", str(value))]

@@ -21,10 +21,11 @@ import psutil
 from benchmarks.relay import free_port
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.protocol.join import JoinString
-from splitfl.protocol.keys import read_identity, write_identity
+from splitfl.protocol.keys import read_identity
 from splitfl.sample import build_sample_model, sample_text
 from tests.faults.processes import Process
 from tests.faults.relay import Relay
+from tests.faults.words import flags, serve, write_keys
 from tests.soak.crowd import Orders
 
 __all__ = ["APART", "CLIENTS", "DEADLINE", "Life", "Site"]
@@ -60,10 +61,7 @@ class Site:
         build_sample_model(self._model, seed=0, hidden=32, blocks=4, context=64)
         self._texts = self._write_texts()
         names = [f"client{index}" for index in range(CLIENTS)]
-        self._keys = {name: work / f"{name}.key" for name in names}
-        lines = [f"{write_identity(key).public} {name}" for name, key in self._keys.items()]
-        (work / "authorized_clients").write_text("\n".join(lines) + "\n")
-        write_identity(work / "server.key")
+        self._keys = write_keys(work, names)
         self._ports = free_port(), free_port()
         self.relays = {name: Relay(*self._ports, host=f"127.0.1.{number}") for number, name in enumerate(names, 1)}
         self.apart, self._together = names[:APART], names[APART:]
@@ -88,25 +86,16 @@ class Site:
     # --- the server -------------------------------------------------------------------------------------------------------------
 
     def start_server(self) -> None:
-        control, data = self._ports
         words = {
             "clients": 4,
             "run": "soak",
-            "out": self.work / "server",
-            "identity": self.work / "server.key",
-            "authorized-clients": self.work / "authorized_clients",
-            "bind": f"127.0.0.1:{control}",
-            "data-port": data,
-            "device": "cpu",
             "threads": 1,
-            "trainables": "full",
-            "lr": 1e-3,
             "on-loss": "drop",
             "step-deadline": DEADLINE,
             "checkpoint-every": _CHECKPOINT_EVERY,
             "status-every": 2,
         }
-        self.server = self._start(["serve", self._model, *_flags(words), "--resume-if-any"], "server")
+        self.server = self._start(serve(self.work, self._model, self._ports, words), "server")
         self.lives.append(Life(self.server.pid, time.time()))
 
     def end_server(self, how: str) -> None:
@@ -204,7 +193,7 @@ class Site:
             "timeout": 6,
         }
         resume = ["--resume"] if checkpoint_steps(out) else []
-        return self._start(["train", *_flags(words), *resume], name)
+        return self._start(["train", *flags(words), *resume], name)
 
     def kill(self, name: str) -> bool:
         """kill -9 a client that is a process of its own; False where it is away."""
@@ -235,7 +224,3 @@ class Site:
 def _lines(file: Path) -> list[dict[str, Any]]:
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}\n") and line.startswith("{")]
-
-
-def _flags(words: dict[str, Any]) -> list[str]:
-    return [word for name, value in words.items() for word in (f"--{name}", str(value))]
