@@ -152,12 +152,13 @@ def run(args: argparse.Namespace) -> int:
 
     from client_ends.progress import Progress
     from client_ends.train import TrainSettings, train
-    from splitfl.checkpoint import checkpoint_steps
+    from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
     from splitfl.libraries import quiet_libraries
     from splitfl.runlog import RunLog
 
     quiet_libraries()
     values["out"] = args.out or str(Path("runs") / f"{join.run}-ends")
+    mend_checkpoints(values["out"])
     if checkpoint_steps(values["out"]) and not args.resume:
         raise ConfigError(
             f"{values['out']} holds the ends of an earlier run: go on with them by --resume, or choose another --out"

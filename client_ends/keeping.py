@@ -27,7 +27,7 @@ from splitfl.checkpoint import (
     unpack_state,
 )
 from splitfl.config import LoraSettings
-from splitfl.errors import CheckpointError
+from splitfl.errors import CheckpointError, NotReadable
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 
@@ -111,12 +111,15 @@ class EndsKeeper:
 
         Raises:
             CheckpointError: there is none, or it is of other ends.
+            NotReadable: the newest cannot be read, and is not damaged.
         """
         for step in sorted((step for step in self.held() if step < before), reverse=True):
             directory = checkpoint_directory(self.out, step)
             try:
                 tensors, meta, files = load_checkpoint(directory)
                 state = {name: unpack_state(content) for name, content in files.items()}
+            except NotReadable:
+                raise
             except CheckpointError as error:
                 self._on_damage(f"{error} It is kept as {put_aside(directory, 'damaged')}, and the one before it used.")
                 continue

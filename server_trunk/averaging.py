@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 
 from splitfl.adapters.layout import Layout, TensorSpec
+from splitfl.disk_errors import said_if_unwritable
 from splitfl.protocol.control import DTYPES as ITEM_BYTES
 from splitfl.protocol.messages import EndsPart
 from splitfl.tensors import DTYPES, byte_view
@@ -130,7 +131,9 @@ class Averager:
         self._do(lambda: self._average(number, layout, dict(weights), void))
 
     def take(self) -> list[Whole | Done]:
-        """What has happened since this was asked last. Raises what the thread failed with, if it did."""
+        """What has happened since this was asked last. Raises what the thread failed with, if it did: ``NotWritten`` where an
+        average could not be kept, which is for the run to end with, as it is no member's doing.
+        """
         if self._failure is not None:
             raise self._failure
         news = []
@@ -147,9 +150,10 @@ class Averager:
             self._thread = None
 
     def restore(self, number: int, tensors: Mapping[str, torch.Tensor]) -> Average:
-        """The average of round ``number``, as a checkpoint has it."""
+        """The average of round ``number``, as a checkpoint has it. Raises ``NotWritten``."""
         layout = Layout.of(tensors)
-        return self._map(number, layout, [byte_view(tensors[spec.name].contiguous()) for spec in layout.tensors])
+        with self._said():
+            return self._map(number, layout, [byte_view(tensors[spec.name].contiguous()) for spec in layout.tensors])
 
     def _do(self, work: Callable[[], None]) -> None:
         if self._thread is None:
@@ -231,7 +235,10 @@ class Averager:
         if voids:
             self._say(Done(None, 0, 0, void=True))
             return
-        average = self._mean(number, agreed, members, targets) if agreed is not None and targets else None
+        average = None
+        if agreed is not None and targets:
+            with self._said():
+                average = self._mean(number, agreed, members, targets)
         for session in list(self._uploads):
             self._forget(session)
         self._say(Done(average, count, targets, fits))
@@ -273,6 +280,9 @@ class Averager:
         memory = mmap.mmap(file.fileno(), layout.bytes, access=mmap.ACCESS_COPY)
         file.close()
         return Average(number, layout, memoryview(memory))
+
+    def _said(self) -> contextlib.AbstractContextManager[None]:
+        return said_if_unwritable(f"The average of the clients' ends in {self._directory}")
 
     def _file(self) -> BinaryIO:
         return tempfile.TemporaryFile(dir=self._directory)

@@ -11,7 +11,7 @@ from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from splitfl.config import RunConfig, build_config, read_toml, to_toml
-from splitfl.errors import ConfigError, NotWritten
+from splitfl.errors import ConfigError
 from splitfl.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -112,10 +112,11 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 
 def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = None) -> None:
     from server_trunk.server import TrunkServer
-    from splitfl.checkpoint import checkpoint_steps
+    from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
+    mend_checkpoints(config.out_dir)
     group, shards, watch = (joined.group, joined.shards, joined.watch) if joined is not None else (None, None, None)
     first = joined is None or joined.place.is_first
     if first:
@@ -140,14 +141,14 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), ask_to_stop)
-    back = False
+    text, back = "the server is stopping", False
     try:
         while not stopping.is_set() and not server.wait(0.5):
             pass
-    except NotWritten:
-        back = True  # with room made, the run goes on: clients wait for it
+    except BaseException:
+        text, back = "the server has failed", True  # clients wait until it is started again, as for one that was killed
         raise
     finally:
         # Ctrl-C is a person who ends the run; SIGTERM comes from what starts it again.
         asked_politely = any(number == signal.SIGTERM for number, _ in asked)
-        server.stop(back=back or asked_politely, patience=PATIENCE if asked_politely else 0.0)
+        server.stop(text, back=back or asked_politely, patience=PATIENCE if asked_politely else 0.0)

@@ -35,7 +35,7 @@ from splitfl.checkpoint import (
     unpack_state,
 )
 from splitfl.config import LoraSettings, RunConfig
-from splitfl.errors import CheckpointError, RemoteProtocolError
+from splitfl.errors import CheckpointError, NotReadable, RemoteProtocolError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
 from splitfl.runlog import RunLog
@@ -94,6 +94,8 @@ class RunKeeper:
         """
         try:
             main, clients = self._read(step)
+        except NotReadable:
+            raise
         except CheckpointError as error:
             if self._leads:
                 self._put_damaged_aside(step, error)
@@ -183,6 +185,7 @@ class RunKeeper:
 
         Raises:
             CheckpointError: there is none, or it is of another model, cut or kind of training.
+            NotReadable: the newest cannot be read, and is not damaged; the run is not to go on from an older one.
         """
         out = self._config.out_dir
         steps = checkpoint_steps(out)
@@ -197,6 +200,8 @@ class RunKeeper:
                     raise CheckpointError(
                         f"{error} Replica 0 could read it: give all replicas the run's directory, shared or copied"
                     ) from None
+                if isinstance(error, NotReadable):
+                    raise
                 self._put_damaged_aside(step, error)
                 continue
             self._check(directory, main[1])

@@ -39,7 +39,7 @@ from server_trunk.trunkloop import TrunkLoop
 from server_trunk.watch import Watch
 from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
-from splitfl.checkpoint import checkpoint_steps
+from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, GroupLost, KeyFileError, NotWritten, SplitflError
 from splitfl.parts.identity import model_identity
@@ -360,11 +360,13 @@ def _writing_to(out: Path) -> Iterator[None]:
 
 
 def check_before(config: RunConfig, *, resume: bool, shards: ShardGroup | None = None) -> tuple[Path, torch.device]:
-    """Look for mistakes before anything is loaded; returns the file of admitted clients, and the device.
+    """Look for mistakes before anything is loaded, and mend what a crash has left of the run's checkpoints; returns the file of
+    admitted clients, and the device.
 
     Raises ConfigError.
     """
     out = config.out_dir
+    mend_checkpoints(out)
     if checkpoint_steps(out) and not resume:
         raise ConfigError(
             f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "

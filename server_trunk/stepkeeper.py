@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -85,6 +86,7 @@ class StepKeeper:
         self._unsaid: tuple[Ledger, StepReport] | None = None  # a step whose round is not over
         self._enrolments: dict[str, int] = {}
         self._too_late: list[str] = []  # sessions that enrolled after the last step, to be told so once that is said
+        self._uncounted: Counter[tuple[str, int, str]] = Counter()  # by client, step and reason: what the log has yet to say
         self._stale: dict[str, list[int]] = {}  # micro-batches by session, to be told so once their step has closed
         self._report = StepReport(0.0, None)  # of the newest step
         self._began = time.monotonic()
@@ -128,6 +130,7 @@ class StepKeeper:
 
     def forget(self, session: str, client: str) -> None:
         """The session of ``client`` is gone."""
+        self._log_uncounted(client)
         self._enrolments.pop(session, None)
         self._stale.pop(session, None)
         self._too_late = [other for other in self._too_late if other != session]
@@ -181,14 +184,19 @@ class StepKeeper:
         self._tokens += tokens
 
     def tell_uncounted(self, member: Member, back: Backward) -> None:
-        """A gradient has counted as zero: in the log, in the live numbers, and to whom it came from."""
-        client = self._names.get(member.session)
-        if member.spoilt == NO_TARGETS:
-            self._log.write("gradient-no-targets", client=client, step=back.step)
-        else:
-            self._log.write("gradient-not-finite", client=client, step=back.step)
+        """A gradient has counted as zero: in the live numbers, to whom it came from, and, once for all of a step, in the log."""
+        self._uncounted[member.client, back.step, member.spoilt] += 1
         self._meter.uncounted(member.client)
         self._outlet.tell(member.session, Fault(RefusalCode.NOT_COUNTED, _UNCOUNTED[member.spoilt], False, back.micro))
+
+    def _log_uncounted(self, client: str | None = None) -> None:
+        """A line for all that a client (or, None, anybody) has sent of the kind in a step, as no client is to fill the log."""
+        for key in [key for key in self._uncounted if client in (None, key[0])]:
+            (name, step, why), count = key, self._uncounted.pop(key)
+            if why == NO_TARGETS:
+                self._log.write("gradient-no-targets", client=name, step=step, micro_batches=count)
+            else:
+                self._log.write("gradient-not-finite", client=name, step=step, micro_batches=count)
 
     def drop_late(self, *, idle: bool) -> bool:
         """Go on without those whom others have waited for too long; returns whether there are any. ``idle``: nothing can run."""
@@ -215,6 +223,7 @@ class StepKeeper:
                 self._steps.close()  # hears that the run ends
             return
         for part in self._steps.ended():
+            self._log_uncounted(part.client)
             self._tell_closed(part, part.step, part.targets, 1)
         ledger = self._steps.close()
         if ledger is not None:
@@ -318,6 +327,7 @@ class StepKeeper:
             busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
             parts=self._named(ledger),
         )
+        self._log_uncounted()
         for part in ledger.parts.values():
             if part.dropped and part.why != PAUSED:
                 self._log.write("dropped", client=part.client, step=ledger.step, why=part.why, targets=part.targets)

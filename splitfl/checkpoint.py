@@ -19,8 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor
 
-from splitfl.directories import write_directory_atomically
-from splitfl.errors import CheckpointError, NotWritten
+from splitfl.directories import restore_set_aside, write_directory_atomically
+from splitfl.disk_errors import said_if_unreadable, said_if_unwritable
+from splitfl.errors import CheckpointError, NotReadable
 from splitfl.shard_files import read_whole
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def save_checkpoint(
     # As JSON gives it back (tuples as lists, every key a string): so the digest is that of what will be read.
     meta = json.loads(json.dumps(meta, allow_nan=False))
     text = json.dumps(meta, allow_nan=False, sort_keys=True)
-    with _named_if_refused(directory), write_directory_atomically(directory, overwrite=True) as temporary:
+    with said_if_unwritable(f"The checkpoint {directory}"), write_directory_atomically(directory, overwrite=True) as temporary:
         digests = dict(write(temporary)) if write is not None else {}
         if write is None:
             save_tensors(temporary / TENSORS, tensors)
@@ -86,21 +86,6 @@ def save_checkpoint(
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _named_if_refused(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """What the system says of a failed write, in a sentence with the mend."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors has an error of its own, with the system's in its text.
-        found = re.search(r"os error (\d+)", str(error))
-        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        why = os.strerror(code) if code else str(error)
-        raise NotWritten(
-            f"The checkpoint {directory} cannot be written ({why}): make room or mend the disk, then go on with --resume."
-        ) from error
-
-
 def load_checkpoint(
     directory: str | os.PathLike[str], *, shards: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
@@ -108,9 +93,15 @@ def load_checkpoint(
 
     Of a checkpoint in shards the tensors are made whole, or, without ``shards``, left where they are.
 
-    Raises ``CheckpointError`` where a file is missing, of another size, or of another digest than at saving.
+    Raises ``CheckpointError`` where a file is missing, of another size, or of another digest than at saving; ``NotReadable``
+    where nothing says that it is damaged, and yet it cannot be read.
     """
     directory = Path(directory)
+    with said_if_unreadable(f"The checkpoint {directory}"):
+        return _load(directory, shards)
+
+
+def _load(directory: Path, shards: bool) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
     meta, files = _read_description(directory)
     extra: dict[str, bytes] = {}
     for name, stated in files.items():
@@ -132,8 +123,9 @@ def in_shards(directory: str | os.PathLike[str]) -> bool:
 
 
 def load_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Only the ``meta`` of a checkpoint: cheap, no tensor is read. Raises ``CheckpointError`` where it is damaged."""
-    return _read_description(Path(directory))[0]
+    """Only the ``meta`` of a checkpoint: cheap, no tensor is read. Raises as :func:`load_checkpoint` does."""
+    with said_if_unreadable(f"The checkpoint {directory}"):
+        return _read_description(Path(directory))[0]
 
 
 def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -143,7 +135,7 @@ def _read_description(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
-            raise CheckpointError(
+            raise NotReadable(
                 f"The checkpoint {directory} has format {description['format']}, this version reads {FORMAT}: "
                 "use the splitfl version that wrote it."
             )
@@ -173,20 +165,35 @@ def checkpoint_directory(run_dir: str | os.PathLike[str], step: int) -> Path:
 
 
 def put_aside(directory: Path, why: str) -> Path:
-    """Rename a checkpoint that nothing is to go on from; returns its place. One that was put there before is deleted."""
+    """Rename a checkpoint that nothing is to go on from; returns its place. One that was put there before is deleted.
+
+    Raises ``NotWritten`` where the system refuses.
+    """
     place = directory.with_name(f"{why}-{directory.name}")
     shutil.rmtree(place, ignore_errors=True)
-    os.replace(directory, place)
+    with said_if_unwritable(f"The new name of the checkpoint {directory}, {place.name},"):
+        os.replace(directory, place)
     return place
 
 
+def mend_checkpoints(run_dir: str | os.PathLike[str]) -> None:
+    """Undo what a crash has interrupted: a checkpoint that was being written anew is as it was. To be called at the start, before
+    anybody asks which checkpoints there are, and while nobody writes any.
+    """
+    for folder in (Path(run_dir) / "checkpoints", *(Path(run_dir) / "clients").glob("*/checkpoints")):
+        restore_set_aside(folder)
+
+
 def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
-    """The steps a run has checkpoints of, ascending; empty where it has none."""
+    """The steps a run has checkpoints of, ascending; empty where it has none. Raises ``CheckpointError`` where the system does
+    not say what is there.
+    """
     folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        return []
-    matches = (_STEP.fullmatch(entry.name) for entry in folder.iterdir() if (entry / DESCRIPTION).is_file())
-    return sorted(int(match[1]) for match in matches if match)
+    with said_if_unreadable(f"The directory {folder}"):
+        if not folder.is_dir():
+            return []
+        matches = (_STEP.fullmatch(entry.name) for entry in folder.iterdir() if (entry / DESCRIPTION).is_file())
+        return sorted(int(match[1]) for match in matches if match)
 
 
 def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
@@ -205,6 +212,7 @@ def prune_checkpoints(
     """
     if keep < 1:
         raise ValueError("at least one checkpoint has to be kept")
+    restore_set_aside(Path(run_dir) / "checkpoints")
     gone = [step for step in checkpoint_steps(run_dir) if among(step)][:-keep]
     for step in gone:
         shutil.rmtree(checkpoint_directory(run_dir, step))
@@ -235,13 +243,18 @@ def clients_of(run_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
-    """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``)."""
+    """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``). While one
+    of those cannot be read nothing is deleted: nobody knows what it names.
+    """
     clients = clients_of(run_dir)
     if not clients:
         return
     named: set[tuple[str, int]] = set()
-    for step in checkpoint_steps(run_dir):
-        named |= set((load_meta(checkpoint_directory(run_dir, step)).get("clients") or {}).items())
+    try:
+        for step in checkpoint_steps(run_dir):
+            named |= set((load_meta(checkpoint_directory(run_dir, step)).get("clients") or {}).items())
+    except CheckpointError:
+        return
     for client in clients:
         folder = client_directory(run_dir, client)
         for step in checkpoint_steps(folder):
@@ -374,6 +387,7 @@ __all__ = [
     "load_checkpoint",
     "load_meta",
     "load_tensors",
+    "mend_checkpoints",
     "newest_checkpoint",
     "pack_state",
     "prune_checkpoints",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splitfl.errors import CheckpointError
 
-__all__ = ["write_directory_atomically"]
+__all__ = ["restore_set_aside", "write_directory_atomically"]
+
+#: Of Linux's renameat2: names are relative to the working directory; both exist, and are swapped.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -19,8 +24,9 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
     """Yield a temporary sibling of ``path`` to write into; flush it to disk and rename it to ``path`` on success.
 
     When the body raises, the temporary directory is removed and whatever was at ``path`` stays as it was. Raises
-    ``CheckpointError`` where ``path`` exists and is not an empty directory, unless ``overwrite``: then the old
-    directory is moved aside first and deleted after the new one is in place.
+    ``CheckpointError`` where ``path`` exists and is not an empty directory, unless ``overwrite``: then the two are swapped and
+    the old one is deleted. Where the system cannot swap, the old one is moved aside first; a crash between the two renames leaves
+    it there for :func:`restore_set_aside`.
     """
     target = Path(path)
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
@@ -38,17 +44,33 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
             for name in names:
                 _flush(Path(directory) / name)
             _flush_directory(Path(directory))
-        if target.exists():
+        if not target.exists():
+            os.replace(temporary, target)
+        elif not _exchange(temporary, target):
             aside = _sibling(target, "old")
             os.replace(target, aside / target.name)
             os.replace(temporary, target)
             shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
         _flush_directory(target.parent)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_set_aside(folder: Path) -> None:
+    """Give directories of ``folder`` back their names that a crash left aside while another was to take their place."""
+    for old in folder.glob(".*.old/*"):
+        if not (folder / old.name).exists():
+            with suppress(OSError):  # another process may have been quicker
+                os.replace(old, folder / old.name)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap what two names stand for, at once; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def _sibling(target: Path, suffix: str) -> Path:

@@ -46,6 +46,12 @@ class NotWritten(CheckpointError):
     """A checkpoint could not be written, as the disk is full, say: the one before it stands."""
 
 
+class NotReadable(CheckpointError):
+    """A checkpoint cannot be read here, though nothing says that it is damaged: another version has written it, or the system
+    refuses. So nobody puts it aside, or goes on from an older one in its place.
+    """
+
+
 class RunComplete(UserError):
     """The run has made all its steps, so no step can be taken part in; evaluation goes on working."""
 

@@ -43,10 +43,12 @@ EVENTS: dict[str, Event] = {
     "forward-failed": Event(("client", "error"), "a forward of {client} cannot run: {error}"),
     "backward-failed": Event(("client", "error"), "a backward of {client} cannot run: {error}"),
     "gradient-not-finite": Event(
-        ("client", "step"), "{client} sent a gradient that is not finite in step {step}: it counts as zero"
+        ("client", "step", "micro_batches"),
+        "{client} sent gradients that are not finite in step {step} ({micro_batches} micro-batches): they count as zero",
     ),
     "gradient-no-targets": Event(
-        ("client", "step"), "{client} sent a gradient of no target token in step {step}: it counts as zero"
+        ("client", "step", "micro_batches"),
+        "{client} sent gradients of no target token in step {step} ({micro_batches} micro-batches): they count as zero",
     ),
     "adapter-unreadable": Event(("client", "error"), "the adapter of {client} cannot be read: {error}"),
     # The run.

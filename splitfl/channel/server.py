@@ -176,7 +176,8 @@ class ServerChannel:
         except Exception as error:
             _log.exception("the server's I/O thread failed")
             self._failure = error
-            self._stopping = self._stopping or "the server failed"
+            # Whoever runs the server starts it again; clients wait for that, as they do for one that was killed.
+            self._stopping, self._back = self._stopping or "the server has failed", True
         finally:
             try:
                 self._sessions.close_all(self._stopping or "the server stops", back=self._back)

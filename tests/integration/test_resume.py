@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import pytest
 import torch
 
+import splitfl.checkpoint
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import TrunkServer
 from splitfl.checkpoint import (
@@ -20,7 +22,7 @@ from splitfl.checkpoint import (
 )
 from splitfl.cli import main
 from splitfl.config import LoraSettings
-from splitfl.errors import CheckpointError, ConfigError
+from splitfl.errors import CheckpointError, ConfigError, NotReadable
 from splitfl.transport.memory import MemoryNetwork, MemoryServerTransport
 from tests.integration.test_client_adapters import SETTINGS, train, weights
 from tests.integration.test_equality import story_batches
@@ -113,6 +115,50 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_runs_is_refused(tmp_pat
             again(world, **changes)
     assert checkpoint_steps(run) == [0, 1], "what is of another run is not damaged"
     assert 'adapters = "per-client"' in (run / "config.toml").read_text()
+
+
+def test_a_checkpoint_of_a_later_format_stays_where_it_is(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    world = World(tmp_path, model, 1, checkpoint_every=1)
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with running(world):
+        train(world, 0, [batch] * 2, asked={})
+    run = world.server.config.out_dir
+    description = checkpoint_directory(run, 1) / "checkpoint.json"
+    description.write_text(description.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(NotReadable, match=r"step-00000001 has format 2.* use the splitfl version that wrote it"):
+        again(world)
+    assert checkpoint_steps(run) == [0, 1]
+
+
+def test_where_the_disk_does_not_give_a_checkpoint_back_the_one_before_is_used(tmp_path, monkeypatch):
+    model = tiny_llama(tmp_path / "model")
+    world = World(tmp_path, model, 1, checkpoint_every=1)
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with running(world):
+        train(world, 0, [batch] * 2, asked={})
+    digest = splitfl.checkpoint.file_digest
+
+    def lost(file):
+        if "step-00000001" in str(file):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file)
+
+    monkeypatch.setattr(splitfl.checkpoint, "file_digest", lost)
+    again(world)
+    assert world.events("resumed")[-1]["step"] == 0
+    assert "Input/output error" in world.events("checkpoint-damaged")[-1]["error"]
+
+
+def test_a_damaged_older_checkpoint_does_not_end_the_running_server(tmp_path):
+    world = World(tmp_path, tiny_llama(tmp_path / "model"), 1, checkpoint_every=1, **SETTINGS)
+    batch = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with running(world):
+        train(world, 0, [batch] * 2)
+        (checkpoint_directory(world.server.config.out_dir, 0) / "checkpoint.json").write_text("{")
+        train(world, 0, [batch] * 2)
+        assert world.server._loop.failure is None
+    assert [event["step"] for event in world.events("checkpoint")] == [0, 1, 2, 3]
 
 
 def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_path, capsys):

@@ -7,9 +7,12 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from splitfl.cli import main
+from splitfl.errors import NotWritten, SplitflError
 from tests.replicas import ENVIRONMENT, Replicas
 from tests.rounds_world import batch
 from tests.unit.channel_world import wait_until
@@ -35,6 +38,43 @@ def test_who_hurries_waits_no_longer_for_the_open_step(tmp_path):
         stop.join(30)
         assert not stop.is_alive()
         split.close()
+
+
+class Failing:
+    """A server whose trunk fails; ``said``: what it is told at its end."""
+
+    said: ClassVar[list[Any]] = []
+    join = "splitfl://..."
+
+    def __init__(self, config: Any, **more: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def wait(self, timeout: float) -> bool:
+        raise self.error
+
+    def stop(self, text: str, *, back: bool, patience: float) -> None:
+        self.said.append((text, back, patience))
+
+
+@pytest.mark.parametrize(
+    "error", [SplitflError("the trunk failed: CUDA error"), NotWritten("no room"), RuntimeError("a mistake")]
+)
+def test_a_server_that_fails_by_itself_means_to_be_back(tmp_path, monkeypatch, error):
+    """So its clients wait until it is started again, as they do for one that was killed."""
+    monkeypatch.setattr("server_trunk.server.TrunkServer", Failing)
+    monkeypatch.setattr(Failing, "error", error, raising=False)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    Failing.said.clear()
+    arguments = ["serve", "model", "--out", str(tmp_path)]
+    if isinstance(error, SplitflError):
+        assert main(arguments) == error.exit_code
+    else:
+        with pytest.raises(RuntimeError, match="a mistake"):
+            main(arguments)
+    assert Failing.said == [("the server has failed", True, 0.0)]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from client_ends.reconnecting import may_pass
 from splitfl.channel.server import ServerChannel
 from splitfl.channel.timing import Timing
 from splitfl.errors import (
@@ -108,6 +109,21 @@ def test_a_connection_in_memory_that_breaks_is_noticed_at_once() -> None:
         client = world.join(timing=Timing(heartbeat=300.0, silence=600.0))
         world.transport.detach(client.channel._transport._link)  # type: ignore[attr-defined]
         wait_until(lambda: client.lost)
+
+
+def test_a_server_that_fails_by_itself_is_waited_for(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make()
+    client = world.join()
+
+    def fail() -> None:
+        raise RuntimeError("a mistake in the I/O thread")
+
+    monkeypatch.setattr(world.server._sessions, "tick", fail)
+    wait_until(lambda: client.lost)
+    assert getattr(client.lost[0], "code", "") == "restarting"
+    assert may_pass(client.lost[0]), "the client connects again"
+    assert "the server has failed" in str(client.lost[0])
+    assert isinstance(world.server.failure, RuntimeError)
 
 
 def test_end_tells_the_client_why(make: Make) -> None:

@@ -1,7 +1,10 @@
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,20 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 
 import splitfl.checkpoint
+import splitfl.directories
 from splitfl.checkpoint import (
     checkpoint_directory,
     checkpoint_steps,
+    client_directory,
     load_checkpoint,
     load_meta,
+    mend_checkpoints,
     newest_checkpoint,
     pack_state,
     prune_checkpoints,
+    prune_client_checkpoints,
     put_aside,
     save_checkpoint,
     unpack_state,
 )
 from splitfl.directories import write_directory_atomically
-from splitfl.errors import CheckpointError, NotWritten
+from splitfl.errors import CheckpointError, NotReadable, NotWritten
 
 
 def tensors():
@@ -284,6 +291,103 @@ def test_what_the_system_refuses_is_a_sentence_and_leaves_what_was_there(tmp_pat
     assert load_meta(tmp_path / "c") == {"step": 1}
     load_checkpoint(tmp_path / "c")
     assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_crash_amid_writing_anew_leaves_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch, swaps):
+    """Whatever rename the process dies at: also where the system cannot swap two names."""
+    directory = checkpoint_directory(tmp_path, 42)
+    found = []
+    for renames in range(2 if swaps else 3):
+        save_checkpoint(directory, tensors(), {"step": 42, "of": "old"})
+        left, replace, exchange = [renames], os.replace, splitfl.directories._exchange
+
+        def counted(*names, rename, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt  # the process is gone: nothing after this is done
+            left[0] -= 1
+            return rename(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", functools.partial(counted, rename=replace))
+            patch.setattr(
+                "splitfl.directories._exchange", functools.partial(counted, rename=exchange) if swaps else lambda *_: False
+            )
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            with contextlib.suppress(KeyboardInterrupt):
+                save_checkpoint(directory, tensors(), {"step": 42, "of": "new"})
+        mend_checkpoints(tmp_path)
+        found.append(load_checkpoint(directory)[1]["of"])
+        assert checkpoint_steps(tmp_path) == [42]
+        assert prune_checkpoints(tmp_path, keep=1) == []
+        assert os.listdir(tmp_path / "checkpoints") == [directory.name]
+    assert found == (["old", "new"] if swaps else ["old", "old", "new"])
+
+
+def test_what_was_set_aside_is_not_pruned(tmp_path):
+    directory = checkpoint_directory(tmp_path, 42)
+    save_checkpoint(directory, tensors(), {"step": 42})
+    aside = directory.with_name(f".{directory.name}.0123abcd.old")
+    aside.mkdir()
+    directory.rename(aside / directory.name)
+    assert prune_checkpoints(tmp_path, keep=1) == []
+    assert os.listdir(directory.parent) == [directory.name]
+    load_checkpoint(directory)
+
+
+def refuse(code):
+    def refused(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return refused
+
+
+@pytest.mark.parametrize("where", ["description", "digest"])
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (errno.EIO, CheckpointError, r"c is damaged, the disk does not give it back \(Input/output error\): use another"),
+        (errno.EACCES, NotReadable, r"c cannot be read \(Permission denied\): mend that"),
+        (errno.ESTALE, NotReadable, "c cannot be read"),
+    ],
+)
+def test_what_the_system_does_not_read_is_a_sentence(tmp_path, monkeypatch, where, code, kind, said):
+    save_checkpoint(tmp_path / "c", tensors(), {"step": 1})
+    if where == "description":
+        monkeypatch.setattr(Path, "read_text", refuse(code))
+        with pytest.raises(kind, match=said):
+            load_meta(tmp_path / "c")
+    else:
+        monkeypatch.setattr(splitfl.checkpoint, "file_digest", refuse(code))
+    with pytest.raises(kind, match=said) as caught:
+        load_checkpoint(tmp_path / "c")
+    assert isinstance(caught.value, NotReadable) == (kind is NotReadable)
+
+
+def test_a_directory_that_cannot_be_listed_or_renamed_in_is_a_sentence(tmp_path, monkeypatch):
+    save_checkpoint(checkpoint_directory(tmp_path, 1), tensors(), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse(errno.EACCES))
+        with pytest.raises(NotReadable, match="checkpoints cannot be read"):
+            checkpoint_steps(tmp_path)
+    monkeypatch.setattr(os, "replace", refuse(errno.EROFS))
+    with pytest.raises(NotWritten, match="damaged-step-00000001, cannot be written"):
+        put_aside(checkpoint_directory(tmp_path, 1), "damaged")
+
+
+def test_while_a_checkpoint_cannot_be_read_no_clients_are_pruned(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(checkpoint_directory(tmp_path, step), {}, {"clients": {"a": step}})
+        save_checkpoint(checkpoint_directory(client_directory(tmp_path, "a"), step), {}, {})
+    save_checkpoint(checkpoint_directory(client_directory(tmp_path, "a"), 0), {}, {})
+    description = checkpoint_directory(tmp_path, 1) / "checkpoint.json"
+    whole = description.read_text()
+    description.write_text(whole[:-9])
+    prune_client_checkpoints(tmp_path)
+    assert checkpoint_steps(client_directory(tmp_path, "a")) == [0, 1, 2]
+    description.write_text(whole)
+    prune_client_checkpoints(tmp_path)
+    assert checkpoint_steps(client_directory(tmp_path, "a")) == [1, 2]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a handle is of, Linux says in /proc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from server_trunk.averaging import Averager, Done, Whole
 from splitfl.adapters.layout import Layout
+from splitfl.errors import NotWritten
 from splitfl.protocol.messages import EndsPart
 from splitfl.tensors import byte_view
 from tests.integration.test_lost import wait_for
@@ -172,6 +174,21 @@ def test_a_disk_that_is_full_by_the_last_part_is_noticed_before_the_average(tmp_
     sums.averager.discard("x")
     sums.averager.average(0, None, {})
     assert sums.news(1) == [Done(None, 0, 0)]
+    sums.averager.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_an_average_that_does_not_fit_ends_the_run_in_a_sentence(tmp_path, monkeypatch):
+    """A member's ends did, so this is nobody's fault: the server ends, clients wait until there is room."""
+    sums = Sums(tmp_path)
+    layout = sums.send("x", ends(0))
+    assert sums.news(1) == [Whole("x")]
+    monkeypatch.setattr(sums.averager, "_file", functools.partial(open, "/dev/full", "w+b"))
+    sums.averager.average(0, layout, {"x": 3})
+    with pytest.raises(NotWritten, match=r"average of the clients' ends in .* \(No space left on device\): make room"):
+        sums.news(1)
+    with pytest.raises(NotWritten, match="make room"):
+        sums.averager.restore(0, ends(0))
     sums.averager.close()
 
 

@@ -129,6 +129,25 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing(model, tmp_path, value
         assert torch.allclose(tensor, weights[1][name], atol=1e-6), name
 
 
+def test_however_many_gradients_count_for_nothing_the_log_has_a_line_for_a_step(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=1)
+    desk.join("a")
+    for step in range(2):
+        for micro in range(3):
+            desk.run(("a", forward(micro, step=step)))
+            desk.loop.inbox.put(Event("a", backward(micro, step=step), torch.full((4, HIDDEN), math.nan)))
+        assert len(desk.events("gradient-not-finite")) == step
+        desk.run(("a", StepDone(step, 3, 3, "continue")))
+    found = [(event["client"], event["step"], event["micro_batches"]) for event in desk.events("gradient-not-finite")]
+    assert found == [("a", 0, 3), ("a", 1, 3)]
+    assert sum(isinstance(message, Fault) and message.code == "not-counted" for _, message in desk.outlet.told) == 6
+    desk.run(("a", forward(0, step=2)))
+    desk.loop.inbox.put(Event("a", backward(0, step=2), torch.full((4, HIDDEN), math.nan)))
+    desk.run()
+    desk.run(("a", None))
+    assert [event["step"] for event in desk.events("gradient-not-finite")] == [0, 1, 2], "who leaves amid a step is named too"
+
+
 def test_a_tiny_divisor_harms_nobody(model, tmp_path):
     desk = Desk(model, tmp_path)
     desk.join("a")
