@@ -189,9 +189,7 @@ class ClientChannel:
         self._transport.wake()
 
     def close(self, *, leave: bool = True) -> None:
-        """Sends what is queued (bounded wait), then Leave if ``leave``, then Bye; joins the thread. A second call does
-        nothing.
-        """
+        """Sends what is queued (bounded wait), then Leave if ``leave``, then Bye; joins the thread. A second call is nothing."""
         with self._lock:
             self._parting.want(leave=leave)
         self._transport.wake()
@@ -241,21 +239,22 @@ class ClientChannel:
 
     def _patience(self, now: float) -> float:
         until = min(self._beat + self._timing.heartbeat, self._heard + self._timing.silence)
-        if self._parting.until is not None:
-            until = min(until, self._parting.until)
-        return max(0.0, until - now)
+        return max(0.0, self._parting.look_again(until, more=self._has_more) - now)
 
     def _closed(self) -> bool:
-        """Whether close() was asked for, all is sent that can be, and the server has answered our Bye (or time is
-        up).
-        """
+        """Whether close() was asked for, all is sent that can be, and the server has answered our Bye (or time is up)."""
         if not self._parting.is_wanted:
             return False
         if not self._parting.has_begun:
-            if not self._parting.is_late and (self._control_queue or self._data_queue or self._path):
+            if self._has_more and not self._parting.is_late:
                 return False
             self._say_goodbye()
         return self._parting.is_late or self._session.state is State.CLOSED
+
+    @property
+    def _has_more(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._control_queue or self._data_queue or self._path)
 
     @property
     def _records_sent(self) -> int:

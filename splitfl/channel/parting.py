@@ -33,6 +33,13 @@ class Parting:
         """Whether the present wait is over."""
         return self.is_abandoned or (self.until is not None and time.monotonic() >= self.until)
 
+    def look_again(self, until: float, *, more: bool) -> float:
+        """When to look again, at the latest; ``until`` where nobody wants to part. ``more``: something is still to be sent."""
+        if self.until is None:
+            return until
+        # All has left: goodbye comes next, of which nobody wakes the thread.
+        return min(until, self.until) if more or self.has_begun else 0.0
+
     def begin(self, records: int) -> tuple[Leave | Bye, ...]:
         """What is said after ``records`` were sent; now its answer is awaited."""
         self.has_begun, self.until = True, time.monotonic() + self._flush

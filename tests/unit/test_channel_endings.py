@@ -73,6 +73,32 @@ def test_close_sends_what_is_queued_and_leaves(make: Make) -> None:
     client.channel.close()
 
 
+def test_close_right_after_the_last_word_waits_for_nothing(make: Make) -> None:
+    patient = Timing(heartbeat=300.0, silence=600.0, flush=300.0)
+    client = make(timing=patient).join(timing=patient)
+    wait_until(lambda: client.channel._tally.heard == 3)  # Welcome, Opened, and the first heartbeat, which would wake it
+    transport: Any = client.channel._transport
+    poll, wake, woken = transport.poll, transport.wake, []
+    between, both_asked = threading.Event(), threading.Event()
+
+    def held(timeout: float) -> Any:
+        between.set()
+        both_asked.wait()
+        return poll(timeout)
+
+    transport.poll = held
+    wake()
+    between.wait()
+    transport.wake = lambda: (wake(), woken.append(1))
+    client.channel.tell(Enrol())
+    closing = threading.Thread(target=client.channel.close, daemon=True)
+    closing.start()
+    wait_until(lambda: len(woken) == 2)
+    both_asked.set()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 def test_credit_that_comes_after_goodbye_harms_nothing(make: Make) -> None:
     world = make(window=64 * MIB)
     client = world.join()
