@@ -1,12 +1,16 @@
 """What does another replica bring that has a core or a GPU of its own? N replicas against one, each with as many threads.
 
-Two servers stand side by side, one plain and one with N replicas; light clients, as many for each, work now on the one, now on
-the other, so that drift of the machine hits both. The figure is the median over pairs of the ratio of tokens/s. With ``sync =
-step`` the cost of the all-reduce at every step is in it, with ``sync = K`` that of one average every K steps.
+Servers stand side by side, one plain and one with N replicas; light clients, as many for each, work now on the one, now on the
+other, so that drift of the machine hits both. The figure is the median over rounds of the ratio of tokens/s. With ``sync = step``
+the cost of the all-reduce at every step is in it, with ``sync = K`` that of one average every K steps.
+
+How much of it is the machine's doing is measured in the same rounds: N plain servers that know nothing of each other, each with
+its share of the clients, are the most that N replicas could reach on this box, where cores share memory, caches and power.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -42,8 +46,8 @@ def seconds_a_step(spans: Sequence[Sequence[float]]) -> float:
 class _Side:
     """A server with its light clients. ``settings`` go over the run's."""
 
-    def __init__(self, settings: dict[str, Any], recording: str, model_dir: str, sizes: dict[str, int]) -> None:
-        self.clients, self.rows, self.length = sizes["clients"], sizes["rows"], sizes["length"]
+    def __init__(self, settings: dict[str, Any], recording: str, model_dir: str, sizes: dict[str, int], clients: int) -> None:
+        self.clients, self.rows, self.length = clients, sizes["rows"], sizes["length"]
         own = {"clients": self.clients, "status_every": 0.0, "step_deadline": 0.0}
         self.stage = Stage(own | settings, clients=self.clients, hidden=0, blocks=0, model_dir=model_dir)
         try:
@@ -55,10 +59,24 @@ class _Side:
             self.stage.close()
             raise
 
-    def tokens_per_second(self, steps: int) -> float:
-        """Over ``steps`` steps, after one that is not counted."""
+    def begin(self, steps: int) -> None:
+        """``steps`` steps, after one that is not counted."""
         self._crowd.send(steps + 1)
+
+    def tokens_per_second(self) -> float:
+        """Of the steps that were begun, once they are made."""
         return self.clients * self.rows * self.length / seconds_a_step(self._crowd.recv())
+
+
+def _rate(sides: Sequence[_Side], steps: int) -> float:
+    """Tokens/s of all these together, each with ``steps`` steps."""
+    for side in sides:
+        side.begin(steps)
+    return sum([side.tokens_per_second() for side in sides])
+
+
+def _ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(of, to, strict=True)]
 
 
 def measure_speedup(
@@ -77,33 +95,39 @@ def measure_speedup(
     replicas, sync = settings["replicas"], settings["sync"]
     every = steps_between_meetings(sync)
     steps = -(-steps // every) * every
-    one = _Side(common, recording, model_dir, sizes)
-    try:
-        many = _Side(common | settings, recording, model_dir, sizes)
-        try:
-            for side in (one, many):
-                side.tokens_per_second(every)
-            seen: list[tuple[float, float]] = []
-            for pair in range(pairs):
-                # The order within a pair alternates too, so that neither always runs on the warmer caches.
-                order = (one, many) if pair % 2 else (many, one)
-                rates = {side: side.tokens_per_second(steps) for side in order}
-                seen.append((rates[one], rates[many]))
-        finally:
-            many.stage.close()
-    finally:
-        one.stage.close()
-    median, low, high = median_interval([b / a for a, b in seen])
+    clients, share = sizes["clients"], sizes["clients"] // replicas
+    with contextlib.ExitStack() as open_sides:
+
+        def side(settings: dict[str, Any], clients: int) -> _Side:
+            made = _Side(settings, recording, model_dir, sizes, clients)
+            open_sides.callback(made.stage.close)
+            return made
+
+        one, many = [side(common, clients)], [side(common | settings, clients)]
+        apart = [side(common, share) for _ in range(replicas)]
+        kinds = {"one": one, "many": many, "apart": apart}
+        for sides in kinds.values():
+            _rate(sides, every)
+        seen: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for pair in range(pairs):
+            # The order within a round alternates too, so that none always runs on the warmer caches.
+            for kind in list(kinds) if pair % 2 else reversed(kinds):
+                seen[kind].append(_rate(kinds[kind], steps))
+    median, low, high = median_interval(_ratios(seen["many"], seen["one"]))
+    ceiling, ceiling_low, ceiling_high = median_interval(_ratios(seen["apart"], seen["one"]))
     result = {
         "speedup": round(median, 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "pairs": pairs,
-        "one_tokens_per_second": round(statistics.median(a for a, _ in seen), 1),
-        "tokens_per_second": round(statistics.median(b for _, b in seen), 1),
+        "unrelated_servers": {"speedup": round(ceiling, 4), "interval_95": [round(ceiling_low, 4), round(ceiling_high, 4)]},
+        "share_of_unrelated": round(statistics.median(_ratios(seen["many"], seen["apart"])), 4),
+        "one_tokens_per_second": round(statistics.median(seen["one"]), 1),
+        "tokens_per_second": round(statistics.median(seen["many"]), 1),
     }
     print(
         f"{name_of(replicas, sync)}, {common['threads']} thread(s) each: {median:.3f} times one replica "
-        f"(95 % {low:.3f} to {high:.3f}, {pairs} pairs), {result['tokens_per_second']:.0f} tokens/s",
+        f"(95 % {low:.3f} to {high:.3f}, {pairs} pairs), {result['tokens_per_second']:.0f} tokens/s; "
+        f"{replicas} servers apart: {ceiling:.3f} ({ceiling_low:.3f} to {ceiling_high:.3f})",
         flush=True,
     )
     return result

@@ -84,16 +84,24 @@ class Batches:
     @property
     def may_go_on(self) -> bool:
         """Whether one has ended, or another may begin."""
-        if self.decoder.has_work or (self._begun and self._begun[0][0].is_done):
+        if self._decodes or (self._begun and self._begun[0][0].is_done):
             return True
-        return self.have_room and self.has_work
+        return self.have_room and self._trains
 
     @property
     def has_work(self) -> bool:
         """Whether something waits that may run. If not, the scheduler's ``due`` says when it will, should nothing come."""
-        return self.decoder.has_work or self._scheduler.has_work(
-            self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards
-        )
+        return self._decodes or self._trains
+
+    @property
+    def _decodes(self) -> bool:
+        # A batch of training that began now would hold up a token that waits for others.
+        return self.decoder.has_work(hurried=self.are_underway or self._trains)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether something beside decoding waits that may run."""
+        return self._scheduler.has_work(self._may_run, time.monotonic(), more_expected=self._steps.expects_forwards)
 
     def _may_run(self, member: Member) -> bool:
         if member.forward.grad:
@@ -103,7 +111,7 @@ class Batches:
     def go_on(self) -> None:
         """Answer what has run, and begin the next batch if one may."""
         self._mailer.check()
-        self.decoder.turn()
+        self.decoder.turn(hurried=self.are_underway or self._trains)
         self.settle(wait=False)
         self._begin()
         self.settle(wait=not self._may_overlap)

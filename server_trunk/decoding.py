@@ -9,6 +9,7 @@ single tokens of others. A batch is whatever waits: who comes while one runs is 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from server_trunk.gathering import Gathering
 from server_trunk.kvcache import CacheBook, CacheFull, Evicted
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
@@ -28,6 +30,9 @@ __all__ = ["CHUNK_TOKENS", "Decoder", "Decoding", "Run"]
 
 #: Most tokens of one batch: how long a single token may wait for a prompt's next chunk.
 CHUNK_TOKENS = 512
+
+#: Most tokens of one segment that count as next tokens, not as a prompt: one, or some that were proposed.
+_FEW = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -105,11 +110,13 @@ class Decoder:
         self._payload_of, self._may_evaluate, self._end = payload_of, may_evaluate, end
         self._log, self._meter = log, meter
         self._waiting: list[Decoding] = []
+        self._gathering = Gathering()
 
     def take(self, session: str, client: str, forward: Forward, hidden: Any, now: float) -> None:
         """Raises RemoteProtocolError where it is about a sequence that another forward is about."""
         self._book.expect(session, forward)
         self._waiting.append(Decoding(session, client, forward, hidden, now))
+        self._gathering.came(session, now)
 
     def release(self, session: str, numbers: tuple[int, ...]) -> None:
         self._book.release(session, numbers)
@@ -118,14 +125,26 @@ class Decoder:
         """The session is gone, and what waits of it with it."""
         self._waiting = [each for each in self._waiting if each.session != session]
         self._book.forget(session)
+        self._gathering.forget(session)
 
     @property
-    def has_work(self) -> bool:
-        return any(self._may_run(each) for each in self._waiting)
+    def due(self) -> float | None:
+        """From when on a batch runs, should nothing come: a clock, perhaps long past; None where none can."""
+        ready = [each for each in self._waiting if self._may_run(each)]
+        if not ready:
+            return None
+        if any(each.left > _FEW for each in ready):
+            return -math.inf
+        return self._gathering.until([each.session for each in ready], time.monotonic())
 
-    def turn(self) -> bool:
-        """Run one batch, if one can; returns whether one has."""
-        runs = self._choose()
+    def has_work(self, *, hurried: bool = False) -> bool:
+        """Whether a batch can run, and is due or ``hurried``."""
+        due = self.due
+        return due is not None and (hurried or due <= time.monotonic())
+
+    def turn(self, *, hurried: bool = False) -> bool:
+        """Run one batch, if there is work; returns whether one has run."""
+        runs = self._choose() if self.has_work(hurried=hurried) else []
         if runs:
             self._run(runs)
         return bool(runs)
@@ -198,12 +217,15 @@ class Decoder:
             self._waiting.remove(each)
             self._book.done(each.session, each.forward)
             self._outlet.credit(each.session, each.forward.payload_bytes)
+            self._gathering.answered(each.session, time.monotonic())
         self._mailer.send(landing, functools.partial(self._leave, runs, done, began, landing))
 
     def _leave(self, runs: list[Run], done: list[Decoding], began: float, landing: Landing) -> None:
         """Put away what has landed, and send the answers that it makes whole; batches land in order."""
         for run, rows in zip(runs, landing.tensors, strict=True):
             run.of.out[run.segment].append(rows)
+        if all(run.length <= _FEW for run in runs):
+            self._gathering.took(landing.took())
         if done:
             self._meter.ran("forward", done, began=began, seconds=landing.took())
         for each in done:

@@ -212,7 +212,8 @@ class TrunkLoop:
 
     def _patience(self, now: float) -> float | None:
         """Seconds until something is due though nothing comes; None: nothing is."""
-        batch = None if self._scheduler.due is None else max(0.0, self._scheduler.due - now)
+        dues = [due for due in (self._scheduler.due, self._batches.decoder.due) if due is not None]
+        batch = max(0.0, min(dues) - now) if dues else None
         if self._batches.are_underway:
             return batch if self._batches.have_room else None  # the end of what runs wakes the thread
         return min((due for due in (self._keeper.wake(now), batch, self._absent.wake(now)) if due is not None), default=None)

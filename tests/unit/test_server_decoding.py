@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -63,7 +65,8 @@ def whole(desk: Desk, hidden: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 
 def run(desk: Desk) -> None:
-    while not desk.loop.inbox.empty() or desk.loop._batches.has_work:
+    batches = desk.loop._batches
+    while not desk.loop.inbox.empty() or batches.has_work or batches.decoder.due is not None:
         desk.loop._turn()
 
 
@@ -195,3 +198,34 @@ def test_with_and_without_the_adapter_are_apart(desk):
         put(desk, session, following(0, (0, -1, 0, 3), adapter=adapter), rows(3, 0))
     run(desk)
     assert sorted(sorted(session for session, _ in batch) for batch in desk.batches) == [["a", "c"], ["b"]]
+
+
+def expect(desk: Desk, *sessions: str) -> None:
+    """These have decoded, and are expected again soon, as to batches that take long."""
+    for session in sessions:
+        put(desk, session, following(0, (0, -1, 0, 20)), rows(20, 0))
+    run(desk)
+    gathering = desk.loop._batches.decoder._gathering
+    gathering._batch, gathering._gaps = 60.0, dict.fromkeys(sessions, 10.0)
+
+
+def test_who_comes_a_little_later_is_in_the_same_batch(desk):
+    expect(desk, "a", "b", "c")
+    for session in "ab":
+        put(desk, session, following(1, (0, 0, 20, 1)), rows(1, 1))
+        desk.loop._receive()
+        assert not desk.loop._batches.has_work
+        assert desk.loop._patience(time.monotonic()) > 1
+    put(desk, "c", following(1, (0, 0, 20, 1)), rows(1, 1))
+    desk.loop._turn()
+    assert desk.batches[-1] == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_a_batch_that_waits_for_others_runs_before_training_does(desk):
+    expect(desk, "b", "c")
+    put(desk, "b", following(1, (0, 0, 20, 1)), rows(1, 1))
+    desk.loop._receive()
+    assert not desk.loop._batches.has_work
+    desk.take(("a", forward(0)))
+    desk.loop._turn()
+    assert [session for session, message, _ in desk.outlet.sent][-2:] == ["b", "a"]
