@@ -193,6 +193,7 @@ class Simulation:
             revision=config.revision,
             seed=config.seed + client,
             out=str(self.out / f"client-{client}"),
+            report_to="none",
             checkpoint_every=config.checkpoint_every,
             device=config.device,
             attn=config.attn or None,

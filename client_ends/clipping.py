@@ -16,7 +16,7 @@ from torch import nn
 
 from client_ends.session import TrunkSession
 
-__all__ = ["TrunkGradient", "norm_before_clipping"]
+__all__ = ["TrunkGradient", "clip", "norm_before_clipping"]
 
 
 class _StandIn(nn.Parameter):
@@ -74,3 +74,12 @@ def norm_before_clipping(parameters: Iterable[nn.Parameter], factor: float) -> f
     gradients = [p.grad for p in parameters if not isinstance(p, _StandIn) and p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients)) / (factor or 1.0) if gradients else 0.0
     return norm if math.isfinite(norm) else None
+
+
+def clip(model: nn.Module, largest: float) -> float:
+    """Clip the gradient of the ends (0: not at all); returns its norm before that. Where the run clips both sides together, it is
+    the norm of both that is found, and clipped by.
+    """
+    if largest:
+        return float(nn.utils.clip_grad_norm_(model.parameters(), largest))
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

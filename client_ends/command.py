@@ -104,6 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     machine = parser.add_argument_group("this machine")
     machine.add_argument("--out", default="", metavar="DIR", help="where results and the log go (default runs/RUN-ends)")
+    machine.add_argument(
+        "--report-to",
+        metavar="A,B,...",
+        help="tensorboard, wandb, trackio, ...: where figures go too; all, or none (default: tensorboard if installed)",
+    )
     machine.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps between checkpoints (0: at the end)")
     add_machine_arguments(machine)
     machine.add_argument("--dump-hidden", default="", metavar="FILE", help="keep the first hidden state sent, to audit the wire")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from client_ends.waiting import Stopwatch
 from splitfl.channel.client import ClientChannel
 from splitfl.errors import SessionLost, SplitflError
 
@@ -21,6 +22,7 @@ class Linked:
         self._placed = True  # it is known where this client stands in the steps, and what the server had lost is sent again
         self._reconnect = 0.0  # seconds for which a lost link is tried to be had again
         self._lost: SplitflError | None = None  # why it was given up
+        self.waits = Stopwatch()  # what the training thread has waited for others
 
     @property
     def channel(self) -> ClientChannel:
@@ -54,7 +56,8 @@ class Linked:
 
     def _await_link(self, *, steps: bool = True) -> None:
         """Wait until the link stands, and (``steps``) it is settled where this client stands. The lock is held."""
-        self._lock.wait_for(lambda: self._lost is not None or (self._up and (self._placed or not steps)))
+        with self.waits:
+            self._lock.wait_for(lambda: self._lost is not None or (self._up and (self._placed or not steps)))
         self._check()
 
     def _tell(self, message: Any) -> None:

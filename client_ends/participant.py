@@ -104,7 +104,7 @@ class Participant(Linked):
         complete = f"the run has made its {self.terms['optimizer']['steps']} steps; start a new run to train on"
         if self._complete or (self._last_step and self.step >= self._last_step):
             raise RunComplete(complete)
-        with self._lock:
+        with self.waits, self._lock:
             # A forward of a step that went on without this client must not be taken for one of the step to come.
             self._lock.wait_for(lambda: not self._unanswered or self._lost is not None)
             self._await_link()
@@ -128,7 +128,7 @@ class Participant(Linked):
             opened = self._opened is not None and self._opened >= step
             return opened or self._lost is not None or self._dropped is not None or self._away is not None
 
-        with self._lock:
+        with self.waits, self._lock:
             self._lock.wait_for(heard)
             self._check()
         self._check_missed()
@@ -141,7 +141,7 @@ class Participant(Linked):
         def over() -> bool:
             return self._lost is not None or self._dropped is not None or self._away is not None
 
-        with self._lock:
+        with self.waits, self._lock:
             self._lock.wait_for(lambda: not self._unanswered or over())
 
     def begin_forward(self) -> None:
@@ -164,7 +164,7 @@ class Participant(Linked):
         rounds = self.rounds
         if rounds is None:
             return
-        with self._lock:
+        with self.waits, self._lock:
             self._lock.wait_for(lambda: rounds.is_over or self._lost is not None or self._dropped is not None)
             if not rounds.is_over:
                 self._check()
@@ -297,7 +297,7 @@ class Participant(Linked):
         def heard() -> bool:
             return (self._closed is not None and self._closed.step >= step) or self._away is not None
 
-        with self._lock:
+        with self.waits, self._lock:
             self._lock.wait_for(lambda: heard() or self._lost is not None)
             if self._away is not None:
                 self._check_missed()

@@ -228,7 +228,8 @@ class TrunkSession(Reconnecting):
 
     def _result(self, answer: Future[torch.Tensor]) -> torch.Tensor:
         try:
-            return answer.result()
+            with self.waits:
+                return answer.result()
         except (StepMissed, RunWentBack, RunComplete) as error:
             with self._lock:
                 if error is self._fate:
@@ -254,7 +255,7 @@ class TrunkSession(Reconnecting):
         def ended() -> bool:
             return self._lost is not None or self._dropped is not None or self._away is not None
 
-        with self._lock:
+        with self.waits, self._lock:
             self._await_link()
             self._norm_asked, self._norm = AskNorm(self.step, self._backwards), None
             self._tell(self._norm_asked)

@@ -43,6 +43,7 @@ class TrainSettings:
     adapter_weight_decay: float | None = None
     seed: int = 0
     out: str = ""
+    report_to: str | None = None
     checkpoint_every: int = 0
     device: str = "auto"
     dtype: str | None = None

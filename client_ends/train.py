@@ -6,21 +6,24 @@ The loop is plain PyTorch on one page; nothing in it knows that the trunk is els
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from client_ends.clipping import clip
 from client_ends.data import Batches, TokenizedDataset, pad_token
 from client_ends.evaluation import evaluate
 from client_ends.keeping import EndsKeeper, Place, about_ends, last_session
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
 from client_ends.preparing import check_model, load_tokenizer, model_of, name_classes, prepare_ends, read_data
 from client_ends.progress import Progress
+from client_ends.reporting import Reporter
 from client_ends.settings import TrainResult, TrainSettings
+from client_ends.tracking import Tracking, settings_to_track, trackers_of
 from splitfl.adapters import named_trainables
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps
 from splitfl.config import LoraSettings, OptimizerSettings
@@ -63,6 +66,7 @@ def train(
         raise ConfigError(f"{settings.out or 'no directory'} holds no ends to go on from: leave --resume out")
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    trackers = trackers_of(settings.report_to)
     log = log or RunLog(None, echo=None)
     progress = progress or Progress(quiet=True)
     trust = settings.trust_remote_code
@@ -99,7 +103,11 @@ def train(
         rows, held_out = data or read_data(settings, tokenizer)
         if rows.label_names:
             name_classes(model.config, rows.label_names)
-        return _Run(settings, model, tokenizer, rows, held_out, log, progress).run()
+        run = _Run(settings, model, tokenizer, rows, held_out, log, progress, trackers)
+        try:
+            return run.run()
+        finally:
+            run.tracking.end()
     except NotWritten:
         model.trunk.session.close(leave=False)
         raise
@@ -119,6 +127,7 @@ class _Run:
         held_out: TokenizedDataset | None,
         log: RunLog,
         progress: Progress,
+        trackers: tuple[str, ...],
     ) -> None:
         self.settings, self.log, self.progress = settings, log, progress
         self.split = model
@@ -142,18 +151,20 @@ class _Run:
         pad = pad_token(tokenizer)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = pad
-        self.batches = Batches(rows, settings.batch_size, seed=settings.seed, pad_token_id=pad)
-        self.held_out = (
-            None
-            if held_out is None
-            else Batches(held_out, settings.batch_size, seed=settings.seed, pad_token_id=pad, shuffle=False)
-        )
+        batches = functools.partial(Batches, batch_size=settings.batch_size, seed=settings.seed, pad_token_id=pad)
+        self.batches = batches(rows)
+        self.held_out = None if held_out is None else batches(held_out, shuffle=False)
         self.losses: list[float] = []
         self.missed = 0
         self.made = 0  # steps of this client, those that it missed included
         self.last_step = -1  # the run's number of the newest step the ends have made
         self.kept_average = -1  # the round whose average the newest checkpoint has
-        out = Path(settings.out or Path("runs") / f"{self.session.channel.welcome.run}-ends")
+        run = self.session.channel.welcome.run
+        out = Path(settings.out or Path("runs") / f"{run}-ends")
+        told = settings_to_track(settings, self.terms | {"run": run}, self.optim_settings)
+        note = functools.partial(self._note, "tracker-failed")
+        self.tracking = Tracking(trackers, out, run, told, is_asked=settings.report_to is not None, note=note)
+        self.reporter = Reporter(log, progress, self.tracking, self.session)
         self.keeper = EndsKeeper(
             out,
             self.model,
@@ -162,12 +173,12 @@ class _Run:
             about_ends(settings, self.terms, self.session.channel.welcome.run, self.lora),
             keep=self.terms["checkpoint_keep"],
             due=self.session.is_due,
-            on_damage=self._hear_of_damage,
+            on_damage=functools.partial(self._note, "checkpoint-damaged"),
         )
         self.stood: Place | None = None  # amid a step: where the ends stood before it
         self.split.on_checkpoint(lambda step: self._save(), self.keeper.held)
         self.session.on_link = self._hear_of_link
-        self.session.on_uncounted = self._hear_of_uncounted
+        self.session.on_uncounted = functools.partial(self._note, "not-counted")
         self.keeper.note_session(self.session.channel.opened.session)
         theirs = self.session.channel.welcome.libraries
         for name, (mine, other) in differences(library_versions(), theirs).items():
@@ -190,6 +201,8 @@ class _Run:
             self.split.trunk.on_first_forward = self._dump_hidden
         if settings.resume:
             self._resume()
+        else:
+            self.tracking.begin(0)
         before = None if settings.resume else self._evaluate("before")
         total = self.total_steps
         if self.terms["clients"] > 1:
@@ -262,8 +275,9 @@ class _Run:
 
     def _step(self, stream: Iterator[dict[str, torch.Tensor]], step: int) -> None:
         """One optimizer step over ``accumulate`` batches. The trunk's step ends when the ends' optimizer steps."""
-        began = time.monotonic()
+        self.reporter.begin_step()
         total = targets = tokens = 0.0
+        norm = None
         for _ in range(self.settings.accumulate):
             batch = next(stream)
             loss = self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss
@@ -275,8 +289,7 @@ class _Run:
         # Where a checkpoint is due it is written as the step ends, within the optimizer's own call.
         self.last_step, self.made, self.stood = self._number(), step + 1, None
         if self.optimizer is not None:
-            if self.optim_settings.clip:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim_settings.clip)
+            norm = clip(self.model, self.optim_settings.clip)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -284,42 +297,25 @@ class _Run:
             self.split.step()
         mean = total / max(1.0, targets)
         self.losses.append(mean)
-        seconds = time.monotonic() - began
-        self.log.write(
-            "step",
-            quiet=True,
-            step=step,
-            loss=mean,
-            targets=int(targets),
-            learning_rate=rate,
-            seconds=round(seconds, 4),
-            tokens_per_second=round(tokens / seconds, 1) if seconds > 0 else None,
-        )
-        self.progress.step(step + 1, loss=mean, tokens_per_second=tokens / seconds if seconds > 0 else 0.0)
+        self.reporter.step(step, loss=mean, targets=int(targets), tokens=tokens, learning_rate=rate, grad_norm=norm)
 
     def _evaluate(self, when: str) -> dict[str, float] | None:
         if self.held_out is None:
             return None
         self.progress.say(f"evaluating ({when})")
         report: dict[str, Any] = evaluate(self.model, self.held_out, self.device)
-        self.log.write("evaluation", when=when, **report)
-        self.progress.say(f"held out, {when}: " + "  ".join(f"{name} {value:.4g}" for name, value in report.items()))
+        self.reporter.evaluation(when, self.made, report)
         return report
 
     def _dump_hidden(self, flat: torch.Tensor) -> None:
         Path(self.settings.dump_hidden).write_bytes(flat.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
     def _hear_of_link(self, text: str) -> None:
-        self.log.write("link", quiet=True, what=text)
-        self.progress.say(f"note: {text}")
+        self._note("link", text)
         self.keeper.note_session(self.session.channel.opened.session)
 
-    def _hear_of_damage(self, text: str) -> None:
-        self.log.write("checkpoint-damaged", quiet=True, what=text)
-        self.progress.say(f"note: {text}")
-
-    def _hear_of_uncounted(self, text: str) -> None:
-        self.log.write("not-counted", quiet=True, what=text)
+    def _note(self, event: str, text: str) -> None:
+        self.log.write(event, quiet=True, what=text)
         self.progress.say(f"note: {text}")
 
     # --- keeping the ends, and going on from what was kept ----------------------------------------------------------------------
@@ -377,4 +373,5 @@ class _Run:
             self.session.rounds.loaded = self.kept_average = place["average"]
         self.made, self.missed, self.last_step, self.stood = place["made"], place["missed"], step, None
         self.losses = self.losses[: max(0, len(self.losses) - max(0, gone - self.made))]
+        self.tracking.begin(self.made)
         self.log.write("resumed", quiet=True, step=step, made=self.made)
