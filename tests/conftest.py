@@ -34,3 +34,11 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How often a text that was generated may part from the whole model's, and has."""
+    from tests.divergences import COUNTED
+
+    for line in COUNTED.summary():
+        terminalreporter.write_line(line)

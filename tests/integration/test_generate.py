@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from splitfl.errors import ModelError, UserError
+from tests.divergences import parted
 from tests.families import FAMILIES, VOCABULARY, Family, save_family
 from tests.world import World, running, side_by_side
 
@@ -74,19 +76,6 @@ def prompts() -> dict[str, torch.Tensor]:
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def excused(expected: Any, found: Any) -> int:
-    """How many rows part from what is expected; each must where two logits were as good as equal."""
-    parted = 0
-    for row, (one, other) in enumerate(zip(expected.sequences, found.sequences, strict=True)):
-        if torch.equal(one, other):
-            continue
-        first = int((one != other).nonzero()[0]) - (len(one) - len(expected.logits))
-        best, second = expected.logits[first][row].topk(2).values.tolist()
-        assert best - second < 1e-5, f"row {row} parts at token {first}, where the best logit leads by {best - second:.1e}"
-        parted += 1
-    return parted
-
-
 def check(split: Any, whole: Any, inputs: dict[str, torch.Tensor], tokens: int, **options: Any) -> None:
     options |= {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
     options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -97,7 +86,7 @@ def check(split: Any, whole: Any, inputs: dict[str, torch.Tensor], tokens: int, 
     if options.get("num_beams", 1) > 1:
         assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     else:
-        assert excused(*outputs) <= 1
+        assert parted(*outputs, what=os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]) <= 1
     assert outputs[0].sequences.shape[1] == inputs["input_ids"].shape[1] + tokens
 
 
