@@ -82,6 +82,8 @@ class Admission:
         return known != seen
 
     def limits(self, peer: Peer) -> Mapping[str, Limit] | None:
-        """This peer's limits as the list has them now; None where it is not on the list."""
-        client = self._authorized.lookup(peer.public_key)
+        """This peer's limits on the list as ``changed`` has seen it, as at this moment the file may be away; None where it is not
+        on it.
+        """
+        client = self._authorized.known(peer.public_key)
         return client.limits if client is not None else None

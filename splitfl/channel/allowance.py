@@ -15,7 +15,8 @@ _SMALL_BYTES = 16 * 1024
 _SMALL_A_SECOND, _SMALL_AT_ONCE = 2000, 8192
 # Seconds by which a client may be ahead of that: credit hardly slows who sends only small messages, as they cost hardly any.
 _SMALL_AHEAD = 10.0
-_CONTROL_A_SECOND, _CONTROL_AT_ONCE = 1000, 4096
+# Control messages, each counted as one and one more for so many bytes: what it costs to be decoded goes by its size.
+_CONTROL_A_SECOND, _CONTROL_AT_ONCE, _CONTROL_BYTES = 1000, 4096, 256
 _SESSIONS_A_SECOND, _SESSIONS_AT_ONCE = 2, 120
 
 
@@ -58,7 +59,7 @@ class Allowance:
     def __init__(self, limits: Mapping[str, Limit], clock: Callable[[], float]) -> None:
         self._bytes, self._tokens = Bucket(0, 0, clock), Bucket(0, 0, clock)
         self._small = Bucket(_SMALL_A_SECOND, _SMALL_AT_ONCE, clock)
-        self.control = Bucket(_CONTROL_A_SECOND, _CONTROL_AT_ONCE, clock)
+        self._control = Bucket(_CONTROL_A_SECOND, _CONTROL_AT_ONCE, clock)
         self.sessions = Bucket(_SESSIONS_A_SECOND, _SESSIONS_AT_ONCE, clock)
         self.limit(limits)
 
@@ -67,6 +68,11 @@ class Allowance:
         for bucket, name in ((self._bytes, "bytes_per_second"), (self._tokens, "tokens_per_second")):
             rate = float(limits.get(name, 0))
             bucket.set(rate, rate)
+
+    def control(self, size: int) -> bool:
+        """A control message of ``size`` bytes has come; False where this client has sent more of them than it may."""
+        self._control.take(1 + size / _CONTROL_BYTES)
+        return self._control.wait() == 0
 
     def begun(self, payload_bytes: int, tokens: int) -> None:
         """A data message has begun."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from splitfl.channel.admission import Admission
 from splitfl.channel.allowance import Allowance
-from splitfl.channel.handler import ServerHandler
+from splitfl.channel.handler import Peer, ServerHandler
 from splitfl.channel.link import Link
 from splitfl.channel.offer import Offer, check_room
 from splitfl.channel.tally import Tally
@@ -19,14 +19,14 @@ from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.protocol.assembly import Inbox, Outbox
 from splitfl.protocol.ciphers import choose_cipher
 from splitfl.protocol.credit import CreditAccount
+from splitfl.protocol.limits import SESSIONS
 from splitfl.protocol.messages import (
     DataMessage,
-    Hello,
     Open,
     OtherVersionError,
     Redirect,
     RefusalCode,
-    decode_control,
+    decode_hello,
     encode,
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
@@ -38,6 +38,8 @@ __all__ = ["REMOVED", "Entrance"]
 
 # Sessions that one key may have under way to being open.
 _HANDSHAKES_A_KEY = 16
+# Control connections that one key may have beside its sessions: those, and as many that end or were told no.
+_CONNECTIONS_A_KEY = 2 * _HANDSHAKES_A_KEY
 # A client may take this long between Welcome and Open (it reads its model meanwhile), seconds.
 _OPENING_SECONDS = 900.0
 
@@ -46,7 +48,9 @@ REMOVED = "your key was removed from the server's list"
 
 
 class Entrance:
-    """``refused(who, code, text)`` reports a peer that was turned away. Used on the I/O thread only."""
+    """``refused(who, code, text)`` reports a peer that was turned away; ``cut(peer)`` ends its control connection.
+    Used on the I/O thread only.
+    """
 
     def __init__(
         self,
@@ -57,41 +61,57 @@ class Entrance:
         timing: Timing,
         clock: Callable[[], float],
         refused: Callable[[str, str, str], None],
+        cut: Callable[[bytes], None],
     ) -> None:
         self._transport, self._handler, self._admission = transport, handler, admission
         self._offer, self._timing, self._clock = offer, timing, clock
         self._allowances: dict[str, Allowance] = {}  # by the client's name
-        self._refusals = RefusalLog(refused, clock=clock)
+        self._refusals, self._cut = RefusalLog(refused, clock=clock), cut
 
-    def greet(self, frame: ServerFrame, links: Collection[Link]) -> Link | None:
-        """A peer's first message, which must be a Hello. Its key was on the list when it connected; it must be still.
-
-        Anything else from a peer without a session is what a session that has ended sent before it knew.
+    def greet(self, frame: ServerFrame, links: Collection[Link], *, leaving: bool) -> Link | None:
+        """A message of a peer without a session: its first, which must be a Hello, else the connection is cut. Its key was on the
+        list when it connected; it must be still. ``leaving``: the connection has had its session, or a no, and is about to be
+        cut; what still comes is only counted.
         """
-        try:
-            if not isinstance(decode_control(bytes(frame.frame), from_client=True), Hello):
-                return None
-        except OtherVersionError:
-            pass  # answered with a Refused like any Hello that does not fit
-        except RemoteProtocolError:
-            return None
         found = self._admission.peer(frame.user, frame.address)
         if found is None:
             return None
         peer, listed = found
-        allowance = self._allowances.setdefault(peer.name, Allowance(peer.limits, self._clock)) if listed else None
+        name = peer.name if listed else frame.user
+        allowance = self._allowances[name] = self._allowances.get(name) or Allowance(peer.limits, self._clock)
+        if not allowance.control(len(frame.frame)):
+            self._turn_out(frame, peer, "more control messages than a client has use for")
+            return None
+        if leaving and listed:
+            return None
+        most = int(peer.limits.get("sessions", SESSIONS)) + _CONNECTIONS_A_KEY
+        if not leaving and self._transport.connected(frame.user) > most:
+            self._turn_out(frame, peer, "more connections than a client has use for")
+            return None
+        try:
+            decode_hello(bytes(frame.frame))
+        except OtherVersionError:
+            pass  # answered with a Refused like any Hello that does not fit
+        except RemoteProtocolError as error:
+            self._turn_out(frame, peer, f"no Hello: {error}")
+            return None
         underway = sum(other.peer.public_key == peer.public_key and not other.attached for other in links)
-        if allowance is None or underway >= _HANDSHAKES_A_KEY or allowance.sessions.wait() > 0:
+        if not listed or underway >= _HANDSHAKES_A_KEY or allowance.sessions.wait() > 0:
             code = RefusalCode.FULL if listed else RefusalCode.NOT_AUTHORIZED
             text = "too many sessions of your key are opening" if listed else REMOVED
             self._transport.send_control(frame.peer, encode(RefusedMessage(code, text)))
-            # By its key: this connection stands, and may ask again as fast as it can.
-            self._refusals.refused(str(peer.public_key), peer.who, code, text)
+            # By its key: it may come again as fast as it can.
+            self._refusals.refused(frame.user, peer.who, code, text)
             return None
         allowance.sessions.take(1)
         allowance.limit(peer.limits)
         now = self._clock()
         return Link(frame.peer, peer, now, now + _OPENING_SECONDS, Tally(self._timing.overdue), allowance)
+
+    def _turn_out(self, frame: ServerFrame, peer: Peer, text: str) -> None:
+        self._cut(frame.peer)
+        # Apart from what is answered: five of those would hide it.
+        self._refusals.refused(f"{frame.user}, cut", peer.who, RefusalCode.PROTOCOL, f"{text}: the connection is cut")
 
     def admit(self, link: Link, message: Open, others: Sequence[str]) -> tuple[str, int] | Redirect:
         """Whether this client may have a session beside ``others``, its own that are open: its cipher and the step that the run

@@ -71,7 +71,9 @@ class Sessions:
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
-        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal)
+        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._cut)
+        # Connections whose session is over, or that were refused one: when they are cut.
+        self._leaving: dict[tuple[Endpoint, bytes], float] = {}
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -161,15 +163,19 @@ class Sessions:
             link = self._links.get(frame.peer) or self._greet(frame)
         else:
             link = self._sessions.get(frame.user)
-        if link is None:
-            return  # of a session that has ended
+        if link is None:  # of a session that has ended, or was not to begin
+            self._leave(frame.endpoint, frame.peer)
+            return
         link.heard = self._clock()
         link.traffic.received += len(frame.frame)
         take = self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data
         self.guard(link, lambda: take(link, frame))
 
     def _greet(self, frame: ServerFrame) -> Link | None:
-        link = self._entrance.greet(frame, self._links.values())
+        due = self._leaving.get((frame.endpoint, frame.peer))
+        if due is not None and due <= self._clock():
+            return None  # what was queued when it was cut
+        link = self._entrance.greet(frame, self._links.values(), leaving=due is not None)
         if link is not None:
             with self.lock:
                 self._links[frame.peer] = link
@@ -180,8 +186,7 @@ class Sessions:
         if frame.user != str(link.peer.public_key):
             raise RemoteProtocolError("the peer behind this session changed")
         link.tally.heard += 1
-        link.allowance.control.take(1)
-        if link.allowance.control.wait() > 0:
+        if not link.allowance.control(len(frame.frame)):
             raise RemoteProtocolError("more control messages than a client has use for")
         try:
             with self.lock:
@@ -321,7 +326,19 @@ class Sessions:
             known = self._links.pop(link.control_peer, None) is not None
             self._sessions.pop(link.id, None)
         self.active.pop(link, None)
+        if known:
+            self._leave(Endpoint.CONTROL, link.control_peer)
+        if known and link.data_peer is not None:
+            self._leave(Endpoint.DATA, link.data_peer)
         return known
+
+    def _cut(self, control_peer: bytes) -> None:
+        self._leaving[Endpoint.CONTROL, control_peer] = self._clock()
+        self._transport.hang_up(Endpoint.CONTROL, control_peer)
+
+    def _leave(self, endpoint: Endpoint, peer: bytes) -> None:
+        """This connection is cut, once its client has had time to hear why."""
+        self._leaving.setdefault((endpoint, peer), self._clock() + self._timing.linger)
 
     def cut(self, endpoint: Endpoint, peer: bytes | None) -> None:
         """The transport has cut a connection whose peer sent a message without an end; or, None, all of an endpoint because of
@@ -345,6 +362,10 @@ class Sessions:
         """What time brings: heartbeats, silence, handshakes that take too long, keys that were taken off the list."""
         now = self._clock()
         self._admission.expire()
+        for (endpoint, peer), due in list(self._leaving.items()):
+            if now >= due:
+                del self._leaving[endpoint, peer]
+                self._transport.hang_up(endpoint, peer)
         edited = self._admission.changed()
         for link in list(self._links.values()):
             self.guard(link, functools.partial(link.tally.check_doubt, now, self._timing.silence))

@@ -152,7 +152,7 @@ def plain(*, depth: int = 8, nodes: int = 8192) -> Check:
 
     Lists come back as lists (a tuple becomes one), so that what is sent equals what arrives.
     """
-    content, key = short_text(16384), short_text(256, empty=False)
+    content, key, whole = short_text(16384), short_text(256, empty=False), integer(-MAX_INTEGER)
 
     def walk(value: object, left: int, budget: list[int]) -> Any:
         budget[0] -= 1
@@ -163,7 +163,7 @@ def plain(*, depth: int = 8, nodes: int = 8192) -> Check:
         if value is None or type(value) is bool:
             return value
         if type(value) is int:
-            return integer(-MAX_INTEGER)(value)
+            return whole(value)
         if type(value) is float:
             if not math.isfinite(value):
                 raise FieldError("must hold finite numbers")

@@ -75,7 +75,7 @@ class Open(Message):
         "client_secret": raw(SECRET_BYTES),
         "kem_public": raw(KEM_PUBLIC_BYTES),
         "ciphers": sequence(short_text(32, empty=False), 1, 8),
-        "model": plain(),
+        "model": plain(nodes=1024),
         "cut": pair(integer(0, 65535), integer(0, 65535)),
         "name": short_text(64),
         "adapter": plain(depth=2, nodes=64),

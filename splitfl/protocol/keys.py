@@ -223,6 +223,10 @@ class AuthorizedClients:
     def lookup(self, public_key: PublicKey) -> AuthorizedClient | None:
         """The client with this key, or None; sees the file as it is now."""
         self.refresh()
+        return self.known(public_key)
+
+    def known(self, public_key: PublicKey) -> AuthorizedClient | None:
+        """As ``lookup``, of the file as it was read last."""
         return self._clients.get(public_key.raw)
 
     def refresh(self) -> bool:

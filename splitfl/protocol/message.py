@@ -14,6 +14,8 @@ PROTOCOL_VERSION = 3
 # One frame on the control endpoint, and the metadata of one data message.
 MAX_CONTROL_BYTES = 64 * 1024
 MAX_METADATA_BYTES = 64 * 1024
+# A Hello, in every version of the protocol: whoever sends one has no session yet.
+MAX_HELLO_BYTES = 8 * 1024
 
 
 @dataclass(frozen=True)

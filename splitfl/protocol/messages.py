@@ -46,7 +46,7 @@ from splitfl.protocol.data import (
     Release,
 )
 from splitfl.protocol.handshake import Hello, Open, Opened, Redirect, Refused, Welcome
-from splitfl.protocol.message import MAX_CONTROL_BYTES, MAX_METADATA_BYTES, PROTOCOL_VERSION, Message
+from splitfl.protocol.message import MAX_CONTROL_BYTES, MAX_HELLO_BYTES, MAX_METADATA_BYTES, PROTOCOL_VERSION, Message
 
 __all__ = [
     "CONTROL_FROM_CLIENT",
@@ -94,6 +94,7 @@ __all__ = [
     "Welcome",
     "decode_control",
     "decode_data",
+    "decode_hello",
     "encode",
 ]
 
@@ -146,6 +147,11 @@ def decode_control(frame: bytes, from_client: bool) -> Message:
     version).
     """
     return _decode(frame, CONTROL_FROM_CLIENT if from_client else CONTROL_FROM_SERVER, MAX_CONTROL_BYTES)
+
+
+def decode_hello(frame: bytes) -> Message:
+    """A Hello, and nothing else: other messages are refused before their fields are looked at. Raises as ``decode_control``."""
+    return _decode(frame, {Hello.TYPE: Hello}, MAX_HELLO_BYTES)
 
 
 def decode_data(frame: bytes, from_client: bool) -> DataMessage:

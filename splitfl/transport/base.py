@@ -126,6 +126,12 @@ class ServerTransport(Protocol):
 
     def send_data(self, peer: bytes, frame: Buffer) -> Sent: ...
 
+    def hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
+        """Ends the connection of this peer, and what it has yet to be sent; one that is gone is passed over."""
+
+    def connected(self, user: str) -> int:
+        """How many connections of this user stand on the control endpoint. One that has not said anything yet is nobody's."""
+
     def on_refused(self, report: Callable[[str, str, str], None]) -> None:
         """Who is told of refusals below the protocol: report(who, code, text)."""
 

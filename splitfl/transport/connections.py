@@ -11,8 +11,9 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitfl.transport.door import network_of
 
@@ -22,17 +23,20 @@ _BYTES_RECEIVED = slice(128, 136)  # tcpi_bytes_received in struct tcp_info, sin
 
 @dataclass(eq=False)
 class Connection:
-    """``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``: their routing id, once one has come;
-    ``is_silent``: none has come, and nobody here has cut it.
+    """``since``: when it was accepted, monotonic seconds; ``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``,
+    ``user``: their routing id and who the gate said it is, once one has come; ``is_silent``: none has come, and nobody here has
+    cut it.
     """
 
     number: int
     address: str
     port: int
+    since: float = field(default_factory=time.monotonic)
     half_open: bool = True
     is_silent: bool = True
     handed_on: int = 0
     peer: bytes = b""
+    user: str = ""
     received: int = 0  # by ZeroMQ, when last looked
 
     @property
@@ -89,23 +93,42 @@ class Connections:
             with _duplicate(connection.number) as sock:
                 if _is(connection, sock):
                     assert sock is not None
-                    connection.received = _read_so_far(sock)
+                    read = _Read(sock)
+                    connection.received = read.least
+                    if connection.handed_on > max(0, read.least):
+                        # Frames of the one that had this number before, closed while they were queued, count for nobody.
+                        connection.handed_on = min(connection.handed_on, read.most())
         return True
 
 
-def _read_so_far(sock: socket.socket) -> int:
-    """Bytes that have come in on a connection, less those that nobody has read yet."""
-    import fcntl
-    import termios
+class _Read:
+    """Bytes that have come in on a connection, less those that nobody has read yet. The kernel is asked for the two one after the
+    other, and more may arrive in between.
+    """
 
-    try:
-        # In this order: what arrives in between is taken for unread. The other way round it would be taken for read, and an
-        # honest peer be cut where this thread has to wait for the interpreter's lock between the two.
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        unread: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
-    except OSError:
-        return 0
-    return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder) - unread
+    def __init__(self, sock: socket.socket) -> None:
+        import fcntl
+        import termios
+
+        self._sock, self._unread, self.least = sock, 0, 0
+        with contextlib.suppress(OSError):
+            # In this order: what arrives in between is taken for unread. The other way round it would be taken for read, and an
+            # honest peer be cut where this thread has to wait for the interpreter's lock between the two.
+            come = _come_in(sock)
+            self._unread = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
+            self.least = come - self._unread
+
+    def most(self) -> int:
+        """The same, asked for the other way round."""
+        try:
+            return _come_in(self._sock) - self._unread
+        except OSError:
+            return sys.maxsize
+
+
+def _come_in(sock: socket.socket) -> int:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
 
 
 @contextlib.contextmanager

@@ -175,6 +175,16 @@ class MemoryServerTransport:
             link.client.put(None, endpoint, carried)
         return Sent.SENT
 
+    def hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
+        link = self._links.get(peer)
+        if link is not None:
+            self.detach(link)
+            link.client.wake()
+
+    def connected(self, user: str) -> int:
+        with self.network.lock:
+            return sum(link.control_user == user for link in self._links.values())
+
     def wake(self) -> None:
         self._mailbox.wake()
 

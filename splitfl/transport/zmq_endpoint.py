@@ -41,6 +41,8 @@ _numbers = itertools.count()
 _WATCHED = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
 # A connection whose handshake was refused is gone by then, seconds; so many addresses of such are remembered.
 _REFUSED_SECONDS, _MOST_REFUSED = 1.0, 4096
+# Who was let in says something at once. A connection that has not by then, seconds since it was accepted, is cut.
+_SILENT_SECONDS = 20.0
 
 
 class ListeningEndpoint:
@@ -65,7 +67,7 @@ class ListeningEndpoint:
         self._frame = frame
         self.bound, self._queued, self.total = 2 * frame + _SLACK, queued * frame, TOTAL_HELD
         self._around = CURVE_BYTES if curve else 0
-        self.door = Door()
+        self.door, self.silent_seconds = Door(), _SILENT_SECONDS
         self._broke_off = False
         self._refused: dict[str, float] = {}  # by address: when a handshake last ended with a no
         self._blocked: list[str] = []
@@ -150,7 +152,8 @@ class ListeningEndpoint:
             return
         if connection is not None:
             connection.half_open = connection.is_silent = False
-            connection.peer = peer or connection.peer
+            if peer and peer != connection.peer:
+                connection.peer, connection.user = peer, str(part.get("User-Id"))
             size = len(part) + self._around
             connection.handed_on += size + (2 if size < 256 else 9)
 
@@ -191,6 +194,7 @@ class ListeningEndpoint:
                 self._broke_off = False
                 if gone is not None and gone.is_silent and gone.port and not broke_off and not self._was_refused(gone.address):
                     failed.append(gone.address)
+        self._cut_the_silent()
         waiting = {each.number: each.network for each in self.connections if each.half_open}
         for number in excess(waiting, self._half_open + self._expected()):
             connection_ = self.connections.find(number)
@@ -198,6 +202,20 @@ class ListeningEndpoint:
                 self._cut(connection_)
         self._shut_out()
         return failed
+
+    def _cut_the_silent(self) -> None:
+        oldest = time.monotonic() - self.silent_seconds
+        for connection in self.connections:
+            if connection.since > oldest:
+                break  # they stand in the order in which they were accepted
+            if connection.half_open:
+                self._cut(connection)
+
+    def hang_up(self, peer: bytes) -> None:
+        """Cuts the connection of this peer, if it stands."""
+        for connection in self.connections:
+            if connection.peer == peer:
+                self._cut(connection)
 
     def refused(self, address: str) -> None:
         """The handshake of a connection from there ends with a no, which is reported already."""
@@ -216,7 +234,7 @@ class ListeningEndpoint:
         """Tells the kernel who is to be kept away for a while."""
         blocked = self.door.blocked()
         for network in set(blocked) - set(self._blocked):
-            self._refuse(network, "flood", f"too many connections to the {self.kind.value} endpoint: shut out for a while")
+            self._refuse(network, network, f"too many connections to the {self.kind.value} endpoint: shut out for a while")
         self._blocked = blocked
         if blocked == self._kept_away or self._listener is None:
             return

@@ -135,7 +135,7 @@ class ZmqServerTransport:
             flooders, flooded = endpoint.flooders(drained=drained)
             for connection in flooders:
                 who = f"{connection.address}, a {endpoint.kind.value} connection"
-                self._refusals.refused(connection.address, who, "flood", "a message without an end: the connection is cut")
+                self._flood(connection.network, who, "a message without an end: the connection is cut")
                 self._cut(endpoint.kind, connection.peer)
             if flooded:
                 self._reopen(endpoint)
@@ -149,6 +149,14 @@ class ZmqServerTransport:
 
     def send_data(self, peer: bytes, frame: Buffer) -> Sent:
         return self._data.send(peer, frame)
+
+    def hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
+        for each in self._endpoints:
+            if each.kind is endpoint:
+                each.hang_up(peer)
+
+    def connected(self, user: str) -> int:
+        return sum(each.user == user for each in self._control.connections)
 
     def wake(self) -> None:
         self._wake.set()
@@ -187,7 +195,7 @@ class ZmqServerTransport:
 
     def _reopen(self, endpoint: ListeningEndpoint) -> None:
         """The last resort against what ZeroMQ holds: all of it goes, and every connection; whoever is honest comes again."""
-        self._refusals.refused("", "several clients", "flood", f"the {endpoint.kind.value} endpoint is flooded: opened anew")
+        self._flood("several clients", "several clients", f"the {endpoint.kind.value} endpoint is flooded: opened anew")
         for sock in (endpoint.socket, endpoint.monitor):
             self._poller.unregister(sock)
         endpoint.reopen()
@@ -202,8 +210,9 @@ class ZmqServerTransport:
             endpoint.door.knock(network_of(address))
             self._refusals.refused(address, who, RefusalCode.NOT_AUTHORIZED, text, once=at_data)
 
-    def _flood(self, who: str, code: str, text: str) -> None:
-        self._refusals.refused(who, who, code, text)
+    def _flood(self, whose: str, who: str, text: str) -> None:
+        # Apart from its refused keys: five of those would hide it.
+        self._refusals.refused(f"{whose}, {text}", who, "flood", text)
 
     def _watch(self, endpoint: ListeningEndpoint) -> None:
         """Handshakes that fail before ZAP is asked: the server's key in the client's join string is not ours."""

@@ -52,6 +52,12 @@ class _Wire:
     def send_data(self, peer: bytes, frame: Any) -> Sent:
         return Sent.SENT
 
+    def hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
+        pass
+
+    def connected(self, user: str) -> int:
+        return 1
+
 
 class _Desk:
     """The server's handler."""
@@ -121,13 +127,16 @@ class _Server:
         wire: Any = _Wire()
         self.sessions = _Strict(wire, self.desk, admission, offer, Timing(), lambda: self.now)
         self.user = str(_IDENTITY.public)
+        self.peer = b"peer"
 
     @property
     def link(self) -> Link | None:
-        return self.sessions._links.get(b"peer")
+        return self.sessions._links.get(self.peer)
 
-    def control(self, frame: bytes, user: str | None = None, peer: bytes = b"peer") -> None:
-        self.sessions.take(ServerFrame(Endpoint.CONTROL, peer, user or self.user, "here", frame))
+    def control(self, frame: bytes, user: str | None = None, peer: bytes | None = None) -> None:
+        if (Endpoint.CONTROL, self.peer) in self.sessions._leaving:
+            self.peer += b"'"  # a connection serves one session
+        self.sessions.take(ServerFrame(Endpoint.CONTROL, peer or self.peer, user or self.user, "here", frame))
 
     def data(self, frame: bytes, peer: bytes = b"data") -> None:
         if self.link is not None and self.link.id:
@@ -201,6 +210,7 @@ def server(data: bytes) -> None:
         link = one.link
         if link is not None and link.account is not None:
             assert 0 <= link.account.left <= WINDOW
+        assert not any((Endpoint.CONTROL, peer) in one.sessions._leaving for peer in one.sessions._links)
         assert len(one.desk.present) <= 1
 
 

@@ -34,6 +34,9 @@ def decoded(decode: Callable[[bytes, bool], Any], frame: bytes, from_client: boo
 def control(data: bytes) -> None:
     for from_client in (True, False):
         decoded(m.decode_control, data, from_client)
+    hello = decoded(lambda frame, _: m.decode_hello(frame), data, True)
+    if hello is not None:
+        assert m.decode_control(data, from_client=True) == hello
 
 
 def metadata(data: bytes) -> None:

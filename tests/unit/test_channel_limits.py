@@ -241,6 +241,17 @@ def test_a_list_that_is_away_while_it_is_saved_ends_no_session(tmp_path: Path) -
     assert [admission.changed() for _ in range(3)] == [False, True, False], "one that stays away is taken at its word"
 
 
+def test_a_list_that_is_emptied_right_after_it_was_found_changed_ends_no_session(tmp_path: Path) -> None:
+    path = tmp_path / "authorized_clients"
+    key = Identity.generate().public
+    path.write_text(f"{key} bob\n")
+    admission = Admission(AuthorizedClients(path), 15, Clock())
+    path.write_text(f"{key} bob window=8388608\n")
+    assert [admission.changed(), admission.changed()] == [False, True]
+    path.write_text("")
+    assert admission.limits(Peer(key, "bob", "here")) == {"window": 8388608}
+
+
 def test_who_does_not_read_is_dropped_and_held_little(make: Make) -> None:
     world = make(window=4 * MIB, max_message=MIB, timing=Timing(heartbeat=0.1, silence=5.0, flush=0.5, linger=0.1, stall=0.6))
     client = world.join()

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from splitfl.protocol.keys import Identity
 from splitfl.transport.accept_filter import MOST, program, shut_out
 from splitfl.transport.connections import Connections
 from splitfl.transport.door import Door, excess, network_of
 from splitfl.transport.refusals import RefusalLog
+from splitfl.transport.zmq_server import ZmqServerTransport
 from tests.unit.channel_world import wait_until
 
 
@@ -97,6 +99,19 @@ def test_a_subscriber_with_many_addresses_has_no_more_lines() -> None:
     assert len(said) == 5 + 1
 
 
+def test_a_flood_is_said_however_many_keys_were_refused_before() -> None:
+    said: list[str] = []
+    transport = ZmqServerTransport(Identity.generate())
+    transport.on_refused(lambda who, code, text: said.append(text))
+    for _ in range(20):
+        transport._refusals.refused("192.0.2.1", "192.0.2.1", "not-authorized", "a key")
+    for _ in range(20):
+        transport._flood("192.0.2.1", "192.0.2.1", "shut out")
+        transport._flood("192.0.2.1", "192.0.2.1, a data connection", "a message without an end")
+    assert [said.count(text) for text in ("a key", "shut out", "a message without an end")] == [5, 5, 5]
+    transport.close(0)
+
+
 def run(code: list[tuple[int, int, int, int]], packet: bytes) -> int:
     """A classic BPF machine, as far as these programs need one."""
     accumulator, at = 0, 0
@@ -166,6 +181,10 @@ def test_what_has_been_read_of_a_connection_and_its_end() -> None:
         assert connection.held == 3000
         connection.handed_on = 1000
         assert connection.held == 2000
+        connection.handed_on = 10**6  # frames of whoever had its number before, counted since
+        connections.look()
+        assert connection.held == 0
+        assert connection.handed_on == 3000, "and what comes from now on is held again"
         assert connections.cut(connection)
         assert client.recv(1) == b""
         accepted.close()

@@ -1,0 +1,193 @@
+"""How long a connection stands that has no session: before its Hello, after a no, after its session's end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitfl.channel.timing import Timing
+from splitfl.errors import SessionLost
+from splitfl.protocol.ciphers import AES_256_GCM
+from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
+from splitfl.protocol.message import MAX_HELLO_BYTES
+from splitfl.protocol.messages import PROTOCOL_VERSION, Fault, Heartbeat, Hello, Open, Refused, Welcome, decode_control, encode
+from tests.unit.channel_world import MODEL, Client, Make, World, inverted, make_worlds, wait_until
+from tests.unit.test_channel_limits import PATIENT, Clock
+
+HELLO = encode(Hello(PROTOCOL_VERSION, "run", {}, ""))
+LONG = Timing(heartbeat=0.1, silence=20.0, flush=1.0, linger=600.0)
+
+
+@pytest.fixture(params=["memory", "zmq"])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes worlds over one transport."""
+    yield from make_worlds(request.param)
+
+
+@pytest.fixture
+def make_zmq() -> Iterator[Make]:
+    yield from make_worlds("zmq")
+
+
+class Knocker:
+    """A control connection of a listed key, spoken on by hand."""
+
+    def __init__(self, world: World, *first: bytes, identity: Identity | None = None) -> None:
+        self.transport, self.answers, self.broken = world.client_transport(), [], False
+        join = world.join_string
+        self.transport.connect_control(join.host, join.port, join.key, identity or world.identity, 3.0)
+        self.say(*first)
+
+    def say(self, *frames: bytes) -> None:
+        for frame in frames:
+            try:
+                self.transport.send_control(frame)
+            except SessionLost:
+                self.broken = True
+
+    def listen(self) -> list[Any]:
+        try:
+            self.answers += [decode_control(bytes(frame.frame), False) for frame in self.transport.poll(0.01)]
+        except SessionLost:
+            self.broken = True
+        return self.answers
+
+    def is_cut(self) -> bool:
+        self.listen()
+        return self.broken
+
+
+def deaf(client: Client) -> Client:
+    """A client that goes on as if nobody had told it that its session is over."""
+    client.channel._session.receive = lambda frame: None  # type: ignore[method-assign, assignment, return-value]
+    return client
+
+
+def standing(world: World) -> int:
+    if world.kind == "memory":
+        return len(world.transport._links)
+    return len(world.transport._control.connections) + len(world.transport._data.connections)
+
+
+def test_both_connections_of_a_session_that_was_ended_are_cut(make: Make) -> None:
+    world = make()
+    client, other = deaf(world.join()), world.join()
+    before = standing(world)
+    world.server.end(client.channel.opened.session, Fault("stale", "too late"))
+    wait_until(lambda: client.lost)
+    assert "broke" in str(client.lost[0])
+    wait_until(lambda: standing(world) == before // 2)
+    assert other.echo(b"ab") == inverted(b"ab")
+
+
+def test_a_key_that_was_taken_out_loses_its_connections(make: Make, tmp_path: Path) -> None:
+    world = make()
+    path = tmp_path / "authorized_clients"
+    path.write_text(f"{world.identity.public} alice\n")
+    world.server._admission._authorized = AuthorizedClients(path)
+    clients = [deaf(world.join()) for _ in range(2)]
+    opening = Knocker(world, HELLO)
+    wait_until(opening.listen)
+    path.write_text(f"{Identity.generate().public} bob\n")
+    wait_until(lambda: all(client.lost for client in clients) and opening.is_cut())
+    wait_until(lambda: standing(world) == 0)
+    opening.transport.close(0)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"\0",
+        os.urandom(300),
+        encode(Heartbeat(0.0)),
+        encode(Open(bytes(32), bytes(1184), (AES_256_GCM,), {**MODEL, "x": list(range(1000))}, (1, 1), "a")),
+        encode(Hello(PROTOCOL_VERSION, "run", {}, ""))[:-1],
+        HELLO + bytes(MAX_HELLO_BYTES),
+    ],
+    ids=["a byte", "junk", "Heartbeat", "Open", "half a Hello", "too long"],
+)
+def test_who_begins_with_anything_but_a_hello_is_cut(make: Make, first: bytes) -> None:
+    world = make(timing=LONG)
+    knocker = Knocker(world, first)
+    wait_until(knocker.is_cut)
+    wait_until(lambda: standing(world) == 0)
+    assert knocker.answers == []
+    assert [code for _, code, _ in world.handler.refused] == ["protocol"]
+    assert "no Hello" in world.handler.refused[0][2]
+    knocker.transport.close(0)
+
+
+def test_a_hello_of_another_version_is_answered(make: Make) -> None:
+    world = make()
+    knocker = Knocker(world, b"\x83\xa4type\x01\xa8protocol\xcd\x02\x00\xa1x\xc4\xff" + bytes(255))
+    wait_until(knocker.is_cut)
+    assert [answer.code for answer in knocker.answers] == ["protocol-version"]
+    knocker.transport.close(0)
+
+
+def test_a_connection_serves_one_session(make: Make) -> None:
+    world = make(timing=LONG)
+    knocker = Knocker(world, encode(Hello(PROTOCOL_VERSION, "another run", {}, "")))
+    wait_until(knocker.listen)
+    assert type(knocker.answers[0]) is Refused
+    knocker.say(HELLO)
+    newcomer = Knocker(world, HELLO)
+    wait_until(newcomer.listen)
+    assert type(newcomer.answers[0]) is Welcome
+    assert len(knocker.listen()) == 1
+    for each in (knocker, newcomer):
+        each.transport.close(0)
+
+
+def test_who_floods_after_its_session_was_ended_is_cut_at_once(make: Make) -> None:
+    world = make(clock=Clock(), timing=PATIENT)  # no time passes: nothing is cut because it was let stand for long enough
+    knocker, honest = Knocker(world, HELLO), world.join(identity=listed(world, "honest"), timing=PATIENT)
+    wait_until(knocker.listen)
+    knocker.say(b"\0")
+    wait_until(lambda: any(isinstance(answer, Fault) for answer in knocker.listen()))
+    assert not knocker.is_cut()
+    sent = 0
+    while not knocker.is_cut():
+        knocker.say(*[bytes(4096)] * 10)
+        sent += 10
+        assert sent < 3000
+    assert "more control messages" in world.handler.refused[-1][2]
+    assert honest.echo(b"ab") == inverted(b"ab")
+    knocker.transport.close(0)
+
+
+def listed(world: World, name: str, **limits: Any) -> Identity:
+    identity = Identity.generate()
+    world.authorized._clients[identity.public.raw] = AuthorizedClient(name, limits)
+    return identity
+
+
+def test_a_key_has_so_many_connections_and_no_more(make: Make) -> None:
+    world = make(timing=LONG)
+    identity, other = listed(world, "one", sessions=1), listed(world, "other")
+    knockers = [Knocker(world, HELLO, identity=identity) for _ in range(1 + 32 + 6)]
+    wait_until(lambda: sum(each.is_cut() for each in knockers) == 6)
+    wait_until(lambda: all(each.broken or each.listen() for each in knockers))
+    assert sum(type(each.answers[0]) is Welcome for each in knockers if each.answers) == 16
+    assert sum(type(each.answers[0]) is Refused for each in knockers if each.answers) == 17
+    assert world.transport.connected(str(identity.public)) == 33
+    assert sum("more connections than" in text for _, _, text in world.handler.refused) >= 1
+    assert world.join(identity=other, timing=LONG).echo(b"ab") == inverted(b"ab")
+    for each in knockers:
+        each.transport.close(0)
+
+
+def test_who_says_nothing_is_cut(make_zmq: Make) -> None:
+    world = make_zmq(timing=LONG)
+    client = world.join()
+    for endpoint in (world.transport._control, world.transport._data):
+        endpoint.silent_seconds = 0.5
+    silent = Knocker(world)
+    wait_until(silent.is_cut)
+    wait_until(lambda: standing(world) == 2)
+    assert client.echo(b"ab") == inverted(b"ab")
+    silent.transport.close(0)
