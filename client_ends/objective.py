@@ -82,7 +82,14 @@ def objective_of(arguments: Mapping[str, Any], *, per_token: bool) -> Objective 
         counted = (labels != IGNORED).reshape(labels.shape[0], -1).any(1)
     targets = tuple(int(n) for n in counted.tolist())
     items = arguments.get("num_items_in_batch")
-    divisor = float(items) if items is not None and per_token else float(sum(targets))
+    if items is None:
+        divisor = float(sum(targets))
+    elif per_token:
+        divisor = float(items)
+    else:
+        # A classifier returns the mean of each batch all the same, and who says the items adds those up as they are. With the
+        # step's rows for a divisor the trunk's gradient is their sum too. Of a row with several labels each is an item.
+        divisor = float(items) * sum(targets) / max(1, int((labels != IGNORED).sum()))  # type: ignore[union-attr]
     return Objective(targets, divisor)
 
 

@@ -78,7 +78,7 @@ def _observed(forward: Callable[..., Any], signature: inspect.Signature, *, in_p
         pieces = pieces_of(named, self.config, remote.micro_batches) if in_pieces else []
         try:
             if pieces:
-                out = forward_in_pieces(self, forward, named, pieces, remote, objective)
+                out = forward_in_pieces(self, forward, named, pieces, remote, objective, per_token=self._per_token)
             else:
                 out = forward(self, *args, **kwargs)
         finally:

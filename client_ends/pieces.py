@@ -56,10 +56,12 @@ def forward_in_pieces(
     pieces: list[range],
     remote: RemoteTrunk,
     objective: Objective | None,
+    *,
+    per_token: bool,
 ) -> Any:
     """The family's ``forward(model, **arguments)`` over ``pieces``; returns its output, logits and loss of the whole batch.
 
-    ``objective`` says how many targets stand behind each piece's loss.
+    ``objective`` says how many targets stand behind each piece's loss, ``per_token`` whether they are tokens.
     """
     batch = pieces[-1].stop
     parts = [{name: _rows(name, value, rows, batch) for name, value in arguments.items()} for rows in pieces]
@@ -77,7 +79,9 @@ def forward_in_pieces(
     for name in outputs[0]:
         values = [out[name] for out in outputs]
         if name == "loss":
-            joined[name] = _loss(values, pieces, objective, summed=arguments.get("num_items_in_batch") is not None)
+            # Classifiers take the count of items, and return a mean all the same.
+            summed = per_token and arguments.get("num_items_in_batch") is not None
+            joined[name] = _loss(values, pieces, objective, summed=summed)
         elif all(isinstance(value, torch.Tensor) for value in values):
             joined[name] = torch.cat(values)
     return type(outputs[0])(**joined)

@@ -28,15 +28,17 @@ def score_rows(model: Any, rows: TokenizedDataset, tokenizer: Any, *, batch_size
 def score_texts(
     model: Any, rows: TokenizedDataset, tokenizer: Any, *, batch_size: int, new_tokens: int
 ) -> tuple[dict[str, float], list[str]]:
-    """ROUGE of what the model writes, greedily and at most ``new_tokens``, where each row's targets begin, against those; and
-    the texts. Raises DataError where no row has a prompt.
+    """ROUGE of what the model writes, greedily and at most ``new_tokens``, where each row's targets begin, against those up to
+    the first token that is none: of a dialogue its first answer. And the texts. Raises DataError where no row has a prompt.
     """
     prompts, references = [], []
     for row in rows:
-        begin = next(place for place, label in enumerate(row["labels"]) if label != IGNORE)
+        labels = row["labels"]
+        begin = next(place for place, label in enumerate(labels) if label != IGNORE)
+        end = next((place for place in range(begin, len(labels)) if labels[place] == IGNORE), len(labels))
         if begin:
             prompts.append({"input_ids": row["input_ids"][:begin], "labels": [IGNORE] * begin})
-            references.append(tokenizer.decode(row["input_ids"][begin:], skip_special_tokens=True))
+            references.append(tokenizer.decode(row["input_ids"][begin:end], skip_special_tokens=True))
     if not prompts:
         raise DataError("nothing to write: --generate wants rows with a prompt and its completion, or a chat")
     pad, device = pad_token(tokenizer), _device_of(model)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from client_ends.objective import Objective, objective_of
 from splitfl.errors import CheckpointError, ConfigError, RunWentBack, StepMissed
@@ -36,7 +35,7 @@ def bind_trainer(trainer: Any) -> Any:
     """Bind a ``Trainer`` (``SFTTrainer``, ``DPOTrainer``, ...) to the trunk that its split model is of; returns it.
 
     * ``trainer.train(resume_from_checkpoint=...)`` goes on only where the trunk stands at the checkpoint's step, or goes back
-      to it.
+      to it; with True, from the newest checkpoint that the trunk can go on from too.
     * It saves whenever the run's checkpoint is due, and goes back by itself where the run has gone back.
     * A loss computed from logits weighs each row alike in the trunk (each target where the rows have labels).
     * One warning names what of ``TrainingArguments`` is not as the run's config.
@@ -45,7 +44,7 @@ def bind_trainer(trainer: Any) -> Any:
 
     Raises:
         TypeError: the model is not split.
-        ConfigError: it asks for fp16, whose loss scaling the trunk does not know.
+        ConfigError: it asks for fp16, whose loss scaling the trunk does not know, or for the best model at the end.
     """
     bound = _Bound(trainer, find_ends(trainer.model))
     trainer.add_callback(bound)
@@ -61,6 +60,11 @@ class _Bound(TrainerCallback):
     def __init__(self, trainer: Any, ends: Any) -> None:
         if trainer.args.fp16:
             raise ConfigError("fp16 scales the loss by steps that the trunk does not know of: use bf16")
+        if trainer.args.load_best_model_at_end:
+            raise ConfigError(
+                "load_best_model_at_end takes these ends back to the best step, and no trunk with them: leave it out, and stop "
+                "at the step you want"
+            )
         self._trainer, self._ends, self._session = trainer, ends, ends.trunk.session
         self._warned = False
         ends._on_missed = self._miss
@@ -75,14 +79,8 @@ class _Bound(TrainerCallback):
             CheckpointError: the trunk does not stand where the checkpoint was written, and cannot go back to it; or the run has
                 gone back to where no checkpoint is.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self._trainer.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(
-                    f"{self._trainer.args.output_dir} holds no checkpoint to go on from: train without resuming"
-                )
         if resume_from_checkpoint:
-            self._stand_at(Path(resume_from_checkpoint))
+            resume_from_checkpoint = self._stand_at(resume_from_checkpoint)
         while True:
             try:
                 return train(resume_from_checkpoint or None, *args, **kwargs)
@@ -90,33 +88,50 @@ class _Bound(TrainerCallback):
                 _log.warning("%s", back)
                 resume_from_checkpoint = self._before(back.step)
 
-    def _stand_at(self, checkpoint: Path) -> None:
-        """Take part in the step after the one that the checkpoint was written at."""
-        stood = self._read(checkpoint)
-        if stood is None:
-            raise CheckpointError(f"{checkpoint} was not written by a trainer bound to this run: train without resuming")
-        self._session.keep_with(lambda step: None, lambda: (stood,))
+    def _stand_at(self, asked: Any) -> str:
+        """The checkpoint to go on from: the one that is ``asked`` for, or, of all (True), the newest that the trunk can go on
+        from too. This client then takes part in the step after it.
+        """
+        found = self._checkpoints()
+        if asked is not True:
+            stood = self._read(Path(asked))
+            found = {} if stood is None else {stood: Path(asked)}
+        if not found:
+            where = f"{self._trainer.args.output_dir} holds no checkpoint that was" if asked is True else f"{asked} was not"
+            raise CheckpointError(f"{where} written by a trainer bound to this run: train without resuming")
+        self._session.keep_with(lambda step: None, lambda: sorted(found))
         try:
             opened = self._session.enrol()
         except RunWentBack as back:
             opened = back.step
         finally:
             self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
-        if opened != stood + 1:
+        if opened - 1 not in found:
+            stands = ", ".join(f"{found[step]} after step {step}" for step in sorted(found, reverse=True)[:4])
             raise CheckpointError(
-                f"the trunk stands before step {opened}, and {checkpoint} after step {stood}: resume from a checkpoint of step "
-                f"{opened - 1}, or ask the operator to start the server again with --resume, which takes the trunk back with you"
+                f"the trunk stands before step {opened}, and {stands}: "
+                + (f"resume from a checkpoint of step {opened - 1}" if opened else "train without resuming")
+                + ", or ask the operator to start the server again with --resume, which takes the trunk back with you"
             )
+        self._undo(opened)
+        return str(found[opened - 1])
 
     def _before(self, step: int) -> str:
         """The checkpoint of the step before ``step``, where the run has gone back to that."""
+        found = self._checkpoints().get(step - 1)
+        if found is None:
+            raise CheckpointError(
+                f"the run goes on from step {step}, and {self._trainer.args.output_dir} holds no checkpoint of the step before: "
+                "save as often as the run does (save_steps = its checkpoint_every), and begin anew"
+            )
+        self._undo(step)
+        return str(found)
+
+    def _undo(self, step: int) -> None:
+        """The run makes ``step``, and all that follow it, once more: nobody goes on from what was kept after them."""
         for stood, checkpoint in self._checkpoints().items():
-            if stood == step - 1:
-                return str(checkpoint)
-        raise CheckpointError(
-            f"the run goes on from step {step}, and {self._trainer.args.output_dir} holds no checkpoint of the step before: save "
-            "as often as the run does (save_steps = its checkpoint_every), and begin anew"
-        )
+            if stood >= step:
+                (checkpoint / _NOTE).unlink(missing_ok=True)
 
     def _checkpoints(self) -> dict[int, Path]:
         """The trainer's checkpoints, by the run's step after which they were written."""
@@ -179,10 +194,8 @@ class _Bound(TrainerCallback):
             fused = bool(arguments.get("fused_lm_head"))  # TRL's: the model gets labels, and the loss is the trainer's
             if isinstance(arguments.get("labels"), torch.Tensor) and not fused:
                 return None
-            found = objective_of({"labels": labels}, per_token=self._ends._per_token)
-            if found is not None and items is not None:
-                found.divisor = float(items)
-            else:
+            found = objective_of({"labels": labels, "num_items_in_batch": items}, per_token=self._ends._per_token)
+            if found is None or items is None:
                 rows = _rows_of(arguments)
                 found = Objective((1,) * rows, float(rows))
             found.is_stated = True

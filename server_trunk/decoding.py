@@ -243,7 +243,8 @@ class Decoder:
         members = list(dict.fromkeys(run.of for run in runs))
         if len(members) > 1:
             for each in members:
-                self._run([run for run in runs if run.of is each])
+                if each in self._waiting:  # else its session has just ended by another of its forwards
+                    self._run([run for run in runs if run.of is each])
             return
         (each,) = members
         said = f"{type(error).__name__}: {error}".splitlines()[0]

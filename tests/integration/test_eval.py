@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_ends.data import load_examples, tokenize
@@ -80,6 +81,37 @@ def test_scores_of_a_classifier_and_of_texts():
     assert scores["f1_macro"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
     # One of two words is right, in its place: P = R = 1/2, and no pair of words.
     assert rouge(["red house"], ["red garden"]) == {"rouge1": 0.5, "rouge2": 0.0, "rougeL": 0.5}
+
+
+class Recites(torch.nn.Module):
+    """Writes what it is told to, whatever it is asked."""
+
+    def __init__(self, said: list[int]) -> None:
+        super().__init__()
+        self.said = torch.nn.Parameter(torch.tensor(said, dtype=torch.float32))
+
+    def generate(self, input_ids, **_):
+        return torch.cat([input_ids, self.said.long()[None].expand(len(input_ids), -1)], 1)
+
+
+def test_of_a_dialogue_the_first_answer_is_what_is_written(stories, tmp_path):
+    """And not all that was said after it."""
+    turns = [
+        ("user", "Who are you?"),
+        ("assistant", "I am Lily."),
+        ("user", "And who is he?"),
+        ("assistant", "He is my friend Tom."),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    dataset = tokenize(load_examples(file), tokenizer, max_length=128, task="causal-lm")
+    model = Recites(tokenizer(" I am Lily.\n", add_special_tokens=False).input_ids)
+    scores, _ = score_texts(model, dataset, tokenizer, batch_size=1, new_tokens=8)
+    assert scores["rouge1"] == 1
 
 
 def test_the_command_line_on_a_file_and_with_the_ends_of_a_training_run(tmp_path, stories, data, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from typing import Any
 
@@ -172,6 +173,47 @@ def test_resumed_on_both_sides_is_as_undisturbed(tmp_path, model):
 
 
 @pytest.mark.slow
+def test_the_newest_checkpoint_that_both_hold_is_gone_on_from(tmp_path, model):
+    """The server's newest are lost, as after a crash, and one of the trainer's is half written."""
+    reference = train_whole(model, tmp_path / "whole")
+    world = World(tmp_path, model, 1, checkpoint_every=2, **RUN)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    with running(world):
+        split = world.join_as(0)
+        bind_trainer(trainer_of(split, tmp_path / "split", [StopAfter(5)], **saving)).train()
+        split.close()
+    (tmp_path / "split" / "checkpoint-5").mkdir()
+    held = {int(path.name.removeprefix("checkpoint-")) for path in (tmp_path / "split").iterdir()}
+    assert held == {2, 3, 4, 5}
+    newest = [path for path in (tmp_path / "server" / "checkpoints").iterdir() if int(path.name.rpartition("-")[2]) > 2]
+    assert newest
+    for path in newest:
+        shutil.rmtree(path)
+    with running(again(world)):
+        split = world.join_as(0)
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split", **saving))
+        trainer.train(resume_from_checkpoint=True)
+        split.close()
+        assert [event["step"] for event in world.events("step")] == [*range(5), *range(2, STEPS)]
+    assert_same(trainer, reference)
+
+
+@pytest.mark.slow
+def test_adapters_on_both_sides_are_gone_on_with(tmp_path, model):
+    reference = train_whole(model, tmp_path / "whole", lora=True)
+    world = World(tmp_path, model, 1, checkpoint_every=2, **(RUN | {"trainables": "lora"}))
+    saving = {"save_strategy": "steps", "save_steps": 500}
+    for resume, callbacks in ((None, [StopAfter(5)]), (True, [])):
+        with running(again(world) if resume else world):
+            split = world.join_as(0)
+            ends = prepare_ends(split, "lora", LoraSettings(), seed=0)
+            trainer = bind_trainer(trainer_of(ends, tmp_path / "split", callbacks, **saving))
+            trainer.train(resume_from_checkpoint=resume)
+            split.close()
+    assert_same(trainer, reference)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model):
     with running(World(tmp_path, model, 1, checkpoint_every=2, **RUN)) as world:
         saving = {"save_strategy": "steps", "save_steps": 500}
@@ -218,21 +260,26 @@ def test_one_warning_says_what_differs(tmp_path, model, caplog):
     assert "learning_rate 0.0001 (the run's: 0.005), max_grad_norm 1.0 (the run's: 0.5)" in record.getMessage()
 
 
-def test_scaled_losses_are_refused(tmp_path, model):
+def test_what_the_trunk_cannot_follow_is_refused(tmp_path, model):
+    """Scaled losses, and going back to the best step."""
     with running(World(tmp_path, model, 1, **RUN)) as world:
         split = world.join_as(0)
-        trainer = trainer_of(split, tmp_path / "split")
-        trainer.args.fp16 = True
-        with pytest.raises(ConfigError, match="use bf16"):
-            bind_trainer(trainer)
+        for name, says in (("fp16", "use bf16"), ("load_best_model_at_end", "no trunk with them")):
+            trainer = trainer_of(split, tmp_path / "split")
+            setattr(trainer.args, name, True)
+            with pytest.raises(ConfigError, match=says):
+                bind_trainer(trainer)
         split.close()
 
 
 @pytest.mark.slow
-def test_a_classifier_is_trained_and_judged_alike(tmp_path, model):
-    changes = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+@pytest.mark.parametrize(("accumulated", "micro_batches"), [(1, 1), (4, 1), (1, 2), (4, 2)])
+def test_a_classifier_is_trained_and_judged_alike(tmp_path, model, accumulated, micro_batches):
+    """Hugging Face adds up the means of the batches that make a step."""
+    changes = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 4}
     with running(World(tmp_path, model, 1, **RUN)) as world:
-        split = world.join_as(0, SplitModelForSequenceClassification, num_labels=3, seed=5)
+        options = {"num_labels": 3, "seed": 5, "micro_batches": micro_batches}
+        split = world.join_as(0, SplitModelForSequenceClassification, **options)
         whole = AutoModelForSequenceClassification.from_pretrained(model, num_labels=3)
         whole.score.load_state_dict(split.score.state_dict())
         trainers = []

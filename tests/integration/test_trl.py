@@ -14,7 +14,8 @@ from splitfl.adapters import attach_lora
 from splitfl.config import LoraSettings
 from splitfl.errors import UserError
 from splitfl.sample import build_sample_model, sample_text
-from tests.integration.test_trainer import ARGUMENTS, RUN, assert_same, history
+from tests.integration.test_resume import again
+from tests.integration.test_trainer import ARGUMENTS, RUN, StopAfter, assert_same, history
 from tests.world import World, running
 
 trl = pytest.importorskip("trl", reason="pip install '.[trl]'")
@@ -86,6 +87,25 @@ def compare(make: Any, model: str, work: Any, *, bound: bool, lora: bool = True,
 )
 def test_supervised_fine_tuning_on_completions(tmp_path, model, bound, lora):
     compare(sft, model, tmp_path, bound=bound, lora=lora)
+
+
+@pytest.mark.slow
+def test_supervised_fine_tuning_is_gone_on_with(tmp_path, model):
+    """Saved with the run, resumed on both sides: as the whole model's, undisturbed."""
+    whole = attach_lora(AutoModelForCausalLM.from_pretrained(model), LoraSettings(), seed=0)
+    reference = sft(whole, model, tmp_path / "whole")
+    reference.train()
+    world = World(tmp_path, model, 1, checkpoint_every=2, **LORA)
+    for resume in (None, True):
+        with running(again(world) if resume else world):
+            split = world.join_as(0)
+            ends = prepare_ends(split, "lora", LoraSettings(), seed=0)
+            trainer = bind_trainer(sft(ends, model, tmp_path / "split", save_strategy="steps", save_steps=500))
+            if not resume:
+                trainer.add_callback(StopAfter(5))
+            trainer.train(resume_from_checkpoint=resume)
+            split.close()
+    assert_same(trainer, reference)
 
 
 @pytest.mark.slow

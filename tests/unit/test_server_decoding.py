@@ -161,6 +161,23 @@ def test_a_forward_that_cannot_run_ends_its_own_session(desk):
     assert desk.loop._batches.decoder._book.held_by("b") == 0
 
 
+def test_of_two_forwards_that_cannot_run_the_first_ends_their_session(desk):
+    decode = desk.engine.decode
+
+    def failing(runs):
+        if any(run.of.session == "b" for run in runs):
+            raise ValueError("no such kernel")
+        return decode(runs)
+
+    desk.engine.decode = failing
+    for micro in (0, 1):
+        put(desk, "b", following(micro, (micro, -1, 0, 3)), rows(3, 0))
+    put(desk, "a", following(0, (0, -1, 0, 3)), rows(3, 0))
+    run(desk)
+    assert list(desk.outlet.ended) == ["b"]
+    assert 0 in answers(desk, "a")
+
+
 def test_a_full_device_drops_what_nobody_is_at_work_on(desk):
     put(desk, "a", following(0, (0, -1, 0, 3)), rows(3, 0))
     run(desk)
