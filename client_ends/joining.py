@@ -1,4 +1,4 @@
-"""A run joined to use its model, not to train it: what ``splitfl eval``, ``generate`` and ``chat`` have in common."""
+"""A run joined to use its model, not to train it: what ``splitfl eval``, ``generate``, ``chat`` and ``proxy`` have in common."""
 
 from __future__ import annotations
 

@@ -35,6 +35,16 @@ class Linked:
         return dict(self.channel.welcome.config)
 
     @property
+    def is_up(self) -> bool:
+        """Whether what is asked now is sent now; else it waits until the link is had again, or raises."""
+        return self._up and self._lost is None
+
+    @property
+    def lost(self) -> SplitflError | None:
+        """Why every call raises from now on, if it does."""
+        return self._lost
+
+    @property
     def _has_barrier(self) -> bool:
         """Whether steps have the same numbers for all."""
         return bool(self.terms["mode"] != "async")

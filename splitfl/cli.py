@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("client_ends.eval_command", "how good a run's model is: on a file of your own, or on tasks of lm-eval"),
     "generate": ("client_ends.generate_command", "have a run's model write on from a text of your own"),
     "chat": ("client_ends.chat_command", "talk with a run's model; text stays on this machine"),
+    "proxy": ("client_ends.proxy_command", "an OpenAI-compatible endpoint to a run's model, on this machine"),
     "doctor": ("client_ends.doctor", "check address, keys, clock, versions and model of a join string"),
     "export": ("splitfl.commands.export", "write what a run trained as a portable part"),
     "merge": ("splitfl.commands.merge", "join ends and trunk into one PEFT adapter or full weights"),

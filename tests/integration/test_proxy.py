@@ -1,0 +1,372 @@
+"""``splitfl proxy`` as OpenAI's own client sees it, held against the whole model."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from splitfl.transport.memory import MemoryClientTransport
+from tests.integration.test_lost import QUICK
+from tests.proxy_world import Served, proxying
+from tests.world import World, running
+
+PROMPT = "Once upon a time"
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+@functools.cache
+def whole(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories: str) -> Any:
+    return AutoTokenizer.from_pretrained(stories)
+
+
+@pytest.fixture(scope="module")
+def world(stories: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with running(World(tmp_path_factory.mktemp("run"), stories, 1, timing=QUICK)) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def split(world: World) -> Any:
+    transport = {"transport": lambda: MemoryClientTransport(world.network)}
+    model = world.join_as(0, channel_options=transport).eval()
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def served(split: Any, tokenizer: Any) -> Any:
+    with proxying(split, tokenizer) as served:
+        yield served
+
+
+@functools.cache
+def expected(path: str, text: str, tokens: int) -> str:
+    """What the whole model writes after a text, greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = torch.tensor([tokenizer(text).input_ids])
+    found = whole(path).generate(ids, max_new_tokens=tokens, do_sample=False)[0].tolist()
+    return tokenizer.decode(found, skip_special_tokens=True)[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+
+
+def test_a_greedy_completion_is_the_whole_model_s(served: Served, stories: str, tokenizer: Any) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["stories"]
+    assert client.models.retrieve("stories").owned_by == "splitfl"
+    answer = client.completions.create(model="stories", prompt=PROMPT, max_tokens=60, temperature=0)
+    text = expected(stories, PROMPT, 60)
+    assert answer.choices[0].text == text
+    assert answer.choices[0].finish_reason == "length"
+    prompt = len(tokenizer(PROMPT).input_ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (prompt, 60, prompt + 60)
+    chunks = list(
+        client.completions.create(
+            model="stories", prompt=PROMPT, max_tokens=60, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == text
+    assert len(chunks) > 30
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:] if chunk.choices] == ["length"]
+    assert chunks[-1].usage == answer.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_several_prompts_of_unequal_length_and_several_choices_are_one_batch(
+    served: Served, world: World, stories: str, tokenizer: Any
+) -> None:
+    prompts = ["The", "One day, Lily and Tom went to the big park with their mom and", PROMPT]
+    before = world.server.meter.snapshot()["forwards"]
+    answer = served.client().completions.create(model="stories", prompt=prompts, max_tokens=20, temperature=0, n=2)
+    assert world.server.meter.snapshot()["forwards"] - before == 21  # the prompts, but for their last tokens, went ahead, once
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert [choice.text for choice in answer.choices] == [expected(stories, prompt, 20) for prompt in prompts for _ in range(2)]
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    by_ids = served.client().completions.create(model="stories", prompt=ids, max_tokens=20, temperature=0)
+    assert [choice.text for choice in by_ids.choices] == [choice.text for choice in answer.choices[::2]]
+
+
+def test_the_end_of_a_story_is_an_end(served: Served, stories: str, tokenizer: Any) -> None:
+    """At the token that ends a text, which is no part of it; the others of its batch go on."""
+    ids = torch.tensor([tokenizer("The").input_ids])
+    story = whole(stories).generate(ids, max_new_tokens=300, do_sample=False)[0].tolist()
+    assert story[-1] in whole(stories).generation_config.eos_token_id
+    prompts = [story[:-12], story[:-40]]
+    answer = served.client().completions.create(model="stories", prompt=prompts, max_tokens=30, temperature=0, logprobs=0)
+    assert answer.usage.completion_tokens == 12 + 30
+    ended, other = answer.choices
+    assert (ended.finish_reason, other.finish_reason) == ("stop", "length")
+    begun = tokenizer.decode(story[:-12], skip_special_tokens=True)
+    assert begun + ended.text == tokenizer.decode(story, skip_special_tokens=True)
+    assert len(ended.logprobs.tokens) == 12
+    assert other.text.startswith(tokenizer.decode(story[-40:-12], skip_special_tokens=True).strip())
+
+
+@pytest.mark.parametrize("stop", [" little girl", "girl", ["nothing at all", "re was a", "girl"], "l", "."])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_is_found_across_tokens_and_not_given_out(
+    served: Served, stories: str, tokenizer: Any, stop: Any, stream: bool
+) -> None:
+    text = expected(stories, PROMPT, 60)
+    stops = [stop] if isinstance(stop, str) else stop
+    first = min(text.find(each) for each in stops if each in text)
+    answer = served.client().completions.create(
+        model="stories", prompt=PROMPT, max_tokens=60, temperature=0, stop=stop, stream=stream
+    )
+    pieces = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+    assert "".join(piece.text for piece in pieces) == text[:first]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_a_seed_draws_the_same_whatever_else_is_drawn(served: Served) -> None:
+    def draw(seed: int | None, **more: Any) -> list[str]:
+        options = {"model": "stories", "prompt": PROMPT, "max_tokens": 8, "seed": seed} | more
+        return [choice.text for choice in served.client().completions.create(**options).choices]
+
+    alone = draw(5, n=3)
+    assert len(set(alone)) > 1
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(draw, seed, n=3) for seed in (5, 6, None)]
+        beside = [future.result() for future in waiting]
+    assert beside[0] == alone
+    assert beside[1] != alone
+    assert beside[2] != alone
+    assert draw(5, n=1) == alone[:1]
+    assert draw(5, prompt=["Lily", PROMPT]) == draw(5, prompt="Lily") + alone[:1]
+    assert draw(7, top_p=1e-6) == draw(8, extra_body={"top_k": 1}) == draw(9, temperature=0)
+
+
+def test_log_probabilities_are_the_whole_model_s(served: Served, stories: str, tokenizer: Any) -> None:
+    prompts = ["The", "One day, Lily and Tom went to the park"]
+    answer = served.client().completions.create(
+        model="stories", prompt=prompts, max_tokens=4, temperature=0, logprobs=3, echo=True
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        found = whole(stories).generate(ids, max_new_tokens=4, do_sample=False)
+        with torch.no_grad():
+            logprobs = whole(stories)(found).logits[0, :-1].log_softmax(-1)
+        mine, told = choice.logprobs, logprobs.gather(1, found[0, 1:, None])[:, 0].tolist()
+        assert mine.token_logprobs[0] is None
+        assert mine.top_logprobs[0] is None
+        assert mine.token_logprobs[1:] == pytest.approx(told, abs=1e-5)
+        for own, best in zip(mine.top_logprobs[1:], logprobs.topk(3).values.tolist(), strict=True):
+            assert max(own.values()) == pytest.approx(best[0], abs=1e-5)
+            assert len(own) <= 4
+        assert choice.text == prompt + expected(stories, prompt, 4)
+        assert "".join(mine.tokens).removeprefix("<s>").strip() == choice.text
+        assert all(
+            here + len(token) == after
+            for here, token, after in zip(mine.text_offset, mine.tokens, mine.text_offset[1:], strict=False)
+        )
+    scored = served.client().completions.create(model="stories", prompt=prompts[1], max_tokens=0, logprobs=0, echo=True)
+    length = len(tokenizer(prompts[1]).input_ids)
+    assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(answer.choices[1].logprobs.token_logprobs[1:length])
+    assert scored.choices[0].text == prompts[1]
+    assert scored.usage.completion_tokens == 0
+
+
+def test_penalties_and_biases_are_honoured(served: Served, stories: str, tokenizer: Any) -> None:
+    client, options = served.client(), {"model": "stories", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    plain = client.completions.create(**options).choices[0].text
+    comma = tokenizer(",", add_special_tokens=False).input_ids[-1]
+    assert "," in plain
+    assert "," not in client.completions.create(**options, logit_bias={str(comma): -100}).choices[0].text
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert client.completions.create(**options, **{name: 2}).choices[0].text != plain
+    ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    found = whole(stories).generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.3)[0].tolist()
+    repeated = client.completions.create(**options, extra_body={"repetition_penalty": 1.3}).choices[0].text
+    assert tokenizer.decode(found, skip_special_tokens=True) == PROMPT + repeated
+
+
+@pytest.fixture(scope="module")
+def chatting(split: Any, stories: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = TEMPLATE
+    with proxying(split, tokenizer, lookup=4) as served:
+        yield served, tokenizer
+
+
+def test_a_chat_goes_by_the_template(chatting: Any, stories: str) -> None:
+    served, tokenizer = chatting
+    client = served.client()
+    messages = [
+        {"role": "developer", "content": "Tell stories."},
+        {"role": "user", "content": [{"type": "text", "text": "Once upon"}, {"type": "text", "text": " a time"}]},
+    ]
+    text = "system: Tell stories.\nuser: Once upon a time\nassistant:"
+    options = {"model": "stories", "messages": messages, "max_completion_tokens": 30, "temperature": 0}
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    found = whole(stories).generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
+    wanted = tokenizer.decode(found, skip_special_tokens=True)[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+    answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", wanted, "length")
+    assert "".join(token.token for token in choice.logprobs.content) == wanted
+    assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in choice.logprobs.content)
+    assert answer.usage.prompt_tokens == ids.shape[1]
+    chunks = list(client.chat.completions.create(**options, stream=True, n=2))
+    assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", "assistant"]
+    for index in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in own) == wanted
+        assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["length"]
+    until = client.chat.completions.create(model="stories", messages=messages, temperature=0, stop=["\n"])
+    assert until.choices[0].message.content == wanted.split("\n")[0] or "\n" not in wanted
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"prompt": PROMPT, "model": "gpt-4"}, 404, "no model 'gpt-4'"),
+        ({"model": "stories"}, 400, "prompt must be"),
+        ({"prompt": []}, 400, "prompt must be"),
+        ({"prompt": [1, 100000]}, 400, "none 100000"),
+        ({"prompt": PROMPT, "max_tokens": -1}, 400, "max_tokens must be"),
+        ({"prompt": PROMPT, "max_tokens": 5000}, 400, "context is"),
+        ({"prompt": PROMPT, "temperature": "hot"}, 400, "temperature must be"),
+        ({"prompt": PROMPT, "best_of": 3}, 400, "best_of"),
+        ({"prompt": PROMPT, "suffix": "end"}, 400, "suffix"),
+        ({"prompt": PROMPT, "guided_json": {}}, 400, "guided_json is not supported"),
+        ({"prompt": PROMPT, "stop": ""}, 400, "stop must be"),
+        ({"prompt": PROMPT, "stream_options": {"include_usage": True}}, 400, "goes with stream"),
+        ({"prompt": "half \ud83d"}, 400, "surrogate"),
+        ({"prompt": PROMPT, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(served: Served, body: dict[str, Any], status: int, says: str) -> None:
+    found, answer = served.ask("POST", "/v1/completions", body)
+    assert found == status
+    assert says in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_door(served: Served, split: Any, tokenizer: Any) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1}
+    assert served.ask("POST", "/v1/embeddings", body)[0] == 404
+    assert served.ask("GET", "/v1/completions")[0] == 405
+    assert served.ask("GET", "/health") == (200, {"status": "ok"})
+    assert served.ask("POST", "/v1/completions", b"{")[1]["error"]["code"] == "invalid_json"
+    assert served.ask("POST", "/v1/completions", b"[" * 100_000)[0] == 400
+    assert served.ask("POST", "/v1/completions", b'{"prompt": NaN}')[0] == 400
+    assert served.ask("POST", "/v1/completions", b" " * (17 << 20))[0] == 413
+    assert served.ask("POST", "/v1/completions", body, Content_Type="text/plain")[0] == 415
+    for host in ("evil.example", "evil.example:8080", "localhost.evil.example", "[::1", ""):
+        assert served.ask("POST", "/v1/completions", body, Host=host)[0] == 403
+        assert served.ask("GET", "/health", Host=host)[0] == 403
+    for host in ("localhost:8080", "127.0.0.1", "[::1]:80"):
+        assert served.ask("POST", "/v1/completions", body, Host=host)[0] == 200
+    status, answer = served.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
+    assert (status, answer["error"]["code"]) == (400, "no_chat_template")
+    assert "--chat-template" in answer["error"]["message"]
+    with proxying(split, tokenizer, key="sesame") as keyed:
+        assert keyed.ask("GET", "/health")[0] == 200
+        assert keyed.ask("GET", "/v1/models")[0] == 401
+        assert keyed.ask("GET", "/v1/models", Authorization="Bearer sesam")[0] == 401
+        assert keyed.ask("POST", "/v1/completions", body, Authorization="sesame")[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            keyed.client("open").models.list()
+        assert keyed.client("sesame").completions.create(model="stories", prompt=PROMPT, max_tokens=1).choices
+
+
+class _Halted:
+    """Lets nothing through to the trunk until it is told to."""
+
+    def __init__(self, split: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.arrived, self.open, self.sent = threading.Semaphore(0), threading.Event(), 0
+        send = split.trunk.session.send_forward
+
+        def held(*args: Any, **kwargs: Any) -> int:
+            self.sent += 1
+            self.arrived.release()
+            assert self.open.wait(60)
+            return int(send(*args, **kwargs))
+
+        monkeypatch.setattr(split.trunk.session, "send_forward", held)
+
+
+def test_who_hangs_up_is_written_for_no_more(split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxying(split, tokenizer, parallel=1) as served:
+        halted = _Halted(split, monkeypatch)
+        raw = json.dumps({"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": False}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(raw)}\r\n\r\n"
+        caller, waiting = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
+        for each in (caller, waiting):
+            each.sendall(head.encode() + raw)
+            if each is caller:
+                assert halted.arrived.acquire(timeout=60)
+        caller.close()
+        waiting.close()
+        halted.open.set()
+        assert served.desk.wait_until_idle(60)
+        assert halted.sent < 400
+
+
+def test_beyond_the_line_it_is_429_and_at_the_end_503(split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0}
+    with proxying(split, tokenizer, parallel=1, queue=1) as served, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        halted = _Halted(split, monkeypatch)
+        first = pool.submit(served.ask, "POST", "/v1/completions", body)
+        assert halted.arrived.acquire(timeout=60)
+        others = [pool.submit(served.ask, "POST", "/v1/completions", body) for _ in range(2)]
+        done, _ = concurrent.futures.wait(others, 60, concurrent.futures.FIRST_COMPLETED)
+        assert [future.result()[0] for future in done] == [429]
+        served.stop()
+        (left,) = set(others) - done
+        assert left.result()[0] == 503
+        halted.open.set()
+        assert first.result()[0] == 503
+
+
+def test_while_the_trunk_is_away_it_is_503_and_then_goes_on(
+    served: Served, split: Any, stories: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split.trunk.session, "_up", False)
+    status, answer = served.ask("POST", "/v1/completions", {"prompt": PROMPT})
+    assert (status, answer["error"]["code"]) == (503, "trunk_away")
+    assert served.ask("GET", "/health")[0] == 503
+    monkeypatch.undo()
+    assert served.ask("GET", "/health")[0] == 200
+
+
+def test_more_than_there_is_room_for_is_written_in_turns(stories: str, tokenizer: Any, tmp_path: Path) -> None:
+    with running(World(tmp_path, stories, 1, cache_tokens=50, client_cache_tokens=50)) as world:
+        split = world.join_as(0).eval()
+        with proxying(split, tokenizer) as served, concurrent.futures.ThreadPoolExecutor(4) as pool:
+            prompts = [PROMPT, "The", "One day", "Lily"]
+            options = {"model": "stories", "max_tokens": 25, "temperature": 0}
+            asked = [pool.submit(served.client().completions.create, prompt=prompt, **options) for prompt in prompts]
+            for prompt, future in zip(prompts, asked, strict=True):
+                assert future.result().choices[0].text == expected(stories, prompt, 25)
+            status, answer = served.ask("POST", "/v1/completions", {"prompt": prompts, "max_tokens": 40})
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        split.close()
+
+
+def test_a_trunk_that_keeps_no_caches(stories: str, tokenizer: Any, tmp_path: Path) -> None:
+    with running(World(tmp_path, stories, 1, cache_tokens=0)) as world:
+        split = world.join_as(0).eval()
+        with proxying(split, tokenizer, lookup=4) as served:
+            answer = served.client().completions.create(
+                model="stories", prompt=["The", PROMPT], max_tokens=5, temperature=0, echo=True, logprobs=1, n=2
+            )
+            assert [choice.text for choice in answer.choices] == [
+                prompt + expected(stories, prompt, 5) for prompt in ("The", "The", PROMPT, PROMPT)
+            ]
+        split.close()
