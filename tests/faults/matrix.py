@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.processes import SILENCE, Stop, clock
+from tests.faults.processes import FAILURE, SILENCE, Stop, clock
 from tests.faults.relay import Passing
 from tests.faults.stage import Stage, wait_until
 
@@ -23,9 +23,12 @@ PLACES = ("session open", "forward", "forward answered", "backward", "backward a
 FAULTS = (
     "client killed",
     "server killed",
+    "server failed",
     "link cut 1 s",
     "link cut 30 s",
     "link stalled",
+    "data delayed",
+    "control delayed",
     "byte flipped",
     "frame dropped",
     "frame duplicated",
@@ -37,6 +40,11 @@ FAULTS = (
 
 #: What befalls a frame has an answer to befall too; for the others an answer under way is no other place.
 _FRAMES = ("byte flipped", "frame dropped", "frame duplicated")
+
+#: Each connection by itself, so that messages of one overtake those of the other.
+_DELAYED = ("data delayed", "control delayed")
+#: What is nothing to end a session for.
+_HARMLESS = ("slow reader", "clock jump", *_DELAYED)
 
 #: Cells that cannot exist, and why.
 NO_CELL = {
@@ -92,12 +100,17 @@ def strike(fault: str, place: str, stage: Stage, *, disk: Path | None = None) ->
             return raw[: len(raw) // 2]
         if fault == "server killed":
             stage.kill("server")
+        elif fault == "server failed":
+            stage.fail_server()
         elif fault.startswith("link cut"):
             relay.cut()
             later(float(fault.split()[2]), relay.heal)
         elif fault == "link stalled":
             relay.stall()
             later(SILENCE + 2, relay.heal)
+        elif fault in _DELAYED:
+            relay.delay(**{fault.split()[0]: 1.0})
+            later(4, relay.heal)
         elif fault == "byte flipped":
             assert passing is not None
             return passing.frame.flipped()
@@ -117,8 +130,10 @@ def strike(fault: str, place: str, stage: Stage, *, disk: Path | None = None) ->
 
     if fault == "clock jump":
         stage.clocks |= {"server": clock(), "client1": clock()}
-    if place == "session open" and fault not in ("client killed", "slow reader", "clock jump", "disk full", "client's disk full"):
+    if place == "session open" and fault not in ("client killed", *_HARMLESS, "disk full", "client's disk full"):
         stage.expects["client1"] = _AT_FIRST
+    if fault == "server failed":
+        stage.expects["server"], stage.codes["server"] = f"the trunk failed: {FAILURE}", 1
     if disk is not None:
         who = "server" if fault == "disk full" else "client1"
         stage.expects[who] = "No space left on device"
@@ -149,10 +164,13 @@ def assert_struck(fault: str, stage: Stage) -> None:
     """The fault has been felt as it should be, and no more."""
     sessions = sum(event["client"] == "client1" for event in stage.events("joined"))
     ended = [name for name, _ in stage.ended]
-    if fault in ("slow reader", "clock jump"):
+    if fault in _HARMLESS:
         assert (sessions, ended) == (1, []), "these are nothing to end a session for"
     elif "disk full" in fault:
         assert ended[0] == ("server" if fault == "disk full" else "client1")
+    elif fault == "server failed":
+        assert (ended[0], stage.starts("server")) == ("server", 2)
+        assert stage.starts("client0") == 1, "who had a session waits"
     elif "killed" in fault:
         assert stage.starts(fault.split()[0].replace("client", "client1")) == 2
     else:

@@ -28,16 +28,19 @@ import server_trunk.command
 import server_trunk.server  # noqa: F401
 import splitfl.checkpoint
 from client_ends.session import TrunkSession
+from server_trunk.trunkloop import TrunkLoop
 from splitfl.channel.timing import Timing
 from splitfl.cli import main
 
-__all__ = ["PAUSE", "SILENCE", "Process", "Stop", "clock", "hasten"]
+__all__ = ["FAILURE", "PAUSE", "SILENCE", "Process", "Stop", "clock", "hasten"]
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.faults.processes"])
 
 #: Seconds: fields of :class:`Timing`, and the longest pause between two attempts to connect.
 SILENCE, PAUSE = 4.0, 1.0
+#: What a trunk says that was made to fail.
+FAILURE = "as it was told to"
 _CLOCKS = {"heartbeat": 0.3, "silence": SILENCE, "flush": 2.0, "linger": 0.5, "overdue": 3.0}
 
 
@@ -67,14 +70,23 @@ class Stop:
 
 class Process:
     """One command; what it says is in ``said``. ``stop``: where it is to stop. ``clock``: a shared number of seconds by which its
-    wall clock is wrong. ``diary``: a file for what a client's ends have made of which batch.
+    wall clock is wrong. ``diary``: a file for what a client's ends have made of which batch. ``failure``: once there is such a
+    file, a trunk fails at the next message that it is to take, and the file is gone.
     """
 
     def __init__(
-        self, words: list[str], said: Path, *, stop: Stop | None = None, clock: Any = None, diary: Path | None = None
+        self,
+        words: list[str],
+        said: Path,
+        *,
+        stop: Stop | None = None,
+        clock: Any = None,
+        diary: Path | None = None,
+        failure: Path | None = None,
     ) -> None:
         self._said = said
-        self._process = _FORKS.Process(target=_command, args=(words, str(said), stop, clock, diary), daemon=True)
+        arguments = words, str(said), stop, clock, diary, failure
+        self._process = _FORKS.Process(target=_command, args=arguments, daemon=True)
         self._process.start()
 
     @property
@@ -115,7 +127,7 @@ def hasten() -> None:
     client_ends.retrying._MOST = PAUSE
 
 
-def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None) -> None:
+def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None, failure: Path | None) -> None:
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -129,6 +141,8 @@ def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: 
         time.time = lambda: right() + clock.value
     if diary is not None:
         _keep_diary(diary)
+    if failure is not None:
+        _fail_at(failure)
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,6 +158,18 @@ def _stop_at(stop: Stop) -> None:
             stop.wait()
 
     splitfl.checkpoint.save_tensors = saved
+
+
+def _fail_at(failure: Path) -> None:
+    process = TrunkLoop._process
+
+    def processed(self: Any, event: Any) -> None:
+        if failure.exists():
+            failure.unlink()
+            raise RuntimeError(FAILURE)
+        process(self, event)
+
+    TrunkLoop._process = processed
 
 
 def _keep_diary(file: Path) -> None:

@@ -61,6 +61,7 @@ class Relay:
         self._flows = threading.Event()
         self._flows.set()
         self._rate: float | None = None  # bytes a second down
+        self._late: dict[int, float] = {}  # by port: seconds that everything takes longer
         self._sessions = 0
         self._when: Callable[[Passing], bool] | None = None
         self._do: Callable[[Passing], bytes] = lambda passing: passing.frame.raw
@@ -95,8 +96,14 @@ class Relay:
         """``rate``: bytes a second down to the client."""
         self._rate = rate
 
+    def delay(self, *, control: float = 0.0, data: float = 0.0) -> None:
+        """What comes on either connection, up or down, leaves at least so many seconds later. Each by itself: what leaves on one
+        overtakes what was sent before it on the other.
+        """
+        self._late = dict(zip(self._ports, (control, data), strict=True))
+
     def heal(self) -> None:
-        self._rate = None
+        self._rate, self._late = None, {}
         self._flows.set()
         if not self._listeners:
             self._listeners = [socket.create_server((self._host, port)) for port in self._ports]
@@ -131,6 +138,7 @@ class Relay:
         splitter, is_data, number = Splitter(), port == self._data_port, -1
         try:
             while data := source.recv(1 << 16):
+                came = time.monotonic()
                 for piece in splitter.take(data):
                     self._flows.wait()
                     if isinstance(piece, bytes) or piece.is_command:
@@ -140,6 +148,7 @@ class Relay:
                             number = self._sessions
                             self._sessions += 1
                         raw = self._through(Passing(piece, is_data, way, self._sessions - 1 if number < 0 else number))
+                    time.sleep(max(0.0, came + self._late.get(port, 0.0) - time.monotonic()))
                     self._send(sink, raw, way)
         except OSError:
             pass

@@ -47,6 +47,7 @@ class Stage:
         work.mkdir(parents=True, exist_ok=True)
         self.work, self._model, self._texts, self._on_loss = work, model, texts, on_loss
         self.expects = expects or {}
+        self.codes: dict[str, int] = {}  # the exit code of such an end, where it is not that of a user's mistake
         self.stops: dict[str, Stop] = {}
         self.clocks: dict[str, Any] = {}
         self.before_again: Callable[[str], None] = lambda name: None  # what is mended before somebody is started again
@@ -57,6 +58,7 @@ class Stage:
         self._processes: dict[str, Process] = {}
         self._starts: dict[str, int] = {}
         self._late: set[str] = set()
+        self._failure = work / "failure"
 
     # --- who is there -----------------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Stage:
         stop = self.stops.get(name) if number == 1 else None
         diary = None if name == "server" else self.work / f"diary{name[-1]}"
         said = self.work / f"{name}.{number}.txt"
-        self._processes[name] = Process(words, said, stop=stop, clock=self.clocks.get(name), diary=diary)
+        self._processes[name] = Process(words, said, stop=stop, clock=self.clocks.get(name), diary=diary, failure=self._failure)
 
     def _serve(self) -> list[str]:
         words = {
@@ -112,6 +114,10 @@ class Stage:
         """kill -9; :meth:`see_through` starts it again."""
         self._processes[name].kill()
 
+    def fail_server(self) -> None:
+        """Its trunk fails at the next message; :meth:`see_through` starts it again."""
+        self._failure.touch()
+
     def see_through(self) -> None:
         """Until all have ended well; whoever was killed, or ends as the cell expects, is started again."""
         deadline = time.monotonic() + _LONGEST
@@ -131,7 +137,7 @@ class Stage:
             may = [self.expects[name]] if name in self.expects else []
             may += [_TOO_LATE] if self._on_loss == "drop" and name != "server" else []
             assert may, f"{name} ended\n{self.said()}"
-            assert process.code == 2, f"{name} ended with {process.code}\n{self.said()}"
+            assert process.code == self.codes.get(name, 2), f"{name} ended with {process.code}\n{self.said()}"
             assert any(part in words for part in may), f"{name} said {words!r}\n{self.said()}"
             assert "Traceback" not in process.said, self.said()
             self.ended.append((name, words))

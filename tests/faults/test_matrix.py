@@ -1,7 +1,7 @@
 """Every fault at every place, with real processes: `make faults`.
 
-Under ``on_loss = "wait"`` the run ends with the weights and the ledger of the undisturbed one; under ``drop`` with the weights of
-a reference that is trained on what the ledger says counted.
+Under ``on_loss = "wait"`` the run ends with the ledger of the undisturbed one and its weights, equal up to float order (≤ 1e-5);
+under ``drop`` with the weights of a reference that is trained on what the ledger says counted.
 """
 
 from __future__ import annotations

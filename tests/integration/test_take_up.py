@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import torch
 
 from client_ends.settings import TrainResult, TrainSettings
 from client_ends.train import train
+from server_trunk.averaging import Averager
 from server_trunk.ledger import Ledger
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import TrunkServer
 from splitfl.channel.timing import Timing
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
-from splitfl.errors import CheckpointError, ConfigError, SessionLost
+from splitfl.errors import CheckpointError, ConfigError, NotWritten, SessionLost
 from splitfl.protocol.keys import read_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
 from tests.integration.test_lost import wait_for
@@ -309,3 +311,33 @@ def test_the_step_under_way_is_finished_before_a_server_ends_that_means_to_be_ba
     world.server.stop()
     assert [event["step"] for event in world.events("step")] == list(range(STEPS))
     assert_as_undisturbed(world, undisturbed)
+
+
+def test_a_disk_that_is_full_amid_a_round_is_waited_out(tmp_path, text, stories, monkeypatch):
+    """The members' ends are there, the average does not fit: the server says so and ends; clients wait until there is room."""
+    rounds = {"round_steps": 2, "checkpoint_every": 1}
+    plain = make(tmp_path / "plain", stories, **rounds)
+    with running(plain):
+        for client in [Client(plain, text, index) for index in range(2)]:
+            client.end()
+    mean = Averager._mean
+
+    def full(self: Averager, number: int, *rest: Any) -> Any:
+        if number == 1 and not world.events("stopped"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mean(self, number, *rest)
+
+    monkeypatch.setattr(Averager, "_mean", full)
+    world = make(tmp_path / "run", stories, **rounds)
+    world.server.start()
+    clients = [Client(world, text, index) for index in range(2)]
+    with pytest.raises(NotWritten, match=r"average .* cannot be written \(No space left on device\): make room"):
+        world.server.wait(60)
+    with pytest.raises(NotWritten):
+        world.server.stop("the server has failed", back=True)
+    start_again(world)
+    for client in clients:
+        client.end()
+    world.server.stop()
+    assert sum(event["round"] == 1 for event in world.events("round")) == 1
+    assert_as_undisturbed(world, plain)
