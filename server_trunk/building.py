@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_training import AsyncTraining
+from server_trunk.beforehand import layer_devices
 from server_trunk.client_adapters import ClientTraining
 from server_trunk.engine import Engine
 from server_trunk.sharding.engines import LeadingEngine, RankLanes, follow
@@ -26,9 +26,9 @@ from splitfl.parts.loading import load_trunk
 from splitfl.parts.packed import drops, why_not_keyed, why_not_packed
 from splitfl.parts.packing_rule import layout_rule
 from splitfl.parts.quantized import check_quantized, keep_layout, quantization_options
-from splitfl.tensors import DTYPES, resolve_device
+from splitfl.tensors import DTYPES
 
-__all__ = ["Trunk", "follow_leader", "load_run_trunk", "run_device"]
+__all__ = ["Trunk", "follow_leader", "load_run_trunk"]
 
 
 class Trunk:
@@ -124,7 +124,7 @@ def load_run_trunk(config: RunConfig, device: torch.device, shards: ShardGroup |
         attn=config.attn or None,
         trust_remote_code=config.trust_remote_code,
         sharding=None if shards is None else shards.sharding,
-        devices=_layer_devices(config),
+        devices=layer_devices(config),
         **quantization_options(config.quantize, dtype),
     )
     if config.quantize != "none":
@@ -136,35 +136,6 @@ def load_run_trunk(config: RunConfig, device: torch.device, shards: ShardGroup |
         return attach_lora(model, config.lora, seed=config.seed)
     set_trainable(model, config.trainables)  # type: ignore[arg-type]
     return model
-
-
-def run_device(config: RunConfig, shards: ShardGroup | None = None) -> torch.device:
-    """Where hidden states go in and come out. Raises ConfigError where the machine has no such device."""
-    if shards is not None:
-        return shards.device
-    devices = _layer_devices(config)
-    try:
-        return devices[0] if devices else resolve_device(config.device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _layer_devices(config: RunConfig) -> list[torch.device]:
-    """The GPUs that this process's trunk is spread over, behind those of other replicas on this machine; none where it is not
-    spread. Raises ConfigError.
-    """
-    if config.shard != "layers":
-        return []
-    if config.device not in ("auto", "cuda"):
-        raise ConfigError(f"device = {config.device!r} is one device, and shard = layers takes several: leave it at auto")
-    first = int(os.environ.get("LOCAL_RANK", 0)) * config.shard_size
-    count = torch.cuda.device_count()
-    if count < first + config.shard_size:
-        raise ConfigError(
-            f"shard = layers asks for {first + config.shard_size} GPUs, this machine has {count}: give a smaller --shard-size"
-            + (", or start fewer replicas" if config.mode == "hierarchical" else "")
-        )
-    return [torch.device("cuda", first + number) for number in range(config.shard_size)]
 
 
 def _training_of(config: RunConfig, model: Any, book: AdapterBook, shards: ShardGroup | None) -> Training:

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         run_process(config, place, lambda own, joined: _serve(own, args, joined) if joined.leads else _follow(own, joined))
     if config.mode == "hierarchical" and not config.replicas:
         raise ConfigError("how many replicas? --replicas N starts N of them on this machine, torchrun on several machines")
+    from server_trunk.beforehand import check_before
     from server_trunk.replicas.launch import launch
-    from server_trunk.server import check_before
 
     check_before(config, resume=args.resume or args.resume_if_any)
     return launch(config, _arguments(args))

@@ -21,7 +21,8 @@ import torch
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_steps import steps_of
 from server_trunk.averaging import Averager
-from server_trunk.building import Trunk, load_run_trunk, run_device
+from server_trunk.beforehand import check_before, server_identity
+from server_trunk.building import Trunk, load_run_trunk
 from server_trunk.ends_book import EndsBook
 from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
@@ -39,13 +40,12 @@ from server_trunk.trunkloop import TrunkLoop
 from server_trunk.watch import Watch
 from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
-from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
 from splitfl.config import RunConfig, to_toml
-from splitfl.errors import ConfigError, GroupLost, KeyFileError, NotWritten, SplitflError
+from splitfl.errors import ConfigError, GroupLost, NotWritten, SplitflError
 from splitfl.parts.identity import model_identity
 from splitfl.parts.trunk import find_trunk
 from splitfl.protocol.join import JoinString
-from splitfl.protocol.keys import AuthorizedClients, Identity, read_identity, write_identity
+from splitfl.protocol.keys import AuthorizedClients
 from splitfl.runlog import RunLog
 from splitfl.tensors import byte_view
 from splitfl.transport.zmq_server import ZmqServerTransport
@@ -89,7 +89,9 @@ class TrunkServer:
             config = group.place.settle(config)
         self.config = config
         out = config.out_dir
-        listed, self._device = check_before(config, resume=resume or not self._is_first, shards=shards)
+        listed, self._device = check_before(
+            config, resume=resume or not self._is_first, device=None if shards is None else shards.device
+        )
         with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
         if self._is_first and not resume:
@@ -357,44 +359,3 @@ def _writing_to(out: Path) -> Iterator[None]:
         raise ConfigError(
             f"cannot write to {out} ({error.strerror}): make room, or choose another directory with --out"
         ) from None
-
-
-def check_before(config: RunConfig, *, resume: bool, shards: ShardGroup | None = None) -> tuple[Path, torch.device]:
-    """Look for mistakes before anything is loaded, and mend what a crash has left of the run's checkpoints; returns the file of
-    admitted clients, and the device.
-
-    Raises ConfigError.
-    """
-    out = config.out_dir
-    mend_checkpoints(out)
-    if checkpoint_steps(out) and not resume:
-        raise ConfigError(
-            f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
-            "name the new one with --run or --out"
-        )
-    return authorized_file(config), run_device(config, shards)
-
-
-def server_identity(config: RunConfig, may_make: bool = True) -> Identity:
-    """The server's key pair: of the file the config names, or the run's own, made on first use.
-
-    Raises KeyFileError where there is none and it is another's to make.
-    """
-    path = Path(config.identity or config.out_dir / "server.key")
-    if path.exists():
-        return read_identity(path)
-    if not may_make:
-        raise KeyFileError(f"{path} is not on this machine: all replicas have one key, so copy the file of replica 0 here")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_identity(path)
-
-
-def authorized_file(config: RunConfig) -> Path:
-    """The file of admitted clients. Raises ConfigError, with the mend, where there is none."""
-    path = Path(config.authorized_clients or config.out_dir / "authorized_clients")
-    if not path.exists():
-        raise ConfigError(
-            f"{path} does not exist, so nobody could join: put one line per client into it, its public key and a name "
-            "(each client makes its key with `splitfl keygen`)"
-        )
-    return path

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from server_trunk.building import run_device
+from server_trunk.beforehand import run_device
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.launch import AGENT, MISTAKEN
 from server_trunk.replicas.place import Place

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from server_trunk.building import _layer_devices, run_device
+from server_trunk.beforehand import layer_devices, run_device
 from server_trunk.replicas import process
 from server_trunk.replicas.place import Place
 from splitfl.config import build_config
@@ -66,7 +66,7 @@ def test_replicas_of_one_machine_have_gpus_of_their_own(monkeypatch):
     for replica in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(replica))
         assert run_device(config) == torch.device("cuda", 2 * replica)
-        assert _layer_devices(config) == [torch.device("cuda", 2 * replica + number) for number in range(2)]
+        assert layer_devices(config) == [torch.device("cuda", 2 * replica + number) for number in range(2)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ConfigError, match=r"asks for 4 GPUs, this machine has 3: give a smaller --shard-size, or start fewer"):
         run_device(config)
