@@ -238,6 +238,20 @@ class _SplitModel:
         if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's hook: what a forward of ``generate()`` is shown. Speculation that goes on from a filled cache would show
+        it, at first, all of the text again.
+        """
+        positions = kwargs.get("position_ids")
+        is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1]
+        if next_sequence_length is None and past_key_values is not None and is_whole:
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )
+
     def step(self, then: str = "continue") -> None:
         """End this client's part of the optimizer step. Called for you when an optimizer of the ends steps.
 

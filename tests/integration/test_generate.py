@@ -159,6 +159,21 @@ def test_a_window_is_outgrown_by_speculation(path_of: Any, tmp_path: Path) -> No
         split.close()
 
 
+def test_speculation_goes_on_from_a_cache(llama: Any) -> None:
+    _, split, whole = llama
+    ids, cache = one_row()["input_ids"].repeat(1, 2), split.make_cache()
+    for _ in range(2):
+        sent = split.trunk.session.bytes_sent
+        ids = split.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=4)
+        sent = split.trunk.session.bytes_sent - sent
+        ids = torch.cat([ids, one_row()["input_ids"][:, :3]], 1)
+    assert sent < 2 * 32 * 4 * ids.shape[1], "what the cache had has travelled again"
+    assert torch.equal(
+        split.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=4),
+        whole.generate(ids, max_new_tokens=6, do_sample=False),
+    )
+
+
 def test_prompts_come_in_chunks(llama: Any) -> None:
     _, split, whole = llama
     check(split, whole, prompts(), 20, prefill_chunk_size=6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,13 +34,14 @@ def test_a_text_is_gone_on_from(world: World, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.strip() == written
 
 
+@pytest.mark.parametrize("words", [(), ("--lookup", "4")])
 def test_a_conversation(
-    world: World, stories: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, words: tuple[str, ...], stories: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the whole model answers to all that was said so far."""
     lines = ["Once upon a time", "One day, Lily", "The end."]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(lines)))
-    assert main(["chat", *joining(world), "--max-new-tokens", "20"]) == 0
+    assert main(["chat", *joining(world), "--max-new-tokens", "20", *words]) == 0
     answers = capsys.readouterr().out
     tokenizer, whole = AutoTokenizer.from_pretrained(stories), AutoModelForCausalLM.from_pretrained(stories).eval()
     text, expected = "", ""
