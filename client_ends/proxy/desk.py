@@ -16,7 +16,7 @@ from client_ends.proxy.turns import Full, Turn, Turns
 from client_ends.proxy.writing import Order, Writer
 from splitfl.errors import CacheLost, ChannelError, UserError
 
-__all__ = ["Desk", "Job"]
+__all__ = ["Desk", "Job", "log_failure"]
 
 
 class Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -41,8 +42,10 @@ def build(
     session = model.trunk.session
     room = session.terms["cache_tokens"] or None
     limits = (getattr(base.config.get_text_config(), "max_position_embeddings", None), base.layout.longest)
-    longest = min((limit for limit in limits if limit), default=None)
-    prompts = Prompts(tokenizer, base.config, base.generation_config, longest=longest, room=room)
+    # What speculation proposes may reach beyond the end of an answer.
+    longest = min((limit - lookup for limit in limits if limit), default=None)
+    spare = None if room is None else room - lookup
+    prompts = Prompts(tokenizer, base.config, base.generation_config, longest=longest, room=spare)
     writer = Writer(model, tokenizer, keeps_caches=room is not None, lookup=lookup)
     desk = Desk(writer, Turns(parallel, room, queue), session)
     return Endpoint(name, prompts, desk, door), desk
@@ -87,6 +90,8 @@ class Endpoint:
         except web.HTTPException as error:
             there = "there are /v1/models, /v1/completions, /v1/chat/completions and /health"
             return _refusal(ApiError(error.status, f"{request.method} {request.path[:100]}: {error.reason.lower()}; {there}"))
+        except ConnectionError:
+            raise  # whoever asked has hung up
         except Exception as error:
             log_failure(error)
             return _refusal(ApiError(500, f"this request could not be answered: {type(error).__name__}", code="internal_error"))
@@ -125,7 +130,7 @@ class Endpoint:
 
     async def _answer(self, request: web.Request, wanted: Request, answer: Answer) -> web.StreamResponse:
         self._check_model(wanted.model)
-        order = self._prompts.order(wanted)
+        order = await asyncio.to_thread(self._prompts.order, wanted)  # a long text takes the tokenizer seconds
         usage = Usage(order.prompt_tokens)
         with self._desk.job(order) as job:
             if wanted.stream:

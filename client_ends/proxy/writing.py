@@ -118,8 +118,7 @@ class Writer:
             scorer=scorer,
         )
         options: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
-        # Speculation goes on from no cache that was filled before: it would show the whole text again.
-        if self._lookup and len(prompts) == 1 and cache is None and self._keeps_caches and is_greedy(order.sampling):
+        if self._lookup and len(prompts) == 1 and self._keeps_caches and is_greedy(order.sampling):
             options["prompt_lookup_num_tokens"] = self._lookup
         self._model.generate(
             input_ids=ids,

@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -260,6 +261,10 @@ def test_the_door(served: Served, split: Any, tokenizer: Any) -> None:
     body = {"prompt": PROMPT, "max_tokens": 1}
     assert served.ask("POST", "/v1/embeddings", body)[0] == 404
     assert served.ask("GET", "/v1/completions")[0] == 405
+    # A browser asks whether a page of another site may: nobody says so.
+    asked = requests.options(f"{served.url}/completions", headers={"Origin": "http://evil.example"}, timeout=60)
+    assert asked.status_code == 405
+    assert not any(name.lower().startswith("access-control") for name in asked.headers)
     assert served.ask("GET", "/health") == (200, {"status": "ok"})
     assert served.ask("POST", "/v1/completions", b"{")[1]["error"]["code"] == "invalid_json"
     assert served.ask("POST", "/v1/completions", b"[" * 100_000)[0] == 400
@@ -285,37 +290,45 @@ def test_the_door(served: Served, split: Any, tokenizer: Any) -> None:
 
 
 class _Halted:
-    """Lets nothing through to the trunk until it is told to."""
+    """Lets no message through to the trunk, ``after`` so many, until it is told to."""
 
-    def __init__(self, split: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, split: Any, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
         self.arrived, self.open, self.sent = threading.Semaphore(0), threading.Event(), 0
         send = split.trunk.session.send_forward
 
         def held(*args: Any, **kwargs: Any) -> int:
             self.sent += 1
-            self.arrived.release()
-            assert self.open.wait(60)
+            if self.sent > after:
+                self.arrived.release()
+                assert self.open.wait(60)
             return int(send(*args, **kwargs))
 
         monkeypatch.setattr(split.trunk.session, "send_forward", held)
 
 
-def test_who_hangs_up_is_written_for_no_more(split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_is_written_for_no_more(
+    split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stream: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before its first token, or amid a stream; while it is written, or waits in the line."""
     with proxying(split, tokenizer, parallel=1) as served:
-        halted = _Halted(split, monkeypatch)
-        raw = json.dumps({"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": False}).encode()
+        halted = _Halted(split, monkeypatch, after=3 if stream else 0)
+        raw = json.dumps({"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": stream}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(raw)}\r\n\r\n"
         caller, waiting = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
-        for each in (caller, waiting):
-            each.sendall(head.encode() + raw)
-            if each is caller:
-                assert halted.arrived.acquire(timeout=60)
+        caller.sendall(head.encode() + raw)
+        assert halted.arrived.acquire(timeout=60)
+        if stream:
+            assert caller.recv(1000).startswith(b"HTTP/1.1 200 OK")
+        waiting.sendall(head.encode() + raw)
         caller.close()
         waiting.close()
         halted.open.set()
         assert served.desk.wait_until_idle(60)
-        assert halted.sent < 400
+        assert halted.sent < 200
+        assert served.ask("GET", "/health")[0] == 200
+    assert not capsys.readouterr().err
 
 
 def test_beyond_the_line_it_is_429_and_at_the_end_503(split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
