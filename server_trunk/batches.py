@@ -60,9 +60,11 @@ class Batches:
         self._may_overlap = isinstance(steps, Steps)
         self._begun: deque[tuple[Underway[Any], Callable[[], None]]] = deque()  # batches under way, and what follows each
         self._mailer = Mailer(wake)
+        caches = caches or CacheBook(0, 0)
+        engine.make_room = caches.evict_idle
         self.decoder = Decoder(
             engine,
-            caches or CacheBook(0, 0),
+            caches,
             outlet,
             self._mailer,
             payload_of=payload_of,

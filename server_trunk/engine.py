@@ -80,6 +80,7 @@ class Engine:
         self._graphs: dict[int, list[Piece]] = {}
         self._early: Early | None = None  # of the newest backward
         self._most: int | None = None  # tokens of a piece, once the device was out of memory
+        self.make_room: Callable[[], int] = lambda: 0  # gives up what is kept for later; returns how many tokens that was
         self.is_atomic = not in_place  # whether a backward that fails has left the step's sum as it was
         self.closed: int | None = -1  # the step after which the weights stand; None where one failed midway
         model.eval()
@@ -334,7 +335,8 @@ class Engine:
         start_over: Callable[[], None] = lambda: None,
     ) -> tuple[list[Piece], list[torch.Tensor]]:
         """Run a batch that was too large for the device one piece at a time, smaller until it fits; returns the pieces, and what
-        ``work`` returned of each. ``start_over`` is called before each attempt.
+        ``work`` returned of each. ``start_over`` is called before each attempt. What is kept for later goes first: if that makes
+        room, no batch need be smaller.
 
         Raises what the device raised where even the smallest does not fit.
         """
@@ -342,8 +344,10 @@ class Engine:
         most = max((piece.tokens for piece in pieces), default=sum(member.tokens for member in members))
         for piece in pieces:
             piece.out = None
+        made_room = bool(self.make_room())
         while True:
-            most //= 2
+            if not made_room:
+                most //= 2
             self._free()
             start_over()
             smaller = self._cut(members, max(1, most))
@@ -353,10 +357,11 @@ class Engine:
             except Exception as error:
                 if not is_out_of_memory(error) or most < max(piece.tokens for piece in smaller):
                     raise  # not even a segment alone has room
+                made_room = False
                 continue
-            # Batches to come are cut as small from the start.
-            self._most = most if self._most is None else min(self._most, most)
-            self._report(self._most)
+            if not made_room:  # batches to come are cut as small from the start
+                self._most = most if self._most is None else min(self._most, most)
+                self._report(self._most)
             return smaller, results
 
     def _may_try_smaller(self, error: Exception) -> bool:

@@ -2,22 +2,24 @@
 
 A forward that decodes names, for each of its segments, the sequence that it follows and the one it makes. Its room is reserved as
 a whole before it begins, so nothing that has begun ever waits for room. What is in nobody's way is kept; else whatever has been
-used least recently goes, the client's own first.
+used least recently goes, the client's own first. What is counted is real: no sequence holds memory for more than a quarter more
+tokens than it has.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from splitfl.errors import RemoteProtocolError
-from splitfl.parts.cached_attention import KeptSequence
+from splitfl.parts.cached_attention import KeptSequence, room_for
 from splitfl.protocol.data import NO_PARENT
 from splitfl.protocol.messages import Forward
 
 __all__ = ["CacheBook", "CacheFull", "Evicted"]
 
-#: A session's number of sequences: what it keeps in mind beside tokens is bounded too.
+#: Sequences of a session, and of a client over its sessions: what is kept in mind of each beside its tokens is bounded too.
 MAX_SEQUENCES = 8192
 
 
@@ -31,14 +33,23 @@ class CacheFull(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """One sequence of a session. ``tokens``: the room that is reserved for it; ``used``: when it was, counted in forwards."""
+    """One sequence of a session, with room for ``tokens``. A forward is at work on one that is not idle."""
 
     kept: KeptSequence
+    session: str
+    number: int
     client: str
     tokens: int
-    used: int
-    busy: bool = False  # a forward is at work on it
     unwanted: bool = False  # released meanwhile
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one client has, over its sessions. ``idle``: the least recently used first."""
+
+    tokens: int = 0
+    sequences: int = 0
+    idle: dict[_Held, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -48,16 +59,17 @@ class CacheBook:
     tokens: int
     client_tokens: int
     _sessions: dict[str, dict[int, _Held]] = field(default_factory=dict)
+    _accounts: dict[str, _Account] = field(default_factory=dict)
+    _idle: dict[_Held, None] = field(default_factory=dict)  # of all clients, the least recently used first
     _expected: dict[str, set[int]] = field(default_factory=dict)  # named by forwards that wait or run
-    _clock: int = 0
 
     @property
     def held_tokens(self) -> int:
         """Tokens whose keys and values are kept, or have room reserved."""
-        return sum(held.tokens for held in self._all())
+        return sum(account.tokens for account in self._accounts.values())
 
     def held_by(self, client: str) -> int:
-        return sum(held.tokens for held in self._all() if held.client == client)
+        return self._accounts[client].tokens if client in self._accounts else 0
 
     def expect(self, session: str, forward: Forward) -> None:
         """A forward has come, to begin later.
@@ -70,7 +82,8 @@ class CacheBook:
         both = named & expected
         if both:
             raise RemoteProtocolError(f"sequence {min(both)} in two forwards at the same time")
-        if len(self._sessions.get(session, {}).keys() | named | expected) > MAX_SEQUENCES:
+        own = self._sessions.get(session, {})
+        if len(own) + sum(number not in own for number in itertools.chain(named, expected)) > MAX_SEQUENCES:
             raise RemoteProtocolError(f"more than {MAX_SEQUENCES} sequences")
         expected |= named
 
@@ -93,116 +106,128 @@ class CacheBook:
             if parent != NO_PARENT and (parent not in own or own[parent].kept.length < kept):
                 raise Evicted(f"sequence {parent} is kept no longer, which sequence {number} was to follow")
         parents = {parent for _, (_, (parent, _)) in _pairs(forward)}
-        spared = {id(own[number]) for number in parents | wanted.keys() if number in own}
-        replaced = sum(own[number].tokens for number in wanted if number in own)
-        if not self._make_room(client, needed - replaced, spared):
-            if any(held.busy for held in self._all()):
+        spared = {own[number] for number in parents | wanted.keys() if number in own}
+        replaced = [own[number] for number in wanted if number in own]
+        more = needed - sum(held.tokens for held in replaced)
+        if not self._make_room(client, more, len(wanted) - len(replaced), spared):
+            if any(account.sequences > len(account.idle) for account in self._accounts.values()):
                 return None
             raise Evicted("what is to be followed, and what is to follow it, have no room side by side")
-        return self._fork(session, client, forward, wanted)
+        following = _fork({number: own[number].kept for number in parents if number != NO_PARENT}, forward, wanted)
+        for held in replaced:
+            self._remove(held)
+        for number, tokens in wanted.items():
+            self._add(_Held(following[number], session, number, client, tokens))
+        return [following[number] for number, _ in forward.sequences]
 
     def done(self, session: str, forward: Forward) -> None:
         """It has run, and all that it wrote is committed."""
         own = self._sessions.get(session, {})
-        self._clock += 1
-        for number, _ in forward.sequences:
-            held = own[number]
-            held.busy, held.used = False, self._clock
+        for held in [own[number] for number, _ in forward.sequences]:
             if held.unwanted:
-                del own[number]
+                self._remove(held)
+            else:
+                self._idle[held] = self._accounts[held.client].idle[held] = None
         self.give_up(session, forward)
 
     def give_up(self, session: str, forward: Forward) -> None:
         """It will not run, or not once more: its sequences may be named again. Those that it was at work on are dropped."""
         own = self._sessions.get(session, {})
-        for number, _ in forward.sequences:
-            if number in own and own[number].busy:
-                del own[number]
+        for held in [own[number] for number, _ in forward.sequences if number in own]:
+            if held not in self._idle:
+                self._remove(held)
         expected = self._expected.get(session, set())
         expected -= _named(forward)
         if not expected:
             self._expected.pop(session, None)
-        if not own:
-            self._sessions.pop(session, None)
 
     def release(self, session: str, numbers: Sequence[int]) -> None:
         """The client has no more use for these."""
         own = self._sessions.get(session, {})
-        for number in numbers:
-            held = own.get(number)
-            if held is not None and held.busy:
+        for held in [own[number] for number in set(numbers) if number in own]:
+            if held in self._idle:
+                self._remove(held)
+            else:
                 held.unwanted = True
-            elif held is not None:
-                del own[number]
-        if not own:
-            self._sessions.pop(session, None)
 
     def forget(self, session: str) -> None:
         """The session is gone."""
-        self._sessions.pop(session, None)
+        for held in list(self._sessions.get(session, {}).values()):
+            self._remove(held)
         self._expected.pop(session, None)
 
     def evict_idle(self) -> int:
         """Drop all that no forward is at work on; returns how many tokens. For a device that is out of memory."""
-        idle = [held for held in self._all() if not held.busy]
+        idle = list(self._idle)
         for held in idle:
-            self._evict(held)
+            self._remove(held)
         return sum(held.tokens for held in idle)
 
     # --- room -------------------------------------------------------------------------------------------------------------------
 
-    def _all(self) -> Iterable[_Held]:
-        return [held for own in self._sessions.values() for held in own.values()]
-
-    def _make_room(self, client: str, more: int, spared: set[int]) -> bool:
-        """Evict until so many ``more`` tokens fit; False, and nothing evicted, where they cannot."""
-        over, over_own = self.held_tokens + more - self.tokens, self.held_by(client) + more - self.client_tokens
-        if over <= 0 and over_own <= 0:
+    def _make_room(self, client: str, tokens: int, sequences: int, spared: set[_Held]) -> bool:
+        """Evict until so many more of each fit; False, and nothing evicted, where they cannot."""
+        account = self._accounts.get(client) or _Account()
+        over = self.held_tokens + tokens - self.tokens
+        over_own = account.tokens + tokens - self.client_tokens
+        many = account.sequences + sequences - MAX_SEQUENCES
+        if max(over, over_own, many) <= 0:
             return True
         gone: list[_Held] = []
-        idle = sorted((held for held in self._all() if not held.busy and id(held) not in spared), key=lambda held: held.used)
         # Its own first: a client that decodes much pushes itself out before others.
-        for held in sorted(idle, key=lambda held: held.client != client):
-            if over <= 0 and over_own <= 0:
+        others = (held for held in self._idle if held.client != client)
+        for held in itertools.chain(account.idle, others):
+            if over <= 0 and over_own <= 0 and many <= 0:
                 break
-            if held.client == client or over > 0:
+            if held not in spared and (held.client == client or over > 0):
                 gone.append(held)
                 over -= held.tokens
                 over_own -= held.tokens if held.client == client else 0
-        if over > 0 or over_own > 0:
+                many -= held.client == client
+        if over > 0 or over_own > 0 or many > 0:
             return False
         for held in gone:
-            self._evict(held)
+            self._remove(held)
         return True
 
-    def _evict(self, held: _Held) -> None:
-        for session, own in list(self._sessions.items()):
-            for number in [number for number, each in own.items() if each is held]:
-                del own[number]
-            if not own:
-                del self._sessions[session]
+    def _add(self, held: _Held) -> None:
+        self._sessions.setdefault(held.session, {})[held.number] = held
+        account = self._accounts.setdefault(held.client, _Account())
+        account.tokens += held.tokens
+        account.sequences += 1
 
-    def _fork(self, session: str, client: str, forward: Forward, wanted: dict[int, int]) -> list[KeptSequence]:
-        """Give each new sequence what it follows: its parent's memory, where nobody else needs that, else a copy."""
-        own = self._sessions.setdefault(session, {})
-        before = {number: held.kept for number, held in own.items()}
-        heirs: dict[int, int] = {}  # by parent that is overwritten: who takes its memory
-        for number, (parent, _) in forward.sequences:
-            if parent in wanted and (parent not in heirs or parent == number):
-                heirs[parent] = number
-        following: dict[int, KeptSequence] = {}
-        for number, (parent, kept) in forward.sequences:
-            if parent == NO_PARENT:
-                following[number] = KeptSequence()
-            elif heirs.get(parent) != number:
-                following[number] = before[parent].copy(kept)
-        for number, (parent, kept) in forward.sequences:  # once nobody copies from it any more
-            if number not in following:
-                following[number] = before[parent]
-                following[number].truncate(kept)
-        for number, tokens in wanted.items():
-            own[number] = _Held(following[number], client, tokens, self._clock, busy=True)
-        return [following[number] for number, _ in forward.sequences]
+    def _remove(self, held: _Held) -> None:
+        own, account = self._sessions[held.session], self._accounts[held.client]
+        del own[held.number]
+        if not own:
+            del self._sessions[held.session]
+        account.tokens -= held.tokens
+        account.sequences -= 1
+        if not account.sequences:
+            del self._accounts[held.client]
+        account.idle.pop(held, None)
+        self._idle.pop(held, None)
+
+
+def _fork(before: dict[int, KeptSequence], forward: Forward, wanted: dict[int, int]) -> dict[int, KeptSequence]:
+    """What each new sequence, by number, is to be written behind: its parent's memory, where nobody else needs that and it is no
+    larger than what is ``wanted`` takes, else a copy.
+    """
+    heirs: dict[int, int] = {}  # by parent that is overwritten: who takes its memory
+    for number, (parent, _) in forward.sequences:
+        if parent in wanted and (parent not in heirs or parent == number) and before[parent].room <= room_for(wanted[number]):
+            heirs[parent] = number
+    following: dict[int, KeptSequence] = {}
+    for number, (parent, kept) in forward.sequences:
+        if parent == NO_PARENT:
+            following[number] = KeptSequence()
+        elif heirs.get(parent) != number:
+            following[number] = before[parent].copy(kept)
+    for number, (parent, kept) in forward.sequences:  # once nobody copies from it any more
+        if number not in following:
+            following[number] = before[parent]
+            following[number].truncate(kept)
+    return following
 
 
 def _pairs(forward: Forward) -> Iterable[tuple[tuple[int, int], tuple[int, tuple[int, int]]]]:

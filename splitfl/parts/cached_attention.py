@@ -23,10 +23,12 @@ from transformers.masking_utils import (
 from splitfl.errors import ModelError
 from splitfl.parts.rows import Rows
 
-__all__ = ["KeptSequence", "attend_cached", "mask_of"]
+__all__ = ["KeptSequence", "attend_cached", "mask_of", "room_for"]
 
-#: A sequence's memory grows by a quarter, and by no less than this many tokens, so that few tokens make it be copied.
-_LEAST_GROWTH = 64
+
+def room_for(tokens: int) -> int:
+    """How many tokens of memory are made for a sequence of so many: a quarter to spare, so that few tokens make it be copied."""
+    return tokens + tokens // 4
 
 
 class KeptSequence:
@@ -41,6 +43,11 @@ class KeptSequence:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.length = 0
 
+    @property
+    def room(self) -> int:
+        """How many tokens its memory is for."""
+        return max((keys.shape[2] for keys, _ in self._layers.values()), default=0)
+
     def commit(self, tokens: int) -> None:
         """The newest ``tokens`` that were written count."""
         self.length += tokens
@@ -54,7 +61,7 @@ class KeptSequence:
         """Another sequence that begins with the first ``length`` tokens of this one."""
         twin = KeptSequence()
         for layer, (keys, values) in self._layers.items():
-            twin._layers[layer] = _grown(keys, length, length + 1), _grown(values, length, length + 1)
+            twin._layers[layer] = _grown(keys, length, length), _grown(values, length, length)
         twin.length = length
         return twin
 
@@ -72,10 +79,8 @@ class KeptSequence:
 
 def _grown(memory: torch.Tensor, length: int, needed: int) -> torch.Tensor:
     """Memory for ``needed`` tokens and some more, which begins with the first ``length`` tokens of ``memory``."""
-    batch, heads, capacity, width = memory.shape
-    room = max(needed, capacity + capacity // 4) if needed > capacity else needed
-    room = -(-room // _LEAST_GROWTH) * _LEAST_GROWTH
-    larger = memory.new_empty((batch, heads, room, width))
+    batch, heads, _, width = memory.shape
+    larger = memory.new_empty((batch, heads, room_for(needed), width))
     larger[:, :, :length].copy_(memory[:, :, :length])
     return larger
 

@@ -133,6 +133,25 @@ def test_out_of_memory_in_the_backward_alone_counts_once(model):
     assert max(short.sizes[1:]) <= 13
 
 
+def test_what_is_kept_for_later_goes_before_batches_get_smaller(model):
+    told = []
+    engine = engine_of(model, report=told.append)
+    short = ShortOfMemory(engine, 13)
+
+    def make_room():
+        short.tokens = 1000
+        return 7
+
+    engine.make_room = make_room
+    assert_same(both_ways(engine), both_ways(engine_of(model)))
+    assert not told
+    engine = engine_of(model, report=told.append)
+    ShortOfMemory(engine, 13)
+    engine.make_room = lambda: 7  # which is not enough
+    assert_same(both_ways(engine), both_ways(engine_of(model)))
+    assert told
+
+
 def test_out_of_memory_in_the_backward_of_a_kept_graph(model, monkeypatch):
     engine = engine_of(model, lanes=2)
     members = members_of()

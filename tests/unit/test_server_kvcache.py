@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pytest
 import torch
 
@@ -172,3 +175,96 @@ def test_nothing_is_left_of_a_session() -> None:
     run(book, "b", (0, -1, 0, 3))
     assert book.evict_idle() == 3
     assert not book._sessions
+
+
+def real_tokens(book: CacheBook) -> int:
+    """Tokens that memory has been made for."""
+    return sum(held.kept.room for own in book._sessions.values() for held in own.values())
+
+
+def test_memory_is_what_was_counted_and_a_quarter() -> None:
+    """A sequence that is cut short gives its memory back, and short ones take little."""
+    book = CacheBook(4000, 2000)
+    for number in range(20):
+        run(book, "a", (number, -1, 0, 1500))
+        run(book, "a", (number, number, 1, 1))
+        assert real_tokens(book) <= 1.25 * book.held_tokens
+    assert book.held_tokens == 40
+    run(book, "b", *((number, -1, 0, 1) for number in range(500)))
+    assert real_tokens(book) <= 1.25 * book.held_tokens
+    length = 1
+    for turn in range(60):  # as speculation does, a few tokens on and some of them back
+        kept = max(1, length - turn % 4)
+        length = kept + 4
+        run(book, "b", *((number, number, kept, 4) for number in range(4)))
+        assert real_tokens(book) <= 1.25 * book.held_tokens
+    run(book, "c", (0, -1, 0, 1000))
+    run(book, "c", (0, 0, 10, 5), (1, 0, 900, 5))  # the longer one takes over the memory
+    assert real_tokens(book) <= 1.25 * book.held_tokens
+
+
+def test_the_sums_are_those_of_what_is_there() -> None:
+    """Whatever comes, and goes."""
+    draw = random.Random(0)
+    book = CacheBook(300, 120)
+    for _ in range(600):
+        session = draw.choice(["a1", "a2", "b1", "c1"])
+        client = session[0]
+        own = sorted(book._sessions.get(session, {}))
+        number, parent = draw.randrange(6), draw.choice([*own, -1])
+        kept = 0 if parent < 0 else draw.randint(1, book._sessions[session][parent].kept.length)
+        what = draw.randrange(12)
+        if what == 0:
+            book.release(session, (number,))
+        elif what == 1 and session == "b1":
+            book.forget(session)
+        else:
+            with contextlib.suppress(Evicted, CacheFull):
+                run(book, session, (number, parent, kept, draw.randint(1, 60)), client=client)
+        held = [held for own in book._sessions.values() for held in own.values()]
+        assert book.held_tokens == sum(each.tokens for each in held) <= 300
+        assert all(book.held_by(one) == sum(each.tokens for each in held if each.client == one) <= 120 for one in "abc")
+        assert set(book._idle) == set(held)
+        assert all(each.tokens >= each.kept.length for each in held)
+    book.evict_idle()
+    assert not any((book._sessions, book._accounts, book._idle, book._expected))
+
+
+def test_a_clients_sequences_are_so_many_over_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvcache, "MAX_SEQUENCES", 8)
+    book = CacheBook(100, 100)
+    for session in ("a1", "a2"):
+        run(book, session, *((number, -1, 0, 1) for number in range(5)), client="a")
+    run(book, "b", *((number, -1, 0, 1) for number in range(8)))
+    assert len(book._sessions["a1"]) == 3
+    assert len(book._sessions["a2"]) == 5
+    assert book.held_by("b") == 8
+
+
+def test_nobody_is_looked_at_whom_a_forward_is_not_about() -> None:
+    """Each of the trunk's turns begins forwards: their cost is not to grow with what is kept."""
+
+    class Watched(dict):  # type: ignore[type-arg]
+        looks = 0
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            Watched.looks += len(self)
+            return super().__iter__()
+
+        def values(self):  # type: ignore[no-untyped-def]
+            Watched.looks += len(self)
+            return super().values()
+
+        def items(self):  # type: ignore[no-untyped-def]
+            Watched.looks += len(self)
+            return super().items()
+
+    book = CacheBook(10000, 2000)
+    book._idle = Watched()
+    for session in "abc":
+        run(book, session, *((number, -1, 0, 1) for number in range(1000)))
+        book._sessions[session] = Watched(book._sessions[session])
+    Watched.looks = 0
+    for kept in range(1, 11):
+        run(book, "c", (0, 0, kept, 1))
+    assert Watched.looks == 0
