@@ -44,7 +44,8 @@ def receive_buffer(rows: int, hidden: int, dtype: torch.dtype, *, pin: bool = Fa
         slab = slabs().take(size)
         return torch.from_numpy(slab).view(dtype).view(rows, hidden), memoryview(slab)
     tensor = torch.empty((rows, hidden), dtype=dtype, pin_memory=pin)
-    return tensor, byte_view(tensor)
+    array: Any = tensor.view(torch.uint8).numpy()
+    return tensor, memoryview(array).cast("B")
 
 
 def resolve_device(name: str) -> torch.device:

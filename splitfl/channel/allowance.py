@@ -47,6 +47,11 @@ class Bucket:
         self._gain()
         return max(0.0, -self._level / self._rate)
 
+    @property
+    def overdrawn(self) -> float:
+        """Seconds that had to be waited when it was last taken from."""
+        return -self._level / self._rate if self._rate else 0.0
+
     def _gain(self) -> None:
         now = self._clock()
         self._level = min(self._burst, self._level + self._rate * (now - self._since))
@@ -76,14 +81,15 @@ class Allowance:
 
     def begun(self, payload_bytes: int, tokens: int) -> None:
         """A data message has begun."""
-        self._small.take(payload_bytes < _SMALL_BYTES)
+        if payload_bytes < _SMALL_BYTES:
+            self._small.take(1)
         self._bytes.take(payload_bytes)
         self._tokens.take(tokens)
 
     @property
     def flooded(self) -> bool:
         """Whether this client sends so many small messages that it is to be ended."""
-        return self._small.wait() > _SMALL_AHEAD
+        return self._small.overdrawn > _SMALL_AHEAD
 
     def wait(self) -> float:
         """Seconds until this client may have more credit."""

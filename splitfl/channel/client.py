@@ -23,7 +23,7 @@ from splitfl.errors import (
     SessionLost,
     SplitflError,
 )
-from splitfl.protocol.assembly import Allocate
+from splitfl.protocol.assembly import Allocate, largest_frame
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead
 from splitfl.protocol.control import CURVE
 from splitfl.protocol.join import JoinString
@@ -41,7 +41,6 @@ from splitfl.protocol.messages import (
     OtherVersionError,
     Welcome,
 )
-from splitfl.protocol.records import OVERHEAD_BYTES
 from splitfl.protocol.session import ClientSession, State
 from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, ClientTransport, Endpoint
@@ -352,7 +351,7 @@ class ClientChannel:
             admit=self._admit,
             make_frame=self._transport.make_frame,
         )
-        self._transport.set_record_limit(opened.record + OVERHEAD_BYTES)
+        self._transport.set_frame_limit(largest_frame(opened.record))
         curve = self._join.key if opened.bulk == CURVE else None
         self._transport.connect_data(host, port, opened.ticket, self._timeout, curve=curve)
         self._path.add(Attach(), b"")

@@ -78,7 +78,7 @@ class DataPath:
             if not transport.send_data(frame):
                 self.stuck = frame
                 return False
-            self.records_sent += 1
+            self.records_sent = self._outbox.records
             self.bytes_sent += len(frame)
         return True
 

@@ -13,15 +13,15 @@ from splitfl.channel.admission import Admission
 from splitfl.channel.handler import ServerHandler
 from splitfl.channel.link import Link
 from splitfl.channel.offer import Offer
-from splitfl.channel.sessions import Sessions
+from splitfl.channel.sessions import Sessions, is_due
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConfigError, LocalProtocolError
-from splitfl.protocol.assembly import payload_view
+from splitfl.protocol.assembly import largest_frame, payload_view
 from splitfl.protocol.ciphers import AeadFactory, Buffer, make_aead, pick_ciphers
 from splitfl.protocol.control import CURVE, SEALED
 from splitfl.protocol.keys import AuthorizedClients
 from splitfl.protocol.messages import ControlMessage, DataMessage, Fault
-from splitfl.protocol.records import DEFAULT_RECORD_BYTES, MAX_RECORD_BYTES, MIN_RECORD_BYTES, OVERHEAD_BYTES
+from splitfl.protocol.records import DEFAULT_RECORD_BYTES, MAX_RECORD_BYTES, MIN_RECORD_BYTES
 from splitfl.transport.base import Sent, ServerTransport
 
 _log = logging.getLogger(__name__)
@@ -132,7 +132,9 @@ class ServerChannel:
             if n < 0 or link.credit_due + n > link.account.window - link.account.left:
                 raise LocalProtocolError(f"{n} bytes of credit given back, more than that client has spent")
             link.credit_due += n
-        self._do(link, lambda: None)
+            due = is_due(link)
+        if due:
+            self._do(link, lambda: None)
 
     def end(self, session: str, fault: Fault) -> None:
         """Tells the client the fault (made fatal), then closes its session."""
@@ -155,7 +157,7 @@ class ServerChannel:
         self._transport.on_refused(self._sessions.refusal)
         self._transport.on_cut(self._sessions.cut)
         try:
-            self._transport.bind(self._admission, self._record + OVERHEAD_BYTES, window=self._window, curve=self._bulk == CURVE)
+            self._transport.bind(self._admission, largest_frame(self._record), window=self._window, curve=self._bulk == CURVE)
         except BaseException as error:
             self._failure = error
             self._transport.close(0)
@@ -192,7 +194,7 @@ class ServerChannel:
             self._sessions.activate(link)
         self._wait = _TICK
         for link in self._sessions.ready_links():
-            self._sessions.guard(link, functools.partial(self._serve, link))
+            self._sessions.guard(link, self._serve, link)
         return self._wait
 
     def _serve(self, link: Link) -> None:
@@ -219,7 +221,7 @@ class ServerChannel:
                 self._sessions.drop(link, "its data connection broke")
                 return
             link.traffic.sent += len(frame)
-            link.records_sent += 1
+            link.records_sent = link.outbox.records
             link.moved = self._clock()
         self._wait = 0.0
 

@@ -50,6 +50,16 @@ _TEXT_BYTES = 4000
 _CREDIT_PARTS = 16
 
 
+def is_due(link: Link) -> bool:
+    """Whether credit is to be given back to this client now. Little is kept until there is more, while what the client has covers
+    any message: each message about credit costs both sides several threads' turns.
+    """
+    due, account = link.credit_due, link.account
+    if not due or account is None:
+        return False
+    return due >= account.window // _CREDIT_PARTS or account.left < link.max_message
+
+
 class Sessions:
     """All links of one server. Everything runs on the I/O thread, save ``lock``, ``find``: other threads look sessions
     up and advance their state under the lock.
@@ -97,10 +107,10 @@ class Sessions:
         """The active links whose data connection stands and whose client listens."""
         return [link for link in self.active if link.data_peer is not None and link.goodbye is None]
 
-    def guard(self, link: Link, action: Callable[[], None]) -> None:
+    def guard(self, link: Link, action: Callable[..., None], *arguments: Any) -> None:
         """Runs what belongs to one session; whatever it raises ends that session only."""
         try:
-            action()
+            action(*arguments)
         except Refused as error:
             self._refuse(link, error)
         except SealError as error:
@@ -139,12 +149,8 @@ class Sessions:
         """Gives back what the handler's owner has given, once the replies to this client do not pile up and it has not sent more
         than it may. Returns the seconds until the latter.
 
-        Little is kept until there is more, while what the client has covers any message: each message about credit costs both
-        sides several threads' turns.
         """
-        if not link.credit_due or link.outbox is None or link.account is None or link.outbox.pending > link.account.window:
-            return 0.0
-        if link.credit_due < link.account.window // _CREDIT_PARTS and link.account.left >= link.max_message:
+        if link.outbox is None or link.account is None or not is_due(link) or link.outbox.pending > link.account.window:
             return 0.0
         wait = link.allowance.wait()
         if wait > 0:
@@ -168,8 +174,7 @@ class Sessions:
             return
         link.heard = self._clock()
         link.traffic.received += len(frame.frame)
-        take = self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data
-        self.guard(link, lambda: take(link, frame))
+        self.guard(link, self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data, link, frame)
 
     def _greet(self, frame: ServerFrame) -> Link | None:
         due = self._leaving.get((frame.endpoint, frame.peer))
@@ -242,8 +247,9 @@ class Sessions:
         with self.lock:
             assert link.account is not None
             link.account.charge(size)
-        if link.credit_due:
-            self.activate(link)  # what was kept may be needed now
+            due = is_due(link)
+        if due:
+            self.activate(link)  # what was kept is needed now
 
     def _take_data(self, link: Link, frame: ServerFrame) -> None:
         if link.data_peer is None:
@@ -368,7 +374,7 @@ class Sessions:
                 self._transport.hang_up(endpoint, peer)
         edited = self._admission.changed()
         for link in list(self._links.values()):
-            self.guard(link, functools.partial(link.tally.check_doubt, now, self._timing.silence))
+            self.guard(link, link.tally.check_doubt, now, self._timing.silence)
             limits = self._admission.limits(link.peer) if edited else None
             if limits is not None:
                 link.allowance.limit(limits)

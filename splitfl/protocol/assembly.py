@@ -1,6 +1,7 @@
 """Messages from records and records from messages. A message = one METADATA record (FIRST), then its payload in PAYLOAD
 records, the last one marked LAST. Up to ``MAX_OPEN`` messages of one direction interleave, told apart by the message
-id.
+id. A frame is one record, or a METADATA record and the first of its payload (JOINED): a frame costs both sides about as much
+time as a hundred KiB of payload, however small it is.
 """
 
 from __future__ import annotations
@@ -14,11 +15,31 @@ from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.message import MAX_METADATA_BYTES
 from splitfl.protocol.messages import DataMessage, decode_data, encode
-from splitfl.protocol.records import FIRST, LAST, METADATA, OVERHEAD_BYTES, PAYLOAD, Opener, Sealer
+from splitfl.protocol.records import (
+    FIRST,
+    JOINED,
+    LAST,
+    MAX_RECORD_BYTES,
+    METADATA,
+    OVERHEAD_BYTES,
+    PAYLOAD,
+    Header,
+    Opener,
+    Sealer,
+)
 
 MAX_OPEN = 8
 
+# What a joined frame has besides its payload, at most.
+_AROUND_BYTES = MAX_METADATA_BYTES + 2 * OVERHEAD_BYTES
+MAX_FRAME_BYTES = MAX_RECORD_BYTES + _AROUND_BYTES
+
 Allocate = Callable[[DataMessage], tuple[Any, memoryview]]
+
+
+def largest_frame(record_bytes: int) -> int:
+    """Bytes of the largest frame, where a full record has so many of plaintext."""
+    return record_bytes + _AROUND_BYTES
 
 
 def byte_view(buffer: Any) -> memoryview:
@@ -51,6 +72,10 @@ class _Outgoing:
         return len(self.payload) - self.offset
 
 
+def _order(outgoing: _Outgoing) -> tuple[int, int]:
+    return outgoing.left, outgoing.id
+
+
 class Outbox:
     """Messages waiting to be sealed, in order; not thread-safe.
 
@@ -70,6 +95,11 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._waiting or self._begun)
 
+    @property
+    def records(self) -> int:
+        """How many records have been sealed."""
+        return self._sealer.records
+
     def add(self, message: DataMessage, payload: Buffer) -> None:
         """Queues a message; its payload is referenced, not copied, until sealed."""
         view = payload_view(message, payload)
@@ -80,12 +110,12 @@ class Outbox:
         self.pending += len(view)
 
     def next_frame(self) -> bytearray | memoryview | None:
-        """The next sealed record, or None when nothing can be sent now (nothing waits, or credit is out)."""
-        served = min(self._begun, key=lambda outgoing: (outgoing.left, outgoing.id)) if self._begun else None
+        """The next frame, sealed, or None when nothing can be sent now (nothing waits, or credit is out)."""
+        served = min(self._begun, key=_order) if self._begun else None
         if self._waiting and len(self._begun) < MAX_OPEN and (served is None or self._smallest[0] < served.left):
             begun = self._begin()
             if begun is not None:
-                return self._metadata(begun)
+                return self._beginning(begun)
         return self._payload(served) if served is not None else None
 
     def _begin(self) -> _Outgoing | None:
@@ -102,22 +132,35 @@ class Outbox:
         begun.id, self._next_id = self._next_id, self._next_id + 1
         return begun
 
-    def _metadata(self, outgoing: _Outgoing) -> bytearray | memoryview:
-        total = len(outgoing.payload)
-        if total:
-            return self._sealer.seal(METADATA, FIRST, outgoing.id, total, outgoing.metadata)
-        self._begun.remove(outgoing)
-        return self._sealer.seal(METADATA, FIRST | LAST, outgoing.id, 0, outgoing.metadata)
+    def _beginning(self, outgoing: _Outgoing) -> bytearray | memoryview:
+        total, metadata = len(outgoing.payload), outgoing.metadata
+        if not total:
+            self._begun.remove(outgoing)
+            return self._sealer.seal(METADATA, FIRST | LAST, outgoing.id, 0, metadata)
+        if self._smallest and self._smallest[0] < total and len(self._begun) < MAX_OPEN:
+            # What is behind it overtakes it at once.
+            return self._sealer.seal(METADATA, FIRST, outgoing.id, total, metadata)
+        chunk, flags = self._chunk(outgoing)
+        ahead = len(metadata) + OVERHEAD_BYTES
+        frame = self._sealer.make_frame(ahead + len(chunk) + OVERHEAD_BYTES)
+        view = memoryview(frame)
+        self._sealer.seal_into(view[:ahead], METADATA, FIRST | JOINED, outgoing.id, total, metadata)
+        self._sealer.seal_into(view[ahead:], PAYLOAD, flags, outgoing.id, total, chunk)
+        return frame
 
     def _payload(self, outgoing: _Outgoing) -> bytearray | memoryview:
-        total = len(outgoing.payload)
+        chunk, flags = self._chunk(outgoing)
+        return self._sealer.seal(PAYLOAD, flags, outgoing.id, len(outgoing.payload), chunk)
+
+    def _chunk(self, outgoing: _Outgoing) -> tuple[memoryview, int]:
+        """The plaintext of its next payload record, and that record's flags."""
         chunk = outgoing.payload[outgoing.offset : outgoing.offset + self._record]
         outgoing.offset += len(chunk)
         self.pending -= len(chunk)
-        if outgoing.offset < total:
-            return self._sealer.seal(PAYLOAD, 0, outgoing.id, total, chunk)
+        if outgoing.left:
+            return chunk, 0
         self._begun.remove(outgoing)
-        return self._sealer.seal(PAYLOAD, LAST, outgoing.id, total, chunk)
+        return chunk, LAST
 
 
 class _Incoming:
@@ -161,18 +204,29 @@ class Inbox:
         session ends.
         """
         header = self._opener.header(frame)
-        if header.kind == METADATA:
+        if header.kind == PAYLOAD:
+            return self._continue(frame, header)
+        if not header.flags & JOINED:
             return self._begin(frame, header)
-        return self._continue(frame, header)
+        # How long the payload's record is follows from the message's length; the rest is the metadata's.
+        ahead = len(frame) - min(self._record, header.total) - OVERHEAD_BYTES
+        if ahead < OVERHEAD_BYTES or not header.total:
+            raise self._opener.fail(f"a frame of {len(frame)} bytes, too few for two records")
+        view = memoryview(frame)
+        self._begin(view[:ahead], header)
+        joined = self._opener.header(view[ahead:])
+        if joined.kind != PAYLOAD or joined.message != header.message:
+            raise self._opener.fail("a record in a frame with another message's")
+        return self._continue(view[ahead:], joined)
 
-    def _begin(self, frame: Buffer, header: Any) -> tuple[DataMessage, Any] | None:
+    def _begin(self, frame: Buffer, header: Header) -> tuple[DataMessage, Any] | None:
         size = len(frame) - OVERHEAD_BYTES
         if size > MAX_METADATA_BYTES:
             raise self._opener.fail(f"metadata of {size} bytes, more than {MAX_METADATA_BYTES}")
         metadata = bytearray(size)
         self._opener.open_into(header, frame, metadata)
         expected = FIRST if header.total else FIRST | LAST
-        if header.flags != expected or header.message != self._next_id or len(self._open) >= MAX_OPEN:
+        if header.flags & ~JOINED != expected or header.message != self._next_id or len(self._open) >= MAX_OPEN:
             raise self._opener.fail("a message that begins out of order, or too many at once")
         self._next_id += 1
         message = decode_data(bytes(metadata), self._from_client)
@@ -192,7 +246,7 @@ class Inbox:
         self._open[header.message] = _Incoming(message, target, destination)
         return None
 
-    def _continue(self, frame: Buffer, header: Any) -> tuple[DataMessage, Any] | None:
+    def _continue(self, frame: Buffer, header: Header) -> tuple[DataMessage, Any] | None:
         size = len(frame) - OVERHEAD_BYTES
         incoming = self._open.get(header.message)
         if incoming is None or header.total != len(incoming.destination):

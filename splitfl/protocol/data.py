@@ -6,6 +6,7 @@ A payload is a contiguous ``(rows, hidden)`` array of ``dtype``, little-endian, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from splitfl.errors import LocalProtocolError
@@ -38,7 +39,7 @@ _sequence = integer(0, MAX_SEQUENCE)
 class DataMessage(Message):
     """What all data messages have: a payload."""
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """The size of the payload, bytes: exactly rows x hidden x item size."""
         return 0
@@ -96,12 +97,12 @@ class Forward(DataMessage):
         "sequences": sequence(pair(_sequence, pair(integer(NO_PARENT, MAX_SEQUENCE), integer(0, MAX_ROWS))), 0, MAX_SEGMENTS),
     }
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """The real tokens of this micro-batch."""
-        return sum(length for length, _ in self.segments)
+        return sum([length for length, _ in self.segments])
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         return self.rows * self.hidden * DTYPES[self.dtype]
 
@@ -146,7 +147,7 @@ class Tensor(DataMessage):
     dtype: str
     codec: str
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         return self.rows * self.hidden * DTYPES[self.dtype]
 
@@ -193,7 +194,7 @@ class _Part(DataMessage):
         "size": integer(1, MAX_COUNT),
     }
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         return self.size
 

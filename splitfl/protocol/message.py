@@ -26,11 +26,12 @@ class Message:
     FIELDS: ClassVar[Mapping[str, Check]]
 
     def __post_init__(self) -> None:
-        for name, check in self.FIELDS.items():
-            try:
-                object.__setattr__(self, name, check(getattr(self, name)))
-            except FieldError as error:
-                raise LocalProtocolError(f"{type(self).__name__}.{name} {error}") from None
+        values, name = self.__dict__, ""
+        try:
+            for name, check in self.FIELDS.items():
+                values[name] = check(values[name])  # not by setattr, which a frozen dataclass has none of
+        except FieldError as error:
+            raise LocalProtocolError(f"{type(self).__name__}.{name} {error}") from None
         self.check()
 
     def check(self) -> None:
@@ -38,4 +39,5 @@ class Message:
 
     def to_map(self) -> dict[str, Any]:
         """What is encoded: the type number and every field."""
-        return {"type": self.TYPE, **{name: getattr(self, name) for name in self.FIELDS}}
+        values = self.__dict__
+        return {"type": self.TYPE, **{name: values[name] for name in self.FIELDS}}

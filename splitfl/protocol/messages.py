@@ -172,6 +172,8 @@ def _decode(frame: bytes, table: dict[int, type[Message]], limit: int) -> Messag
         if type(theirs) is int and 0 <= theirs < 2**16 and theirs != PROTOCOL_VERSION:
             raise OtherVersionError(theirs)
     if fields.keys() != cls.FIELDS.keys():
+        if not all(type(key) is str for key in fields):
+            raise RemoteProtocolError("a message that is not a map with text keys")
         odd = _names(fields.keys() - cls.FIELDS.keys()) or _names(cls.FIELDS.keys() - fields.keys())
         raise RemoteProtocolError(f"{cls.__name__}: missing or unknown fields ({odd})")
     try:
@@ -188,7 +190,7 @@ def _unpack(frame: bytes, limit: int) -> dict[str, Any]:
         fields = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True, ext_hook=_refuse_ext)
     except Exception:  # msgpack raises a dozen kinds, among them UnicodeDecodeError and its own stack overflow
         raise RemoteProtocolError("a message that is not valid msgpack") from None
-    if type(fields) is not dict or not all(type(key) is str for key in fields):
+    if type(fields) is not dict:
         raise RemoteProtocolError("a message that is not a map with text keys")
     return fields
 

@@ -32,6 +32,7 @@ PAYLOAD = 2
 
 FIRST = 1
 LAST = 2
+JOINED = 4  # of metadata: the first payload record of its message follows in the same frame
 
 DEFAULT_RECORD_BYTES = 2**20
 MIN_RECORD_BYTES = 256 * 1024
@@ -94,17 +95,28 @@ class Sealer:
         make_frame: MakeFrame = bytearray,
     ) -> None:
         self._epoch = _Epoch(secret, cipher, aead_factory)
-        self._make_frame = make_frame
+        self.make_frame = make_frame
         self._limits = limits or RekeyLimits()
         self._clock = clock
         self._sequence = 0
         self._begin_epoch()
+
+    @property
+    def records(self) -> int:
+        """How many records have been sealed."""
+        return self._sequence
 
     def _begin_epoch(self) -> None:
         self._bytes, self._records, self._since = 0, 0, self._clock()
 
     def seal(self, kind: int, flags: int, message: int, total: int, plaintext: Buffer) -> bytearray | memoryview:
         """One frame, sealed straight from ``plaintext``."""
+        frame = self.make_frame(len(plaintext) + OVERHEAD_BYTES)
+        self.seal_into(memoryview(frame), kind, flags, message, total, plaintext)
+        return frame
+
+    def seal_into(self, view: memoryview, kind: int, flags: int, message: int, total: int, plaintext: Buffer) -> None:
+        """One record into ``view``, which is as long as the record."""
         size = len(plaintext)
         limits = self._limits
         if (
@@ -115,15 +127,12 @@ class Sealer:
         if self._sequence >= 2**63 or self._epoch.number >= 2**32 - 1:
             raise LocalProtocolError("the session is worn out: open another")
         header = _HEADER.pack(RECORD_VERSION, kind, flags, 0, self._epoch.number, self._sequence, message, total)
-        frame = self._make_frame(HEADER_BYTES + size + TAG_BYTES)
         nonce = self._epoch.nonce(self._sequence)
-        with memoryview(frame) as view, view[HEADER_BYTES:] as body:
-            view[:HEADER_BYTES] = header
-            self._epoch.aead.encrypt_into(nonce, plaintext, header, body)
+        view[:HEADER_BYTES] = header
+        self._epoch.aead.encrypt_into(nonce, plaintext, header, view[HEADER_BYTES:])
         self._sequence += 1
         self._records += 1
         self._bytes += size
-        return frame
 
 
 class Opener:
@@ -148,7 +157,7 @@ class Opener:
         if len(frame) < OVERHEAD_BYTES:
             raise self._fail(f"a record of {len(frame)} bytes")
         version, kind, flags, zero, epoch, sequence, message, total = _HEADER.unpack_from(frame)
-        if version != RECORD_VERSION or zero or kind not in (METADATA, PAYLOAD) or flags & ~(FIRST | LAST):
+        if version != RECORD_VERSION or zero or kind not in (METADATA, PAYLOAD) or flags & ~(FIRST | LAST | JOINED):
             raise self._fail("a record with a malformed header")
         if sequence != self._sequence:
             raise self._fail(f"record {sequence} where {self._sequence} was expected")
@@ -163,11 +172,12 @@ class Opener:
         """
         if header.epoch != self._epoch.number:
             self._epoch.advance()
-        with memoryview(frame) as view, view[:HEADER_BYTES] as aad, view[HEADER_BYTES:] as body:
-            try:
-                self._epoch.aead.decrypt_into(self._epoch.nonce(header.sequence), body, aad, destination)
-            except InvalidTag:
-                raise self._fail(f"record {header.sequence} does not verify") from None
+        view = memoryview(frame)
+        nonce = self._epoch.nonce(header.sequence)
+        try:
+            self._epoch.aead.decrypt_into(nonce, view[HEADER_BYTES:], view[:HEADER_BYTES], destination)
+        except InvalidTag:
+            raise self._fail(f"record {header.sequence} does not verify") from None
         self._sequence += 1
 
     def fail(self, text: str) -> SealError:

@@ -76,7 +76,7 @@ class ClientTransport(Protocol):
     def connect_data(self, host: str, port: int, ticket: bytes, timeout: float, *, curve: PublicKey | None = None) -> None:
         """Likewise for the data endpoint. ``curve``: the server's key, where the ticket is a CURVE secret."""
 
-    def set_record_limit(self, frame_bytes: int) -> None:
+    def set_frame_limit(self, frame_bytes: int) -> None:
         """The largest frame the data endpoint accepts; told before ``connect_data``."""
 
     def send_control(self, frame: bytes) -> None:
@@ -103,7 +103,7 @@ class ClientTransport(Protocol):
 class ServerTransport(Protocol):
     """The server's two endpoints."""
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
+    def bind(self, gate: Gate, frame_bytes: int, *, window: int, curve: bool = False) -> None:
         """Opens both endpoints and proves that a stranger is refused, else ConfigError. ``window``: bytes that a client may have
         in flight; ``curve``: tickets are CURVE keys.
         """

@@ -97,8 +97,8 @@ class MemoryServerTransport:
     def on_cut(self, report: Cut) -> None:
         """There is nothing here that floods could fill."""
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
-        self.gate, self._frame_limit = gate, record_frame_bytes
+    def bind(self, gate: Gate, frame_bytes: int, *, window: int, curve: bool = False) -> None:
+        self.gate, self._frame_limit = gate, frame_bytes
         with self.network.lock:
             self.network.server = self
 
@@ -221,7 +221,7 @@ class MemoryClientTransport:
         self._early = _Mailbox()  # wakes that come before there is a link
         self._frame_limit = 0
 
-    def set_record_limit(self, frame_bytes: int) -> None:
+    def set_frame_limit(self, frame_bytes: int) -> None:
         self._frame_limit = frame_bytes
 
     def connect_control(self, host: str, port: int, server_key: PublicKey, identity: Identity, timeout: float) -> None:

@@ -20,6 +20,7 @@ from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, Endpoint
+from splitfl.transport.readiness import Readiness
 from splitfl.transport.zmq_common import (
     BYTES_A_TURN,
     FRAMES_A_TURN,
@@ -55,17 +56,15 @@ class ZmqClientTransport:
     def __init__(self) -> None:
         self._wake = Wake()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake.receiver, zmq.POLLIN)
+        self._readiness = Readiness(self._wake)
         self._control: zmq.Socket[bytes] | None = None
         self._data: zmq.Socket[bytes] | None = None
         self._monitors: list[zmq.Socket[bytes]] = []
         self._frame_limit = 0
-        self._waits_for_room = False
         self._broken: float | None = None  # when a connection broke, monotonic seconds
         keep_large_buffers()
 
-    def set_record_limit(self, frame_bytes: int) -> None:
+    def set_frame_limit(self, frame_bytes: int) -> None:
         self._frame_limit = frame_bytes
 
     def connect_control(self, host: str, port: int, server_key: PublicKey, identity: Identity, timeout: float) -> None:
@@ -85,7 +84,7 @@ class ZmqClientTransport:
         if outcome != zmq.EVENT_HANDSHAKE_SUCCEEDED:
             raise wording.not_splitfl(host, port)
         self._control = sock
-        self._poller.register(sock, zmq.POLLIN)
+        self._readiness.register(sock)
 
     def connect_data(self, host: str, port: int, ticket: bytes, timeout: float, *, curve: PublicKey | None = None) -> None:
         try:
@@ -104,11 +103,12 @@ class ZmqClientTransport:
         if outcome != zmq.EVENT_HANDSHAKE_SUCCEEDED:
             raise wording.data_unreachable(host, port, "it does not answer as one")
         self._data = sock
-        self._poller.register(sock, zmq.POLLIN)
+        self._readiness.register(sock)
 
     def send_control(self, frame: bytes) -> None:
         if self._control is None:
             raise SessionLost("the control connection is not open")
+        self._readiness.touch(self._control)
         try:
             self._control.send(frame, zmq.NOBLOCK)
         except zmq.Again:
@@ -120,27 +120,23 @@ class ZmqClientTransport:
     def send_data(self, frame: Buffer) -> bool:
         if self._data is None:
             raise SessionLost("the data connection is not open")
+        self._readiness.touch(self._data)
         try:
             send_frame(self._data, frame)
         except zmq.Again:
-            if not self._waits_for_room:
-                self._waits_for_room = True
-                self._poller.modify(self._data, zmq.POLLIN | zmq.POLLOUT)
+            self._readiness.want_room(self._data, room=True)
             return False
         return True
 
     def poll(self, timeout: float) -> list[ClientFrame]:
-        ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
-        if self._wake.receiver.fileno() in ready or self._wake.receiver in ready:
-            self._wake.clear()
+        ready = self._readiness.poll(timeout)
         frames: list[ClientFrame] = []
         if self._control in ready:
             self._receive(self._control, Endpoint.CONTROL, frames)
         if self._data in ready:
             assert self._data is not None
             if ready[self._data] & zmq.POLLOUT:
-                self._waits_for_room = False
-                self._poller.modify(self._data, zmq.POLLIN)
+                self._readiness.want_room(self._data, room=False)
             self._receive(self._data, Endpoint.DATA, frames)
         # Frames first: a server that says why it closes is heard before the closing is.
         if self._broken is not None or any(monitor in ready for monitor in self._monitors):
@@ -184,7 +180,7 @@ class ZmqClientTransport:
                 break
         if outcome[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._monitors.append(monitor)
-            self._poller.register(monitor, zmq.POLLIN)
+            self._readiness.register(monitor)
         else:
             sock.disable_monitor()
             monitor.close(0)
@@ -192,6 +188,7 @@ class ZmqClientTransport:
         return outcome
 
     def _receive(self, sock: Any, endpoint: Endpoint, frames: list[ClientFrame]) -> None:
+        self._readiness.touch(sock)
         taken = 0
         for _ in range(FRAMES_A_TURN):
             if taken >= BYTES_A_TURN:
@@ -207,6 +204,7 @@ class ZmqClientTransport:
 
     def _check_links(self, frames: list[ClientFrame]) -> None:
         for monitor in self._monitors:
+            self._readiness.touch(monitor)
             while monitor.poll(0):
                 event = parse_monitor_message(monitor.recv_multipart())["event"]
                 if self._broken is None and event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):

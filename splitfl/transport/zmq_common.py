@@ -13,9 +13,9 @@ from typing import Any
 
 import zmq
 
+from splitfl.protocol.assembly import MAX_FRAME_BYTES
 from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.keys import Identity, PublicKey
-from splitfl.protocol.records import MAX_RECORD_BYTES, OVERHEAD_BYTES
 
 # Frames queued for one peer. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16 MiB.
 DATA_FRAMES_QUEUED = 16
@@ -65,9 +65,9 @@ def client_data_options(sock: zmq.Socket[bytes]) -> None:
     sock.setsockopt(zmq.RCVHWM, DATA_FRAMES_QUEUED)
 
 
-def data_frame_limit(record_frame: int, *, curve: bool) -> int:
-    """The largest frame of the data endpoint, bytes: a record, and what CURVE puts around it."""
-    return record_frame + CURVE_BYTES * curve
+def data_frame_limit(frame: int, *, curve: bool) -> int:
+    """The largest frame of the data endpoint, bytes: one of records, and what CURVE puts around it."""
+    return frame + CURVE_BYTES * curve
 
 
 def never_full(sock: zmq.Socket[bytes]) -> None:
@@ -124,7 +124,7 @@ def _template() -> memoryview | None:
             return None
     except TypeError:  # pyzmq for PyPy
         return None
-    size = MAX_RECORD_BYTES + OVERHEAD_BYTES
+    size = MAX_FRAME_BYTES
     if os.name != "posix":
         return memoryview(bytes(size))
     # Never written to, so every page of it is the kernel's one page of zeros, which stays in the nearest cache.

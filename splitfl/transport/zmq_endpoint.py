@@ -140,7 +140,7 @@ class ListeningEndpoint:
             self._count(part, peer)
             taken += len(part)
             with contextlib.suppress(zmq.ZMQError):
-                frames.append(ServerFrame(self.kind, peer, str(part.get("User-Id")), str(part.get("Peer-Address")), body))
+                frames.append(ServerFrame(self.kind, peer, part.get("User-Id"), part.get("Peer-Address"), body))
             if self._skipping and not self._skip():
                 return False
         return False

@@ -21,6 +21,7 @@ from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.protocol.messages import RefusalCode
 from splitfl.transport.base import Cut, Endpoint, Gate, Sent, ServerFrame
 from splitfl.transport.door import network_of
+from splitfl.transport.readiness import Readiness
 from splitfl.transport.refusals import RefusalLog
 from splitfl.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN, Zap
 from splitfl.transport.zmq_common import (
@@ -61,8 +62,7 @@ class ZmqServerTransport:
         self._identity, self._host, self._ports, self._advertise = identity, host, (port, data_port), advertise
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._wake = Wake()
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake.receiver, zmq.POLLIN)
+        self._readiness = Readiness(self._wake)
         self._refusals = RefusalLog(lambda who, code, text: None)
         self._cut: Cut = lambda endpoint, peer: None
         self._endpoints: list[ListeningEndpoint] = []
@@ -82,11 +82,11 @@ class ZmqServerTransport:
     def on_cut(self, report: Cut) -> None:
         self._cut = report
 
-    def bind(self, gate: Gate, record_frame_bytes: int, *, window: int, curve: bool = False) -> None:
+    def bind(self, gate: Gate, frame_bytes: int, *, window: int, curve: bool = False) -> None:
         self._curve = curve
         self._zap = Zap(self._context, gate, self._refuse)
-        self._poller.register(self._zap.socket, zmq.POLLIN)
-        data_frame = data_frame_limit(record_frame_bytes, curve=curve)
+        self._readiness.register(self._zap.socket)
+        data_frame = data_frame_limit(frame_bytes, curve=curve)
         self._control = ListeningEndpoint(
             Endpoint.CONTROL,
             functools.partial(self._router, CONTROL_DOMAIN, affinity=1, max_frame=MAX_CONTROL_BYTES, curve=True),
@@ -103,7 +103,7 @@ class ZmqServerTransport:
             half_open=_HALF_OPEN_DATA,
             expected=functools.partial(gate.expected, Endpoint.DATA),
             frame=data_frame,
-            queued=-(-window // record_frame_bytes),
+            queued=-(-window // frame_bytes),
             curve=curve,
             refuse=self._flood,
         )
@@ -120,9 +120,7 @@ class ZmqServerTransport:
             self._next_look = time.monotonic() + _LOOK_SECONDS
             for endpoint in self._endpoints:
                 endpoint.look()
-        ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
-        if self._wake.receiver.fileno() in ready or self._wake.receiver in ready:
-            self._wake.clear()
+        ready = self._readiness.poll(timeout)
         for endpoint in self._endpoints:
             if looking or endpoint.monitor in ready:
                 self._watch(endpoint)
@@ -142,12 +140,14 @@ class ZmqServerTransport:
         return frames
 
     def send_control(self, peer: bytes, frame: bytes) -> Sent:
+        self._readiness.touch(self._control.socket)
         return self._control.send(peer, frame)
 
     def make_frame(self, size: int) -> bytearray | memoryview:
         return make_frame(size)
 
     def send_data(self, peer: bytes, frame: Buffer) -> Sent:
+        self._readiness.touch(self._data.socket)
         return self._data.send(peer, frame)
 
     def hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
@@ -191,13 +191,13 @@ class ZmqServerTransport:
 
     def _register(self, endpoint: ListeningEndpoint) -> None:
         for sock in (endpoint.socket, endpoint.monitor):
-            self._poller.register(sock, zmq.POLLIN)
+            self._readiness.register(sock)
 
     def _reopen(self, endpoint: ListeningEndpoint) -> None:
         """The last resort against what ZeroMQ holds: all of it goes, and every connection; whoever is honest comes again."""
         self._flood("several clients", "several clients", f"the {endpoint.kind.value} endpoint is flooded: opened anew")
         for sock in (endpoint.socket, endpoint.monitor):
-            self._poller.unregister(sock)
+            self._readiness.unregister(sock)
         endpoint.reopen()
         self._register(endpoint)
         self._cut(endpoint.kind, None)
@@ -216,6 +216,7 @@ class ZmqServerTransport:
 
     def _watch(self, endpoint: ListeningEndpoint) -> None:
         """Handshakes that fail before ZAP is asked: the server's key in the client's join string is not ours."""
+        self._readiness.touch(endpoint.monitor)
         for who in endpoint.watch():
             if not self._testing and endpoint.kind is Endpoint.CONTROL:
                 self._refusals.refused(who, who, "handshake", _OTHER_KEY)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitfl.protocol.messages import Heartbeat, encode
-from splitfl.protocol.records import PAYLOAD
+from splitfl.protocol.records import JOINED, PAYLOAD
 from tests.faults.zmtp import Frame, Splitter
 
 __all__ = ["HOST", "Passing", "Relay"]
@@ -42,7 +42,8 @@ class Passing:
 
     @property
     def is_payload(self) -> bool:
-        return self.is_data and self.frame.body[1] == PAYLOAD
+        """Whether it brings payload, with or without the metadata before it."""
+        return self.is_data and (self.frame.body[1] == PAYLOAD or bool(self.frame.body[2] & JOINED))
 
     @property
     def is_heartbeat(self) -> bool:

@@ -145,7 +145,7 @@ class _Server:
     def sealed(self, said: bytes) -> None:
         link = self.link
         if link is not None and link.inbox is not None:
-            self.data(record(link.inbox.records, said))
+            self.data(record(link.inbox.records, said, RECORD))
 
     def open(self) -> None:
         self.control(m.encode(_HELLO))
@@ -246,7 +246,7 @@ class _Client:
 
     def sealed(self, said: bytes) -> None:
         if self.path is not None:
-            self.data(record(self.path._inbox.records, said))
+            self.data(record(self.path._inbox.records, said, RECORD))
 
     def welcomed(self) -> None:
         """As far as Open, where the server has let it."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from splitfl.errors import RemoteProtocolError, SealError
 from splitfl.protocol.assembly import MAX_OPEN, Inbox
 from splitfl.protocol.ciphers import AES_256_GCM
 from splitfl.protocol.credit import CreditAccount
 from splitfl.protocol.messages import DataMessage, decode_data
-from splitfl.protocol.records import FIRST, LAST, METADATA, OVERHEAD_BYTES, PAYLOAD, Opener, Sealer
+from splitfl.protocol.records import FIRST, JOINED, LAST, METADATA, OVERHEAD_BYTES, PAYLOAD, Opener, Sealer
 from tests.fuzz.nullcipher import null_aead, record
 from tests.fuzz.pieces import split
 from tests.fuzz.sentences import check_sentence
@@ -56,7 +56,7 @@ def records(data: bytes) -> None:
         raise AssertionError("a record that nobody sealed")
     reader = Reader(Opener(SECRET, AES_256_GCM, aead_factory=null_aead))
     for piece in split(data):
-        frame = piece[1:] if piece[:1] != b"\1" else record(reader.inbox.records, piece[1:])
+        frame = piece[1:] if piece[:1] != b"\1" else record(reader.inbox.records, piece[1:], RECORD)
         try:
             done = reader.inbox.receive(frame)
         except RemoteProtocolError as error:
@@ -83,13 +83,21 @@ def assembly(data: bytes) -> None:
     for piece in split(data):
         head = piece[:5].ljust(5, b"\0")
         kind, flags, number, total = head[0] % 4, head[1] % 8, head[2], int.from_bytes(head[3:5], "big")
-        said = piece[5:]
+        said = [_Said(kind, flags, number, total, piece[5:])]
+        if kind == METADATA and flags & JOINED:
+            # The last bytes are the payload's; the upper halves of kind and flags spoil its flags and its message.
+            cut = max(5, len(piece) - min(RECORD, total))
+            last = LAST if total <= RECORD else 0
+            said = [
+                _Said(kind, flags, number, total, piece[5:cut]),
+                _Said(PAYLOAD, last ^ (head[0] >> 4) % 8, number ^ head[1] >> 4, total, piece[cut:]),
+            ]
         try:
-            expected = _expected(open_, begun, kind, flags, number, total, said, reader.account.left)
+            expected = _expected_of(open_, begun, said, reader.account.left)
         except RemoteProtocolError:
             expected = None
         try:
-            done = reader.inbox.receive(sealer.seal(kind, flags, number, total, said))
+            done = reader.inbox.receive(b"".join(sealer.seal(*record) for record in said))
         except RemoteProtocolError:
             assert expected is None, "refused, though the protocol allows it"
             return
@@ -107,6 +115,27 @@ class _Verdict:
     message: DataMessage
     complete: bool
     payload: bytes = b""
+
+
+class _Said(NamedTuple):
+    kind: int
+    flags: int
+    number: int
+    total: int
+    plaintext: bytes
+
+
+def _expected_of(open_: dict[int, _Open], begun: int, said: list[_Said], credit: int) -> _Verdict | None:
+    """What must become of a frame: of one record, or of metadata and the first record of its payload."""
+    if len(said) == 1:
+        return _expected(open_, begun, *said[0], credit)
+    metadata, payload = said
+    if len(payload.plaintext) != min(RECORD, metadata.total) or payload.number != metadata.number or not metadata.total:
+        return None
+    metadata = metadata._replace(flags=metadata.flags & ~JOINED)
+    if _expected(open_, begun, *metadata, credit) is None:
+        return None
+    return _expected(open_, begun + 1, *payload, credit)
 
 
 def _expected(

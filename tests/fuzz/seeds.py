@@ -10,11 +10,11 @@ from server_trunk.replicas import words
 from splitfl.protocol import messages as m
 from splitfl.protocol.ciphers import AES_256_GCM
 from splitfl.protocol.keys import Identity
-from splitfl.protocol.records import FIRST, LAST, METADATA, PAYLOAD
+from splitfl.protocol.records import FIRST, JOINED, LAST, METADATA, PAYLOAD
 from splitfl.protocol.schedule import KemKey
 from tests.fuzz.pieces import joined
 
-__all__ = ["seeds"]
+__all__ = ["frames_at_once", "seeds"]
 
 _CIPHERS = (AES_256_GCM,)
 _MODEL = {"config": "0" * 64, "index": None, "shards": {"model.safetensors": "1" * 64}, "revision": None}
@@ -106,7 +106,7 @@ def _sealed(act: int, message: m.Message, number: int, payload: bytes, record: i
     return pieces
 
 
-def _assembled(messages: Iterable[tuple[m.Message, int]], record: int) -> bytes:
+def _assembled(messages: Iterable[tuple[m.Message, int]], record: int) -> list[bytes]:
     """Messages one after the other, as :func:`tests.fuzz.records.assembly` takes them."""
     pieces = []
     for number, (message, size) in enumerate(messages):
@@ -115,7 +115,21 @@ def _assembled(messages: Iterable[tuple[m.Message, int]], record: int) -> bytes:
         for at in range(0, size, record):
             last = LAST if at + record >= size else 0
             pieces.append(bytes([PAYLOAD, last, number]) + total + bytes(min(record, size - at)))
-    return joined(pieces)
+    return pieces
+
+
+def frames_at_once(pieces: Iterable[bytes], kind: int = 1, head: int = 8) -> list[bytes]:
+    """The same with each message's metadata and the first record of its payload in one frame. ``kind``: where a piece says its
+    kind; ``head``: its bytes before the plaintext.
+    """
+    frames: list[bytes] = []
+    for piece in pieces:
+        if frames and piece[kind] == PAYLOAD and frames[-1][kind : kind + 2] == bytes([METADATA, FIRST]):
+            metadata = bytearray(frames.pop())
+            metadata[kind + 1] |= JOINED
+            piece = bytes(metadata) + piece[head:]
+        frames.append(piece)
+    return frames
 
 
 def _interleaved() -> bytes:
@@ -162,20 +176,23 @@ def seeds(name: str) -> list[bytes]:
         ]
     if name == "records":
         data = _sealed(1, DATA_FROM_CLIENT[1], 0, bytes(160), 64)
-        return [joined(data), joined([b"\0" + bytes(48), b"\0" + b"\1" * 60])]
+        return [joined(data), joined(frames_at_once(data)), joined([b"\0" + bytes(48), b"\0" + b"\1" * 60])]
     if name == "assembly":
         few = [(DATA_FROM_CLIENT[0], 0), (DATA_FROM_CLIENT[1], 160), (DATA_FROM_CLIENT[4], 64), (DATA_FROM_CLIENT[2], 128)]
         begun = [
             bytes([METADATA, FIRST, number]) + (64).to_bytes(2, "big") + m.encode(DATA_FROM_CLIENT[4]) for number in range(9)
         ]
-        return [_assembled(few, 64), _interleaved(), joined(begun)]
+        said = _assembled(few, 64)
+        return [joined(said), joined(frames_at_once(said, 0, 5)), _interleaved(), joined(begun)]
     if name == "server":
         honest = [b"\3", *_acts(0, FROM_CLIENT[3:4]), b"\4\0\0", *_sealed(2, DATA_FROM_CLIENT[1], 1, bytes(160), 4096)]
         honest += [*_acts(0, FROM_CLIENT[4:5]), b"\4\1\0", b"\6\0\xa0", b"\5\1", *_acts(0, FROM_CLIENT[5:])]
+        at_once = [b"\3", *_acts(0, FROM_CLIENT[3:4]), *frames_at_once(_sealed(2, DATA_FROM_CLIENT[1], 1, bytes(160), 4096))]
         slow = _acts(0, FROM_CLIENT[:2])
         large = m.Forward(-1, 0, ((256, 0),), 8, "float32", "raw", False, False, True)
         return [
             joined(honest),
+            joined(at_once),
             joined([*slow, b"\5\1", b"\5\5"]),
             joined([*slow, b"\7x", b"\1" + bytes(60)]),
             joined([b"\3", b"\10" + bytes(60)]),
@@ -192,9 +209,11 @@ def seeds(name: str) -> list[bytes]:
     if name == "client":
         told = [b"\4", b"\5\0", *_acts(0, FROM_SERVER[4:5]), *_sealed(2, DATA_FROM_SERVER[1], 1, bytes(80), 4096), b"\5\1"]
         told += [*_acts(0, FROM_SERVER[5:8]), b"\5\3", *_acts(0, FROM_SERVER[8:9]), *_acts(0, FROM_SERVER[11:])]
+        answers = _sealed(2, DATA_FROM_SERVER[1], 1, bytes(80), 4096)
         refused = [joined(_acts(0, (message,))) for message in FROM_SERVER[2:4]]
         return [
             joined(told),
+            joined([b"\4", *frames_at_once(answers)]),
             joined([*_acts(0, FROM_SERVER[:1]), b"\3", *_acts(0, FROM_SERVER[1:2])]),
             joined([b"\4", b"\5\5", *_acts(0, FROM_SERVER[10:11])]),
             *refused,

@@ -62,7 +62,7 @@ def test_a_full_link_keeps_the_record_and_goes_on_with_it() -> None:
     assert not one.pump(wire), "nothing more can leave at once"
     assert one.stuck is not None
     held = bytes(one.stuck)
-    assert (one.records_sent, one.bytes_sent) == (2, sum(map(len, wire.sent)))
+    assert (one.records_sent, one.bytes_sent) == (3, sum(map(len, wire.sent)))
     wire.room = 9
     assert not one.pump(wire)
     assert wire.sent[2] == held
@@ -75,10 +75,10 @@ def test_connections_are_read_again_after_a_few_records() -> None:
     for micro in range(20):
         one.add(forward(2, micro), b"ab")
     assert one.pump(wire), "there is more to do"
-    assert len(wire.sent) < 40
+    assert len(wire.sent) < 20
     while one.pump(wire):
         pass
-    assert len(wire.sent) == 40
+    assert len(wire.sent) == 20
     large = path()
     large.add(forward(40 * RECORD), bytes(40 * RECORD))
     assert large.pump(wire)
@@ -90,11 +90,11 @@ def test_without_credit_nothing_leaves() -> None:
     for micro in range(2):
         one.add(forward(RECORD, micro), bytes(RECORD))
     one.pump(wire)
-    assert len(wire.sent) == 2
+    assert len(wire.sent) == 1
     assert one
     one.credit.receive(RECORD)
     one.pump(wire)
-    assert len(wire.sent) == 4
+    assert len(wire.sent) == 2
 
 
 def test_what_the_server_sent_comes_out() -> None:

@@ -269,7 +269,7 @@ def opened_by_hand(world: World) -> tuple[Any, Any]:
                 asked = session.make_open(ciphers=(AES_256_GCM,), model=MODEL, cut=(1, 1), name="a")
                 transport.send_control(session.send(asked))
             elif isinstance(message, messages.Opened):
-                transport.set_record_limit(2 * MIB)
+                transport.set_frame_limit(2 * MIB)
                 return transport, message
 
 

@@ -20,7 +20,7 @@ from tests.fuzz.handshake import client, server
 from tests.fuzz.payloads import payloads
 from tests.fuzz.pieces import joined
 from tests.fuzz.records import assembly
-from tests.fuzz.seeds import DATA_FROM_CLIENT, DATA_FROM_SERVER, FROM_CLIENT, FROM_SERVER
+from tests.fuzz.seeds import DATA_FROM_CLIENT, DATA_FROM_SERVER, FROM_CLIENT, FROM_SERVER, frames_at_once
 from tests.fuzz.sentences import check_sentence
 from tests.fuzz.texts import replicas
 from tests.fuzz.trunk import trunk
@@ -31,8 +31,10 @@ KEY = str(Identity.from_secret(bytes(range(32))).public)
 QUICK = settings(max_examples=100, deadline=None)
 
 
-def _parts(*messages: tuple[m.Message, int]) -> st.SearchStrategy[list[bytes]]:
-    """The records of several messages, each message's in order, mixed in any way."""
+def _parts(*messages: tuple[m.Message, int], at_once: bool = False) -> st.SearchStrategy[list[bytes]]:
+    """The records of several messages, each message's in order, mixed in any way.
+    ``at_once``: each one's metadata and first record in one frame.
+    """
 
     def records(number: int, message: m.Message, size: int) -> list[bytes]:
         total = size.to_bytes(2, "big")
@@ -40,7 +42,7 @@ def _parts(*messages: tuple[m.Message, int]) -> st.SearchStrategy[list[bytes]]:
         for at in range(0, size, 64):
             last = LAST if at + 64 >= size else 0
             pieces.append(bytes([PAYLOAD, last, number]) + total + bytes([number + 1]) * min(64, size - at))
-        return pieces
+        return frames_at_once(pieces, 0, 5) if at_once else pieces
 
     each = [records(number, message, size) for number, (message, size) in enumerate(messages)]
 
@@ -58,10 +60,11 @@ def _parts(*messages: tuple[m.Message, int]) -> st.SearchStrategy[list[bytes]]:
 
 
 FORWARD, PART = DATA_FROM_CLIENT[1], DATA_FROM_CLIENT[4]
+MESSAGES = ((FORWARD, 160), (PART, 64), (m.Attach(), 0), (FORWARD, 160))
 
 
 @QUICK
-@given(_parts((FORWARD, 160), (PART, 64), (m.Attach(), 0), (FORWARD, 160)), st.data())
+@given(_parts(*MESSAGES) | _parts(*MESSAGES, at_once=True), st.data())
 def test_messages_interleave_as_the_protocol_says_and_not_otherwise(pieces: list[bytes], data: st.DataObject) -> None:
     assembly(joined(pieces))
     at = data.draw(st.integers(0, len(pieces) - 1))

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError, SealError
 from splitfl.protocol import schedule
-from splitfl.protocol.assembly import MAX_OPEN, Inbox, Outbox
+from splitfl.protocol.assembly import MAX_OPEN, Inbox, Outbox, largest_frame
 from splitfl.protocol.ciphers import AES_256_GCM, CHACHA20_POLY1305, CIPHERS, choose_cipher, pick_ciphers
 from splitfl.protocol.credit import CreditAccount
-from splitfl.protocol.messages import Forward, encode
+from splitfl.protocol.messages import Attach, Forward, encode
 from splitfl.protocol.records import (
     FIRST,
     HEADER_BYTES,
+    JOINED,
     LAST,
     METADATA,
     OVERHEAD_BYTES,
@@ -296,6 +297,82 @@ def test_credit_accounts_refuse_what_cannot_be() -> None:
         account.give(61)
     account.give(60)
     assert account.left == 100
+
+
+def test_metadata_and_the_first_record_of_the_payload_share_a_frame() -> None:
+    pipe = Pipe()
+    pipe.outbox.add(message(2 * RECORD), bytes(2 * RECORD))
+    first, second = pipe.outbox.next_frame() or b"", pipe.outbox.next_frame() or b""
+    assert pipe.outbox.next_frame() is None
+    assert (len(first), len(second)) == (2 * OVERHEAD_BYTES + len(encoded(2 * RECORD)) + RECORD, OVERHEAD_BYTES + RECORD)
+    assert (pipe.outbox.records, pipe.inbox.records) == (3, 0)
+    assert pipe.inbox.receive(first) is None
+    assert pipe.inbox.records == 2
+    assert pipe.inbox.receive(second) is not None
+
+
+def test_no_frame_is_larger_than_the_largest() -> None:
+    pipe = Pipe()
+    wide = Forward(-1, 0, ((1, 2**31 - 1),) * 8000, 1, "float16", "raw", False, False, True)
+    assert len(encode(wide)) > 55_000
+    pipe.outbox.add(wide, bytes(wide.payload_bytes))
+    frame = pipe.outbox.next_frame() or b""
+    assert len(frame) - RECORD > 55_000
+    assert len(frame) <= largest_frame(RECORD)
+    assert largest_frame(RECORD) == RECORD + 65536 + 2 * OVERHEAD_BYTES
+
+
+def test_keys_may_change_within_a_frame() -> None:
+    pipe = Pipe()
+    pipe.sealer._limits = RekeyLimits(records=1)
+    for micro in range(3):
+        pipe.outbox.add(message(RECORD, micro), bytes([micro]) * RECORD)
+    assert pipe.carry() == [(micro, bytes([micro]) * RECORD) for micro in range(3)]
+
+
+def test_a_joined_frame_that_was_tampered_with() -> None:
+    """Any bit of its headers and tags, either record alone, the two the other way round, any cut."""
+    pipe = Pipe()
+    pipe.outbox.add(message(10), bytes(10))
+    frame = bytes(pipe.outbox.next_frame() or b"")
+    second = len(frame) - 10 - OVERHEAD_BYTES
+    sensitive = [*range(HEADER_BYTES), *range(second - 16, second + HEADER_BYTES), *range(len(frame) - 16, len(frame))]
+    flipped = [frame[:at] + bytes([frame[at] ^ 1 << bit]) + frame[at + 1 :] for at in sensitive for bit in (0, 2, 7)]
+    halves = [frame[:second], frame[second:], frame[second:] + frame[:second], frame + frame[second:], frame[:second] * 2]
+    for wrong in (*flipped, *halves, *(frame[:cut] for cut in range(len(frame)))):
+        fresh = Pipe()
+        with pytest.raises(RemoteProtocolError):
+            fresh.inbox.receive(wrong)
+        with pytest.raises(RemoteProtocolError):
+            fresh.inbox.receive(frame)
+
+
+@pytest.mark.parametrize(
+    ("records", "says"),
+    [
+        ([(METADATA, FIRST | JOINED, 0, 4, b"")], "too few for two records"),
+        ([(METADATA, FIRST | LAST | JOINED, 0, 0, encode(Attach()))], "too few for two records"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (METADATA, FIRST, 1, 4, bytes(4))], "another message"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (PAYLOAD, LAST, 1, 4, bytes(4))], "another message"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (PAYLOAD, LAST | JOINED, 0, 4, bytes(4))], "LAST mark"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (PAYLOAD, 0, 0, 4, bytes(4))], "LAST mark"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (PAYLOAD, LAST, 0, 6, bytes(4))], "not open"),
+        ([(METADATA, FIRST | JOINED, 0, 6, "4"), (PAYLOAD, LAST, 0, 6, bytes(6))], "where the metadata says 4"),
+        ([(METADATA, FIRST | JOINED, 0, 4, "4"), (PAYLOAD, LAST, 0, 4, bytes(3))], "does not verify"),
+        ([(METADATA, FIRST, 0, 4, "4"), (PAYLOAD, LAST, 0, 4, bytes(4))], "does not verify"),
+        ([(METADATA, JOINED, 0, 4, "4"), (PAYLOAD, LAST, 0, 4, bytes(4))], "begins out of order"),
+        ([(METADATA, FIRST | LAST | JOINED, 0, 4, "4"), (PAYLOAD, LAST, 0, 4, bytes(4))], "begins out of order"),
+        ([(METADATA, FIRST | JOINED, 1, 4, "4"), (PAYLOAD, LAST, 1, 4, bytes(4))], "begins out of order"),
+        ([(METADATA, FIRST | JOINED, 0, 4, bytes(65537)), (PAYLOAD, LAST, 0, 4, bytes(4))], "metadata of 65537 bytes"),
+    ],
+)
+def test_a_peer_with_the_keys_cannot_join_what_does_not_belong_together(records: list[Any], says: str) -> None:
+    """``"4"`` stands for the metadata of a message of four bytes."""
+    pipe = Pipe()
+    frame = b"".join(pipe.sealer.seal(*record[:4], encoded(4) if record[4] == "4" else record[4]) for record in records)
+    with pytest.raises(RemoteProtocolError, match=says):
+        pipe.inbox.receive(frame)
+    assert sum(pipe.allocated) <= 4
 
 
 def sealed(pipe: Pipe, *records: tuple[int, int, int, int, bytes]) -> None:
