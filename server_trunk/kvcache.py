@@ -9,7 +9,7 @@ tokens than it has.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from splitfl.errors import RemoteProtocolError
@@ -54,10 +54,11 @@ class _Account:
 
 @dataclass(slots=True)
 class CacheBook:
-    """``tokens``: kept over all clients; ``client_tokens``: for one client, over its sessions."""
+    """``tokens``: kept over all clients; ``client_tokens``: for one client, over its sessions. ``make``: an empty sequence."""
 
     tokens: int
     client_tokens: int
+    make: Callable[[], KeptSequence] = KeptSequence
     _sessions: dict[str, dict[int, _Held]] = field(default_factory=dict)
     _accounts: dict[str, _Account] = field(default_factory=dict)
     _idle: dict[_Held, None] = field(default_factory=dict)  # of all clients, the least recently used first
@@ -113,7 +114,8 @@ class CacheBook:
             if any(account.sequences > len(account.idle) for account in self._accounts.values()):
                 return None
             raise Evicted("what is to be followed, and what is to follow it, have no room side by side")
-        following = _fork({number: own[number].kept for number in parents if number != NO_PARENT}, forward, wanted)
+        before = {number: own[number].kept for number in parents if number != NO_PARENT}
+        following = _fork(before, forward, wanted, self.make)
         for held in replaced:
             self._remove(held)
         for number, tokens in wanted.items():
@@ -209,7 +211,9 @@ class CacheBook:
         self._idle.pop(held, None)
 
 
-def _fork(before: dict[int, KeptSequence], forward: Forward, wanted: dict[int, int]) -> dict[int, KeptSequence]:
+def _fork(
+    before: dict[int, KeptSequence], forward: Forward, wanted: dict[int, int], make: Callable[[], KeptSequence]
+) -> dict[int, KeptSequence]:
     """What each new sequence, by number, is to be written behind: its parent's memory, where nobody else needs that and it is no
     larger than what is ``wanted`` takes, else a copy.
     """
@@ -220,7 +224,7 @@ def _fork(before: dict[int, KeptSequence], forward: Forward, wanted: dict[int, i
     following: dict[int, KeptSequence] = {}
     for number, (parent, kept) in forward.sequences:
         if parent == NO_PARENT:
-            following[number] = KeptSequence()
+            following[number] = make()
         elif heirs.get(parent) != number:
             following[number] = before[parent].copy(kept)
     for number, (parent, kept) in forward.sequences:  # once nobody copies from it any more

@@ -115,6 +115,8 @@ class TrunkServer:
         self._model, self._engine = trunk.model, trunk.engine
         self._packing_obstacle = trunk.packing_obstacle
         self._caches = CacheBook(*(config.caches if trunk.cache_obstacle is None else (0, 0)))
+        if isinstance(self._engine, LeadingEngine):
+            self._caches.make = self._engine.new_sequence
         self.meter = Meter(config.batch_tokens, packed=self._packing_obstacle is None)
         self._live = Live(self.meter, self._log, every=config.status_every, address=config.metrics)
         self._ends = EndsBook(averaged=config.round_steps > 0, part_bytes=part_bytes_for(config.window))

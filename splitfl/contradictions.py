@@ -38,11 +38,6 @@ def _check_caches(config: RunConfig) -> None:
     """Raises ConfigError where what is said of caches has no effect."""
     defaults = RunConfig(model="")
     own = config.client_cache_tokens != defaults.client_cache_tokens
-    if config.ranks > 1 and (own or config.cache_tokens != defaults.cache_tokens):
-        raise ConfigError(
-            f"cache_tokens and client_cache_tokens have no say with shard = {config.shard}, whose trunk keeps no caches: "
-            "leave them out, or use --shard layers"
-        )
     if own and config.client_cache_tokens > config.cache_tokens:
         raise ConfigError(
             f"client_cache_tokens = {config.client_cache_tokens} is more than all clients have together: raise --cache-tokens"

@@ -146,9 +146,7 @@ class RunConfig:
 
     @property
     def caches(self) -> tuple[int, int]:
-        """Tokens whose keys and values are kept: of all clients, and of one. None where a trunk's ranks run in step."""
-        if self.ranks > 1 or not self.cache_tokens:
-            return 0, 0
+        """Tokens whose keys and values are kept: of all clients, and of one."""
         return self.cache_tokens, min(self.cache_tokens, self.client_cache_tokens)
 
     @property

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,9 @@ import torch
 
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.building import Trunk
+from server_trunk.decoding import Decoding, Run
 from server_trunk.engine import Engine
+from server_trunk.kvcache import CacheBook
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.sharding.engines import follow
 from server_trunk.sharding.group import ShardGroup, join_shards
@@ -24,6 +27,8 @@ from server_trunk.sharding.training import whole_optimizer
 from splitfl.checkpoint import load_checkpoint, save_checkpoint, unpack_state
 from splitfl.config import build_config
 from splitfl.errors import SplitflError
+from splitfl.parts.cached_attention import KeptSequence
+from splitfl.protocol.data import NO_PARENT
 from splitfl.protocol.messages import Backward, Forward
 from splitfl.shards import local_of
 
@@ -37,7 +42,14 @@ BATCHES: tuple[dict[str, tuple[tuple[int, int], ...]], ...] = (
 #: A large epsilon: AdamW's first step is otherwise the sign of each gradient, also of one that is nothing but rounding.
 OPTIMIZER = {"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 0.1, "optimizer.eps": 1e-3}
 TARGETS = {"a": 28, "b": 21, "c": 17}
-
+#: What is decoded, as segments and the sequences that they go on: two prompts; one of them in two beams; these change places; of
+#: the other a token is taken back.
+DECODED = (
+    (((5, 0), (3, 0)), ((0, (NO_PARENT, 0)), (1, (NO_PARENT, 0)))),
+    (((1, 5), (1, 5), (1, 3)), ((0, (0, 5)), (2, (0, 5)), (1, (1, 3)))),
+    (((2, 6), (1, 6)), ((0, (2, 6)), (2, (0, 6)))),
+    (((3, 3), (1, 7)), ((1, (1, 3)), (2, (2, 7)))),
+)
 
 #: The number of a forward that fails on the followers alone, at its end.
 ALONE = 6
@@ -72,6 +84,37 @@ def worked(engine: Engine, steps: int = 2) -> tuple[dict[str, torch.Tensor], Any
         member.forward = Forward(0, 0, member.forward.segments, HIDDEN, "float32", "raw", False, False, True)
     y, _ = engine.forward(ForwardBatch(99, evaluated, False))
     return found | {f"evaluated.{index}": one for index, one in enumerate(y.tensors)}, engine.state()
+
+
+def decoded(engine: Engine) -> tuple[dict[str, torch.Tensor], int]:
+    """What comes out where sequences are gone on from, and how often a batch had to run again; when the second client's run the
+    first one's are gone.
+    """
+    book = CacheBook(1000, 1000, getattr(engine, "new_sequence", KeptSequence))
+    found: dict[str, torch.Tensor] = {}
+    failed = 0
+    for client in "ab":
+        draw = torch.Generator().manual_seed(ord(client))
+        for number, (segments, sequences) in enumerate(DECODED):
+            forward = Forward(0, number, segments, HIDDEN, "float32", "raw", False, False, True, 0, sequences)
+            each = Decoding(client, client, forward, torch.randn(forward.rows, HIDDEN, generator=draw), 0.0)
+            book.expect(client, forward)
+            follows = book.begin(client, client, forward)
+            assert follows is not None
+            begins = [sum(length for length, _ in segments[:index]) for index in range(len(segments))]
+            runs = [Run(each, index, begins[index], *segment, follows[index]) for index, segment in enumerate(segments)]
+            try:
+                out = engine.decode(runs)
+            except RuntimeError:
+                failed += 1
+                out = engine.decode(runs)
+            for index, y in enumerate(out.tensors):
+                found[f"decoded.{client}.{number}.{index}"] = y
+            for run in runs:
+                run.follows.commit(run.length)
+            book.done(client, forward)
+        book.forget(client)
+    return found, failed
 
 
 def failing(engine: Engine) -> str:
@@ -151,7 +194,8 @@ def run_case(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fail_alone(engine: Engine) -> None:
-    forward = engine.forward
+    forward, decode = engine.forward, engine.decode
+    decoding = itertools.count()
 
     def failing_once(batch: ForwardBatch) -> Any:
         ran = forward(batch)
@@ -159,22 +203,32 @@ def _fail_alone(engine: Engine) -> None:
             raise RuntimeError("no memory for the answer")
         return ran
 
-    engine.forward = failing_once  # type: ignore[method-assign]
+    def failing_at_first(runs: Any) -> Any:
+        ran = decode(runs)
+        if not next(decoding):
+            raise RuntimeError("no memory for the answer")
+        return ran
+
+    engine.forward, engine.decode = failing_once, failing_at_first  # type: ignore[method-assign]
 
 
 def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any) -> dict[str, Any]:
     failed = failing(trunk.engine)
     found, (weights, extra) = worked(trunk.engine)
+    written, again_decoded = decoded(trunk.engine) if trunk.cache_obstacle is None else ({}, 0)
     trunk.engine.training.load(weights, extra)
     again, extra_again = trunk.engine.state()
     kept = kept_in_shards(trunk.engine) if plain.trainables == "full" else 0.0
     trunk.engine.stop()  # type: ignore[attr-defined]
     alone = Trunk(plain, torch.device("cpu"), AdapterBook(plain))
     reference, (weights_alone, extra_alone) = worked(alone.engine)
+    reference |= decoded(alone.engine)[0] if trunk.cache_obstacle is None else {}
     return {
         "failed": failed,
         "packing_obstacle": trunk.packing_obstacle,
-        "numbers": farthest(found, reference),
+        "cache_obstacle": trunk.cache_obstacle,
+        "decoded_again": again_decoded,
+        "numbers": farthest(found | written, reference),
         "weights": farthest(weights, weights_alone),
         "moments": farthest(moments(extra), moments(extra_alone)),
         "moved": min(

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from server_trunk.decoding import Decoding, Run
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
-from splitfl.protocol.messages import decode_data, encode
+from server_trunk.sharding.kept import FollowedSequences
+from splitfl.protocol.messages import Forward, decode_data, encode
+from splitfl.tensors import dtype_name
 
-__all__ = ["describe_backward", "describe_forward", "read_backward", "read_forward"]
+__all__ = ["describe_backward", "describe_decode", "describe_forward", "read_backward", "read_decode", "read_forward"]
 
 
 def describe_forward(batch: ForwardBatch) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -46,6 +49,27 @@ def read_backward(command: dict[str, Any], tensors: Sequence[torch.Tensor]) -> B
         for member, hidden in zip(members, tensors[1].split([member.tokens for member in members]), strict=True):
             member.hidden = hidden
     return BackwardBatch(command["number"], members, command["kept"])
+
+
+def describe_decode(runs: Sequence[Run]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """The command, with the number of the sequence that each run goes on; and ``hidden: (tokens, H)`` of all runs."""
+    about = [(run.length, run.start, run.follows.number) for run in runs]  # type: ignore[attr-defined]
+    command = {"do": "decode", "adapter_on": runs[0].of.forward.adapter_on, "runs": about}
+    return command, [torch.cat([run.of.hidden[run.begin : run.begin + run.length] for run in runs])]
+
+
+def read_decode(command: dict[str, Any], tensors: Sequence[torch.Tensor], sequences: FollowedSequences) -> list[Run]:
+    """As if all were of one forward."""
+    (hidden,) = tensors
+    segments = tuple((length, start) for length, start, _ in command["runs"])
+    dtype, adapter_on = dtype_name(hidden.dtype), command["adapter_on"]
+    one = Decoding("", "", Forward(0, 0, segments, hidden.shape[1], dtype, "raw", False, False, adapter_on), hidden, 0.0)
+    runs: list[Run] = []
+    begin = 0
+    for index, (length, start, number) in enumerate(command["runs"]):
+        runs.append(Run(one, index, begin, length, start, sequences[number]))
+        begin += length
+    return runs
 
 
 def _describe(member: Member) -> dict[str, Any]:

@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from server_trunk.decoding import Run
 from server_trunk.engine import Engine
 from server_trunk.members import BackwardBatch, ForwardBatch
 from server_trunk.pieces import Lanes, Piece
-from server_trunk.sharding.commands import describe_backward, describe_forward, read_backward, read_forward
+from server_trunk.sharding.commands import (
+    describe_backward,
+    describe_decode,
+    describe_forward,
+    read_backward,
+    read_decode,
+    read_forward,
+)
 from server_trunk.sharding.group import ShardGroup
+from server_trunk.sharding.kept import FollowedSequences, LedSequence, Notes
 from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing
@@ -60,6 +69,7 @@ class LeadingEngine(Engine):
     def __init__(self, *args: Any, group: ShardGroup, **options: Any) -> None:
         super().__init__(*args, **options)
         self._group = group
+        self._notes = Notes()
         self._lost = False
 
     def forward(self, batch: ForwardBatch) -> tuple[Landing, bool]:
@@ -75,6 +85,14 @@ class LeadingEngine(Engine):
 
     def begin_backward(self, batch: BackwardBatch, heard: Callable[[], None] = lambda: None) -> Underway[Landing]:
         return Underway([], lambda: self.backward(batch))
+
+    def new_sequence(self) -> LedSequence:
+        """One that :meth:`decode` can go on, empty, on all ranks."""
+        return LedSequence(self._notes)
+
+    def decode(self, runs: Sequence[Run]) -> Landing:
+        self._send(*describe_decode(runs))
+        return self._together("decode", lambda: super(LeadingEngine, self).decode(runs))
 
     def discard(self, number: int) -> None:
         self._send({"do": "discard", "number": number})
@@ -131,7 +149,7 @@ class LeadingEngine(Engine):
     def _send(self, command: dict[str, Any], tensors: Any = ()) -> None:
         self._group.use_device()
         try:
-            self._group.send(command, tensors)
+            self._group.send(command | {"sequences": self._notes.take()}, tensors)
         except GroupLost:
             self._give_up()
             raise
@@ -169,7 +187,7 @@ def _settle(group: ShardGroup, trunk: Any, what: str, own: Exception | None, ato
     failed = [rank for rank, well in enumerate(votes) if not well]
     said = f" ({type(own).__name__}: {str(own).splitlines()[0][:200]})" if own is not None and str(own) else ""
     text = f"rank {failed[0]} of this trunk could not run a {what}{said}"
-    if what == "forward" or (what == "backward" and atomic and not any(votes)):
+    if what in ("forward", "decode") or (what == "backward" and atomic and not any(votes)):
         return own or RuntimeError(text)
     raise GroupLost(f"{text}: start the group again") from own
 
@@ -180,6 +198,7 @@ def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
     trunk = find_trunk(trunk)
     assert isinstance(training, ShardedTraining)
     group.use_device()
+    sequences = FollowedSequences()
 
     def run(command: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         match command["do"]:
@@ -187,6 +206,8 @@ def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
                 engine.forward(read_forward(command, tensors))
             case "backward":
                 engine.backward(read_backward(command, tensors))
+            case "decode":
+                engine.decode(read_decode(command, tensors, sequences))
             case "close":
                 engine.close_step(command["step"], command["targets"])
             case "train":
@@ -199,6 +220,7 @@ def follow(engine: Engine, trunk: Any, group: ShardGroup) -> None:
     while True:
         command, tensors = group.receive()
         what = command["do"]
+        sequences.follow(command.get("sequences", ()))
         if what == "stop":
             engine.close()
             return

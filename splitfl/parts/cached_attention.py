@@ -60,10 +60,14 @@ class KeptSequence:
     def copy(self, length: int) -> KeptSequence:
         """Another sequence that begins with the first ``length`` tokens of this one."""
         twin = KeptSequence()
-        for layer, (keys, values) in self._layers.items():
-            twin._layers[layer] = _grown(keys, length, length), _grown(values, length, length)
-        twin.length = length
+        twin.begin_as(self, length)
         return twin
+
+    def begin_as(self, other: KeptSequence, length: int) -> None:
+        """Hold, in memory of its own, the first ``length`` tokens of another."""
+        for layer, (keys, values) in other._layers.items():
+            self._layers[layer] = _grown(keys, length, length), _grown(values, length, length)
+        self.length = length
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what follows in ``layer``; returns all keys and values there: ``(1, heads, length + new, width)``, views."""

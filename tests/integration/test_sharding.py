@@ -54,6 +54,7 @@ def assert_equal(found: dict[str, Any]) -> None:
     assert found["moved"] > 0
     # What fails alike on all ranks fails that batch, not the group, and nothing after it.
     assert found["failed"] == "RuntimeError"
+    assert found["decoded_again"] == 1
     assert found["resumed"] == 0
     assert found["kept"] == 0
     # Norms lie whole on each rank of a tensor-parallel trunk; the rest is halved.
@@ -64,6 +65,7 @@ def check(rows: list[tuple[str, str, str, str]], findings: list[dict[str, Any]])
     for row, found in zip(rows, findings, strict=True):
         assert "refused" not in found, (row, found)
         assert (found["packing_obstacle"] is None) == (row[3] == "packed"), row
+        assert found["cache_obstacle"] is None, row
         try:
             assert_equal(found)
         except AssertionError as error:

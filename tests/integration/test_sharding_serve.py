@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, in_shards, load_tensors
 from splitfl.cli import main
@@ -113,6 +114,25 @@ def test_a_client_is_served_as_by_one_process(served):
     assert finish(alone)[0] == 0
     assert losses(served, "ends") == pytest.approx(losses(served, "ends-alone"), rel=1e-5)
     assert_same_run(served, "sharded", "alone", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["tensor", "fsdp"])
+def test_a_text_is_written_as_by_the_whole_model(served, shard, capsys):
+    """With key-value caches on both ranks, proposals that are taken back among what they hold."""
+    server, join = served.serve("sharded", "--shard", shard, "--shard-size", 2, ranks=False)
+    joining = ("--trunk", join, "--identity", served.key, "--model", served.model, "--device", "cpu", "--max-new-tokens", 40)
+    texts = []
+    for lookup in (0, 4):
+        assert main(["generate", "the quick brown the quick", *map(str, joining), "--lookup", str(lookup)]) == 0
+        texts.append(capsys.readouterr().out.strip())
+    assert not served.events("sharded", "no-caches")
+    tokenizer, whole = AutoTokenizer.from_pretrained(served.model), AutoModelForCausalLM.from_pretrained(served.model).eval()
+    ids = tokenizer("the quick brown the quick", return_tensors="pt").input_ids
+    found = whole.generate(ids, max_new_tokens=40, do_sample=False)[0]
+    assert texts == [tokenizer.decode(found, skip_special_tokens=True).strip()] * 2
+    served.train(join, "ends", 1)  # which ends the server
+    assert finish(server)[0] == 0
 
 
 @pytest.mark.slow
