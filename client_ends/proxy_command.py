@@ -15,6 +15,9 @@ __all__ = ["add_arguments", "run"]
 
 _KEY = "SPLITFL_API_KEY"
 
+#: With as many choices as each may have, they are half of the sequences that the trunk keeps of a session.
+_MOST_PARALLEL = 32
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     joining = parser.add_argument_group("joining")
@@ -58,8 +61,9 @@ def _check(args: argparse.Namespace) -> None:
     for name, low in (("parallel", 1), ("queue", 0), ("lookup", 0), ("port", 0)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} must be at least {low}")
-    if args.port > 65535:
-        raise ConfigError("--port must be at most 65535")
+    for name, high in (("parallel", _MOST_PARALLEL), ("port", 65535)):
+        if getattr(args, name) > high:
+            raise ConfigError(f"--{name} must be at most {high}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise ConfigError(f"--chat-template {args.chat_template}: no such file")
 

@@ -10,8 +10,8 @@ from client_ends.proxy.problems import ApiError
 
 __all__ = ["MOST_CHOICES", "Request", "Sampling", "chat_request", "completion_request"]
 
-#: Choices of one request, over all its prompts: they are one batch.
-MOST_CHOICES = 512
+#: Choices of one request, over all its prompts: one batch. Each is a sequence of the trunk's, which keeps 8192 of a session.
+MOST_CHOICES = 128
 
 _MOST_TOKENS = 2**24
 _TOP = 20  # most alternatives to a token that are told
@@ -124,7 +124,7 @@ def _common(fields: Fields) -> dict[str, Any]:
     )
     return {
         "model": model,
-        "n": fields.whole("n", 1, 128, 1),
+        "n": fields.whole("n", 1, MOST_CHOICES, 1),
         "stop": _stops(fields.take("stop", [])),
         "stream": stream,
         "include_usage": _include_usage(fields.take("stream_options"), stream),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         # Else a port whose last connections are just closing cannot be had. On Windows it would let two listen.
-        if hasattr(signal, "SIGKILL"):
+        if os.name == "posix":
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:

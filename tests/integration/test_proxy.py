@@ -14,6 +14,7 @@ import openai
 import pytest
 import requests
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfl.transport.memory import MemoryClientTransport
@@ -382,4 +383,34 @@ def test_a_trunk_that_keeps_no_caches(stories: str, tokenizer: Any, tmp_path: Pa
             assert [choice.text for choice in answer.choices] == [
                 prompt + expected(stories, prompt, 5) for prompt in ("The", "The", PROMPT, PROMPT)
             ]
+        split.close()
+
+
+def test_requests_are_written_side_by_side(split: Any, tokenizer: Any, stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxying(split, tokenizer, parallel=2) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        halted = _Halted(split, monkeypatch)
+        prompts = (PROMPT, "The")
+        body = {"max_tokens": 5, "temperature": 0}
+        asked = [pool.submit(served.ask, "POST", "/v1/completions", body | {"prompt": prompt}) for prompt in prompts]
+        for _ in prompts:
+            assert halted.arrived.acquire(timeout=60)
+        halted.open.set()
+        for prompt, future in zip(prompts, asked, strict=True):
+            assert future.result()[1]["choices"][0]["text"] == expected(stories, prompt, 5)
+
+
+def test_ends_with_an_adapter(stories: str, tokenizer: Any, tmp_path: Path) -> None:
+    """As ``--ends`` puts it there. Its values are drawn, so that it changes what is written."""
+    with running(World(tmp_path, stories, 1)) as world:
+        split = world.join_as(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        adapted = get_peft_model(split, config).eval()
+        ids = torch.tensor([tokenizer(PROMPT).input_ids])
+        found = adapted.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+        text = tokenizer.decode(found, skip_special_tokens=True).removeprefix(PROMPT)
+        assert text != expected(stories, PROMPT, 12)
+        with proxying(adapted, tokenizer) as served:
+            answer = served.client().completions.create(model="stories", prompt=PROMPT, max_tokens=12, temperature=0)
+            assert answer.choices[0].text == text
         split.close()
