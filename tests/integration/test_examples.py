@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfl.sample import build_sample_model, sample_text
 from tests.integration.test_commands import ENVIRONMENT, Run, finish
@@ -34,11 +38,12 @@ def text(tmp_path) -> Path:
     return file
 
 
-def example(name: str, *words: object) -> str:
+def example(name: str, *words: object, reads: str = "") -> str:
     """Run it; returns what it prints."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *map(str, words)],
+        input=reads,
         capture_output=True,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)},
@@ -91,6 +96,47 @@ def test_sft(serve, tmp_path):
     example("sft.py", *told(run), "--data", tmp_path / "pairs.jsonl", "--steps", 3)
     example("sft.py", *told(run), "--data", tmp_path / "pairs.jsonl", "--steps", 3, "--packing")
     assert len(run.events("server", "step")) == 6
+
+
+def test_preferences(serve, tmp_path):
+    pytest.importorskip("trl")
+    pieces = [sample_text()[begin : begin + 30] for begin in range(0, 1440, 30)]
+    names = ("prompt", "chosen", "rejected")
+    rows = [dict(zip(names, pieces[begin : begin + 3], strict=True)) for begin in range(0, len(pieces), 3)]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = serve()
+    out = example("dpo.py", *told(run), "--data", tmp_path / "preferences.jsonl", "--steps", 6)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # nothing has been learnt, so the reference says the same
+    assert losses[-1] < losses[0]
+    assert len(run.events("server", "step")) == 6
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"])
+def test_chat(serve, model, tmp_path, template):
+    """As the whole model answers to all that was said before."""
+    lines = ["Good morning.", "What is it?", "And then?"]
+    run = serve()
+    words = told(run)
+    if template:
+        words[-1] = shutil.copytree(model, tmp_path / "with-template")
+        (tmp_path / "with-template" / "chat_template.jinja").write_text(template)
+    answers = example("chat.py", *words, "--max-new-tokens", 12, reads="".join(f"{line}\n" for line in lines))
+    tokenizer, whole = AutoTokenizer.from_pretrained(words[-1]), AutoModelForCausalLM.from_pretrained(model).eval()
+    said, messages, expected = torch.empty(1, 0, dtype=torch.long), [], ""
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        if template:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        else:
+            new = tokenizer(f"{line}\n", add_special_tokens=not said.numel(), return_tensors="pt").input_ids
+            ids = torch.cat([said, new], 1)
+        said = whole.generate(ids, max_new_tokens=12, do_sample=False)
+        answer = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    assert answers == expected
 
 
 def test_classification(serve, data):
