@@ -33,7 +33,7 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --inputs $(or $(INPUTS),1000000)
 
-# Branches of the decoders that the fuzzer's corpus and their tests reach: 95 % of each, or it fails.
+# Branches and lines of the decoders that the fuzzer's corpus and their tests reach: 95 % of each, or it fails.
 coverage: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt coverage
 	$(BIN)/python -m tests.fuzz.branches

@@ -325,8 +325,7 @@ class ClientChannel:
         if isinstance(message, Opened):
             self._attach(message)
         elif isinstance(message, Credit):
-            if self._path is None:
-                raise RemoteProtocolError("the server gave credit before the session was open")
+            assert self._path is not None, "the session takes none before Opened"
             self._path.credit.receive(message.bytes)
         elif isinstance(message, Fault) and message.fatal:
             raise SessionLost(message.text, message.code)

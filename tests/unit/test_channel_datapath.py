@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from splitfl.channel.datapath import DataPath, data_address
-from splitfl.errors import RemoteProtocolError
+from splitfl.channel.datapath import DataPath, data_address, outgoing
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol import messages as m
 from splitfl.protocol.assembly import Outbox
 from splitfl.protocol.ciphers import AES_256_GCM, make_aead
@@ -131,3 +131,12 @@ def test_where_the_data_endpoint_is(text: str, found: tuple[str, int]) -> None:
 def test_a_data_address_that_is_none(text: str) -> None:
     with pytest.raises(RemoteProtocolError, match="malformed data address"):
         data_address(text, "dialled")
+
+
+def test_what_is_the_channels_own_is_sent_by_nobody_else() -> None:
+    with pytest.raises(LocalProtocolError, match="Attach is the channel's own"):
+        outgoing(m.Attach(), b"", RECORD)
+    with pytest.raises(LocalProtocolError, match="exceeds the server's limit"):
+        outgoing(forward(4), b"abcd", 3)
+    with pytest.raises(LocalProtocolError, match="no cipher 'rot13'"):
+        make_aead("rot13", bytes(32))

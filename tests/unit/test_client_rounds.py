@@ -156,3 +156,13 @@ def test_who_pauses_when_the_run_went_on_without_it_awaits_no_round():
     client._dropped = StepClosed(0, 5, 1, 0.1, None, dropped=True)  # it crossed this client's StepDone
     client.pause()
     assert client.rounds.is_over
+
+
+def test_the_rest_of_an_average_that_a_lost_session_began_is_passed_over():
+    rounds, _ = made()
+    message = AveragePart(0, 0, 0, 4)
+    rounds.allocate(message)
+    rounds.begin_session()
+    rounds.arrived(message)
+    rounds.hear(RoundClosed(0, 1, 1), refuse)
+    assert not rounds.is_settled

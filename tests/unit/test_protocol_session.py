@@ -161,6 +161,27 @@ def test_a_late_step_done_is_what_it_implies() -> None:
     assert client.state is State.OUT
 
 
+def test_a_late_step_done_that_would_go_on_is_nothing() -> None:
+    """Whoever was dropped from the step is out of steps: it says anew that it takes part."""
+    client, server = handshake()
+    server.receive(client.send(m.Enrol()))
+    client.receive(sent(server.send(m.StepOpened(0))))
+    late = client.send(m.StepDone(0, 1, 1, "continue"))
+    client.receive(sent(server.send(m.StepClosed(0, 1, 1, 0.1, None, dropped=True))))
+    assert server.receive(late) is None
+    assert server.state is State.OUT
+
+
+def test_what_this_side_must_not_say_is_its_own_mistake() -> None:
+    client, server = ClientSession(), ServerSession()
+    with pytest.raises(LocalProtocolError, match="Forward cannot be sent: the session is new"):
+        client.check_send(forward(0))
+    with pytest.raises(LocalProtocolError, match="a server does not send Enrol"):
+        server.send(m.Enrol())
+    with pytest.raises(LocalProtocolError, match="none has come"):
+        opened(server)
+
+
 def test_step_done_for_a_step_that_never_was() -> None:
     client, server = handshake()
     server.receive(client.send(m.Enrol()))
