@@ -7,18 +7,20 @@ import sys
 from typing import Any
 
 from client_ends import generate_command
+from splitfl.errors import ConfigError
 
 __all__ = ["Conversation", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate_command.add_arguments(parser, prompt=False)
-    parser.add_argument("--system", metavar="TEXT", help="what stands before it all, if the chat template has room")
+    parser.add_argument("--system", metavar="TEXT", help="what stands before it all")
 
 
 def run(args: argparse.Namespace) -> int:
     generate_command.check(args)
-    return generate_command.using(args, lambda model, tokenizer: _converse(args, model, tokenizer))
+    needs = "a conversation goes on from one: use splitfl generate"
+    return generate_command.using(args, lambda model, tokenizer: _converse(args, model, tokenizer), needs)
 
 
 def _converse(args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
@@ -40,7 +42,7 @@ class Conversation:
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], system: str | None = None) -> None:
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._messages = [{"role": "system", "content": system}] if system else []
-        self._text = ""
+        self._text = system or ""
         self._cache = model.get_base_model().make_cache() if hasattr(model, "get_base_model") else model.make_cache()
         self._cache.activate_past_recording()  # a template may tell what was said in other tokens
         self._ids: list[int] = []  # what the cache has been shown
@@ -68,10 +70,16 @@ class Conversation:
         return answer
 
     def _with(self, line: str) -> list[int]:
-        """The tokens of all that was said, and of this line, up to where the answer begins."""
+        """The tokens of all that was said, and of this line, up to where the answer begins. Raises ConfigError where the chat
+        template refuses it.
+        """
         self._messages.append({"role": "user", "content": line})
         if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(self._messages, tokenize=False, add_generation_prompt=True)
+            try:
+                text = self._tokenizer.apply_chat_template(self._messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template raises whatever it likes
+                mend = "leave --system out" if self._messages[0]["role"] == "system" else "use a model with another template"
+                raise ConfigError(f"the chat template refuses this conversation ({error}): {mend}") from error
             return list(self._tokenizer(text, add_special_tokens=False).input_ids)
         self._text += ("\n" if self._text else "") + line
         return list(self._tokenizer(self._text).input_ids)
@@ -84,4 +92,5 @@ class Conversation:
             if one != other:
                 break
             same += 1
-        self._cache.crop(same - cached)
+        if cached:  # an empty one with a window cannot be cropped
+            self._cache.crop(same - cached)

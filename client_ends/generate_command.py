@@ -46,21 +46,31 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
-    return using(args, lambda model, tokenizer: _write(args, model, tokenizer, prompt))
+    needs = "--lookup needs one: leave it out" if args.lookup else ""
+    return using(args, lambda model, tokenizer: _write(args, model, tokenizer, prompt), needs)
 
 
-def using(args: argparse.Namespace, work: Callable[[Any, Any], None]) -> int:
-    """Join the run, ``work(model, tokenizer)``, and leave it."""
+def using(args: argparse.Namespace, work: Callable[[Any, Any], None], needs_cache: str = "") -> int:
+    """Join the run, ``work(model, tokenizer)``, and leave it. ``needs_cache``: what does, and what to do where the trunk keeps
+    none.
+
+    Raises:
+        UserError: each one sentence with the mend.
+    """
     import torch
 
     from client_ends.joining import joined
     from client_ends.kept import kept_directory
     from client_ends.model import SplitModelForCausalLM
     from splitfl.libraries import quiet_libraries
+    from splitfl.parts.ends import find_ends
 
     quiet_libraries()
     torch.manual_seed(args.seed)
     with joined(args, SplitModelForCausalLM, kept_directory(args.ends) if args.ends else None) as (model, tokenizer):
+        ends: Any = find_ends(model)
+        if needs_cache and not ends.trunk.session.terms["cache_tokens"]:
+            raise ConfigError(f"the trunk keeps no key-value caches in this run, and {needs_cache}, or ask the operator for some")
         work(model, tokenizer)
     return 0
 

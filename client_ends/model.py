@@ -230,8 +230,16 @@ class _SplitModel:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Hugging Face's hook: ``generate()`` asks for the cache it decodes with."""
+        """Hugging Face's hook: ``generate()`` asks for the cache it decodes with. Raises ModelError where that is to be of a kind
+        of its own.
+        """
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            asked = generation_config.cache_implementation
+            if asked not in (None, "dynamic", self.generation_config.cache_implementation):  # type: ignore[attr-defined]
+                raise ModelError(
+                    f"cache_implementation={asked!r} is for a model whose blocks are all here, and the trunk keeps its part of a "
+                    "cache in its own way: leave it out"
+                )
             model_kwargs["past_key_values"] = self.make_cache()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

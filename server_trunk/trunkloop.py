@@ -266,6 +266,9 @@ class TrunkLoop:
 
     def _take_forward(self, event: Event, forward: Forward) -> None:
         session = event.session
+        if forward.sequences:  # runs in chunks, within the room for caches
+            self._batches.decoder.take(session, self._names[session], forward, event.payload, event.at)
+            return
         padded = len(forward.segments) * max(length for length, _ in forward.segments)
         if padded > self._client_tokens:
             text = (
@@ -273,9 +276,6 @@ class TrunkLoop:
                 f"takes {self._client_tokens}; use a smaller batch, or sequences of like length"
             )
             self._end(session, "too-many-tokens", text)
-            return
-        if forward.sequences:
-            self._batches.decoder.take(session, self._names[session], forward, event.payload, event.at)
             return
         if forward.grad and self._steps.is_stale(session, forward.step):
             self._keeper.take_stale(session, forward.micro)

@@ -261,6 +261,13 @@ def test_what_a_cache_cannot_hold_is_said(llama: Any) -> None:
         split(ids, past_key_values=split.make_cache(), use_cache=True)
 
 
+def test_a_cache_of_another_kind_is_refused(llama: Any) -> None:
+    _, split, _ = llama
+    with pytest.raises(ModelError, match="'static' is for a model whose blocks are all here"):
+        split.generate(**one_row(), max_new_tokens=2, cache_implementation="static")
+    split.generate(**one_row(), max_new_tokens=2, cache_implementation="dynamic")
+
+
 def test_a_run_that_keeps_none_says_so(path_of: Any, tmp_path: Path) -> None:
     with running(World(tmp_path, path_of("llama"), 1, cache_tokens=0)) as world:
         split = world.join_as(0).eval()

@@ -92,6 +92,16 @@ def test_tokens_and_prompts_of_several_clients_run_together(desk):
     assert desk.loop._batches.decoder._book.held_by("a") == len(long)
 
 
+def test_a_prompt_in_chunks_may_exceed_what_a_micro_batch_may(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=1, caches=CacheBook(4000, 3000), client_tokens=100)
+    desk.join("a")
+    hidden = rows(120, 0)
+    put(desk, "a", following(0, (0, -1, 0, 120)), hidden)
+    run(desk)
+    assert not desk.outlet.ended
+    assert torch.allclose(answers(desk, "a")[0], whole(desk, hidden), atol=1e-5)
+
+
 def test_a_token_comes_before_training_and_training_goes_on(desk):
     """One turn of the loop runs a batch of each."""
     desk.take(("a", forward(0)))
