@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 from typing import ClassVar
 
 import torch
@@ -260,7 +259,3 @@ def main(model: str, out: str) -> None:
     group = Group.join(dataclasses.replace(place, machine=place.rank), torch.device("cpu"))  # as if on two
     found = {case.__name__: case(model, group).run() for case in CASES}
     torch.save(found, f"{out}/{group.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

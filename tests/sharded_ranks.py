@@ -1,6 +1,5 @@
-"""A program for torchrun: runs cases of a sharded trunk through its engine, and tells of each how far it is from one process.
-
-``torchrun ... -m tests.sharded_ranks CASES OUT``: a JSON list of settings in, a JSON list of findings out.
+"""One rank of ``test_sharding``: runs cases of a sharded trunk through its engine, and tells how far each is from one process. In
+comes a JSON list of settings, out goes one of findings.
 """
 
 from __future__ import annotations
@@ -8,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -240,13 +238,9 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
     }
 
 
-def main() -> None:
+def main(cases: str, out: str) -> None:
+    """``cases``: a file of them; ``out``: one for what was found."""
     torch.set_num_threads(1)
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    findings = [run_case(values) for values in cases]
+    findings = [run_case(values) for values in json.loads(Path(cases).read_text())]
     if os.environ["RANK"] == "0":
-        out.write_text(json.dumps(findings))
-
-
-if __name__ == "__main__":
-    main()
+        Path(out).write_text(json.dumps(findings))

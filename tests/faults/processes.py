@@ -1,7 +1,6 @@
 """``splitfl`` commands as processes of their own that begin with everything imported, and can be stopped at a place in them.
 
-They are forked off a process that has imported torch and the rest (multiprocessing's forkserver): there are hundreds of them, and
-importing takes longer than all else. Only their clocks are shorter than a user's.
+There are hundreds of them. Only their clocks are shorter than a user's.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,23 +17,16 @@ from typing import Any
 
 import torch
 
-# Whatever a command imports only once it runs.
-import client_ends.command
-import client_ends.progress
 import client_ends.retrying
 import client_ends.train
-import server_trunk.command
-import server_trunk.server  # noqa: F401
 import splitfl.checkpoint
 from client_ends.session import TrunkSession
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.channel.timing import Timing
 from splitfl.cli import main
+from tests.forks import FORKS
 
 __all__ = ["FAILURE", "PAUSE", "SILENCE", "Process", "Stop", "clock", "hasten"]
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.faults.processes"])
 
 #: Seconds: fields of :class:`Timing`, and the longest pause between two attempts to connect.
 SILENCE, PAUSE = 4.0, 1.0
@@ -86,7 +77,7 @@ class Process:
     ) -> None:
         self._said = said
         arguments = words, str(said), stop, clock, diary, failure
-        self._process = _FORKS.Process(target=_command, args=arguments, daemon=True)
+        self._process = FORKS.Process(target=_command, args=arguments, daemon=True)
         self._process.start()
 
     @property
@@ -118,7 +109,7 @@ class Process:
 
 def clock() -> Any:
     """A wall clock's error, seconds, shared with processes."""
-    return _FORKS.RawValue("d", 0.0)
+    return FORKS.RawValue("d", 0.0)
 
 
 def hasten() -> None:

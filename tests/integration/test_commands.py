@@ -1,4 +1,4 @@
-"""The commands as a person uses them: real processes over loopback, killed ones too."""
+"""The commands as a person uses them: in processes of their own over loopback, killed ones too."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo import TOLERANCE, verdict
 from splitfl.cli import COMMANDS, main
+from tests.forks import Forked, splitfl
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def splitfl(*words: object, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "splitfl.cli", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str] | Forked, seconds: float = 120) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
@@ -47,14 +43,13 @@ class Run:
             *("--authorized-clients", work / "authorized_clients", "--lr", "1e-3", *settings),
         )
         self.join = ""
-        assert self.server.stdout is not None
         for line in self.server.stdout:
             if line.strip().startswith("splitfl://"):
                 self.join = line.strip()
                 break
-        assert self.join, self.server.stderr.read() if self.server.stderr else ""
+        assert self.join, self.server.stderr.read()
 
-    def client(self, index: int, data: Path, *options: object) -> subprocess.Popen[str]:
+    def client(self, index: int, data: Path, *options: object) -> Forked:
         return splitfl(
             *("train", "--trunk", self.join, "--identity", self.keys[index], "--model", self.model, "--data", data),
             *("--device", "cpu", "--out", self.work / f"ends{index}", "--max-length", 64, "--batch-size", 4, *options),
@@ -78,9 +73,12 @@ class Run:
         self.server.communicate()
 
 
-@pytest.fixture
-def text(data) -> Path:
-    return data / "text" / "tinyshakespeare" / "input.txt"
+@pytest.fixture(scope="module")
+def text(data, tmp_path_factory) -> Path:
+    """Sixty kilobytes of it."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((data / "text" / "tinyshakespeare" / "input.txt").read_text()[:60_000])
+    return path
 
 
 def test_what_was_trained_is_what_merge_gives_to_plain_transformers_and_peft(tmp_path, stories, text):
@@ -160,7 +158,10 @@ def test_a_classifier_from_a_table(tmp_path, stories, data):
 
 
 def test_the_demo(tmp_path):
-    code, out, err = finish(splitfl("demo", "--steps", 3, "--out", tmp_path / "demo"), 200)
+    # As a user begins it, and as it begins its server and clients: nothing is imported before.
+    words = [sys.executable, "-m", "splitfl.cli", "demo", "--steps", "3", "--out", str(tmp_path / "demo")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    code, out, err = finish(subprocess.Popen(words, text=True, env=ENVIRONMENT, **pipes), 200)
     assert code == 0, out + err
     assert "The split run equals central training" in out
     assert "of 16 pieces of one hidden state 0 found" in out

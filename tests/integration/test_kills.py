@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from benchmarks.link import Link
 from benchmarks.relay import free_port
 from server_trunk.run_ledger import RunLedger
 from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
-from tests.integration.test_commands import Run, finish, splitfl
+from tests.forks import Forked, splitfl
+from tests.integration.test_commands import Run, finish
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ class Killed(Run):
             *("--authorized-clients", self.work / "authorized_clients", "--lr", "1e-3", *self.settings),
         )
 
-    def train(self, index: int, *options: object) -> subprocess.Popen[str]:
+    def train(self, index: int, *options: object) -> Forked:
         return self.client(index, self.text, "--evaluate", 0, "--seed", index, "--ends", "full", "--steps", STEPS, *options)
 
     def cut(self) -> None:

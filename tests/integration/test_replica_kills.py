@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import load_run_trunk
 from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
-from tests.integration.test_commands import finish, splitfl
+from tests.forks import Forked, splitfl
+from tests.integration.test_commands import finish
 from tests.integration.test_equality import TRUNK, assert_equal, fraction_of, snapshot, story_batches, train_central
 from tests.integration.test_kills import short_text
 from tests.integration.test_replicas import processes, train
@@ -84,13 +84,13 @@ class Killed(Replicas):
         plan = {"optimizer.steps": STEPS, "trainables": "full", **KEPT, **TRUNK, **settings}
         super().__init__(work, model, 2, CLIENTS, "--until-done", **plan)
         self.text = text
-        self.clients: list[subprocess.Popen[str]] = []
+        self.clients: list[Forked] = []
 
     def run(self) -> None:
         self.start()
         self.clients = [self.client(index) for index in range(CLIENTS)]
 
-    def client(self, index: int, *options: object) -> subprocess.Popen[str]:
+    def client(self, index: int, *options: object) -> Forked:
         return splitfl(
             *("train", "--trunk", self.join, "--identity", self.keys[index], "--model", self.model, "--data", self.text),
             *("--device", "cpu", "--out", self.work / f"ends{index}", "--max-length", 64, "--batch-size", 2 + index),

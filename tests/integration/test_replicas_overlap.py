@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.relay import free_port
-from tests.overlap_ranks import CASES
+from tests.forks import run_ranks
+from tests.overlap_ranks import CASES, main
 from tests.world import tiny_llama
 
 SIZE = 2
@@ -22,24 +19,7 @@ def found(tmp_path_factory) -> list[dict]:
     """What each rank ended with, by case."""
     work: Path = tmp_path_factory.mktemp("overlap")
     model = tiny_llama(work / "model")
-    place = {
-        "WORLD_SIZE": str(SIZE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.overlap_ranks", model, str(work)], env=os.environ | place | {"RANK": str(rank)}
-        )
-        for rank in range(SIZE)
-    ]
-    try:
-        assert [process.wait(100) for process in processes] == [0] * SIZE
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(SIZE, main, model, str(work), seconds=100)
     return [torch.load(work / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.families import FAMILIES, save_family
+from tests.forks import run_ranks
+from tests.sharded_ranks import main
 
 BY_NAME = {family.name: family for family in FAMILIES}
 EVERYWHERE = [
@@ -22,18 +21,9 @@ EVERYWHERE = [
 ]
 
 
-def run_ranks(work: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def on_ranks(work: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     (work / "cases.json").write_text(json.dumps(cases))
-    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.sharded_ranks"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    words = [sys.executable, *program, str(work / "cases.json"), str(work / "out.json")]
-    ranks = subprocess.Popen(words, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        _, said = ranks.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        ranks.terminate()  # torchrun then ends its own
-        raise AssertionError(f"the ranks hang: {ranks.communicate()[1][-4000:]}") from None
-    assert ranks.returncode == 0, said[-4000:]
+    run_ranks(2, main, str(work / "cases.json"), str(work / "out.json"))
     found: list[dict[str, Any]] = json.loads((work / "out.json").read_text())
     assert len(found) == len(cases)
     return found
@@ -80,7 +70,7 @@ def test_two_ranks_compute_and_train_what_one_process_does(tmp_path):
         ("fsdp", "qwen3", "lora", "padded"),
     ]
     refused = [("tensor", "gpt2", "lora", "padded"), ("tensor", "qwen3-moe", "lora", "padded")]
-    *found, without, strange = run_ranks(tmp_path, cases_of(tmp_path, equal + refused))
+    *found, without, strange = on_ranks(tmp_path, cases_of(tmp_path, equal + refused))
     check(equal, found)
     # In one sentence, with what to use instead.
     assert "no tensor-parallel plan" in without["refused"]
@@ -93,4 +83,4 @@ def test_two_ranks_compute_and_train_what_one_process_does(tmp_path):
 def test_every_family_layout_and_kind_of_training(tmp_path, kind):
     extra = [(name, "full", "padded") for name in ("gpt-neox", "mistral", "olmo2")] + [("gpt-neox", "lora", "packed")]
     rows = [(kind, *row) for row in EVERYWHERE + extra]
-    check(rows, run_ranks(tmp_path, cases_of(tmp_path, rows)))
+    check(rows, on_ranks(tmp_path, cases_of(tmp_path, rows)))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,23 +13,10 @@ from benchmarks.simulate import deal
 from client_ends.data import load_examples
 from splitfl.cli import main
 from splitfl.errors import DataError
+from tests.forks import splitfl
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SHARED = ("--lr", "3e-3", "--steps", "5", "--device", "cpu", "--threads", "1")
 ENDS = ("--ends", "full", "--max-length", "48", "--batch-size", "3", "--evaluate", "4")
-
-
-def splitfl(*words: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "splitfl.cli", *map(str, words)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        # What runs these tests in the background has Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 def losses(directory: Path) -> list[float]:
@@ -63,9 +47,8 @@ def test_its_losses_are_those_of_real_processes(tmp_path, stories, text, capsys)
         *("serve", stories, "--clients", 2, "--trainables", "full", "--out", tmp_path / "server", "--until-done", *SHARED),
         *("--authorized-clients", keys / "authorized_clients"),
     )
-    assert server.stdout is not None
     join = next((line.strip() for line in server.stdout if line.strip().startswith("splitfl://")), None)
-    assert join, server.stderr.read() if server.stderr else ""
+    assert join, server.stderr.read()
     clients = [
         splitfl(
             *("train", "--trunk", join, "--identity", keys / f"client-{client}.key", "--model", stories, "--steps", 5),
