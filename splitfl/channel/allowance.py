@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 
 from splitfl.protocol.limits import Limit
 
-# Of every client, whatever its line says: a message costs the server time however small it is, so small ones are counted.
-_SMALL_BYTES = 16 * 1024
+# Of every client, whatever its line says: a message costs the server time however small it is, so small ones are counted; and so
+# many segments or sequences in one cost as much as a small message.
+_SMALL_BYTES, _SMALL_ITEMS = 16 * 1024, 64
 _SMALL_A_SECOND, _SMALL_AT_ONCE = 2000, 8192
 # Seconds by which a client may be ahead of that: credit hardly slows who sends only small messages, as they cost hardly any.
 _SMALL_AHEAD = 10.0
@@ -79,10 +80,11 @@ class Allowance:
         self._control.take(1 + size / _CONTROL_BYTES)
         return self._control.wait() == 0
 
-    def begun(self, payload_bytes: int, tokens: int) -> None:
-        """A data message has begun."""
-        if payload_bytes < _SMALL_BYTES:
-            self._small.take(1)
+    def begun(self, payload_bytes: int, tokens: int, items: int = 0) -> None:
+        """A data message has begun, with so many ``items`` in its metadata."""
+        small = (payload_bytes < _SMALL_BYTES) + items // _SMALL_ITEMS
+        if small:
+            self._small.take(small)
         self._bytes.take(payload_bytes)
         self._tokens.take(tokens)
 

@@ -31,7 +31,7 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.protocol.records import Opener, Sealer
-from splitfl.transport.base import ServerFrame, ServerTransport
+from splitfl.transport.base import Endpoint, ServerFrame, ServerTransport
 from splitfl.transport.refusals import RefusalLog
 
 __all__ = ["REMOVED", "Entrance"]
@@ -48,7 +48,7 @@ REMOVED = "your key was removed from the server's list"
 
 
 class Entrance:
-    """``refused(who, code, text)`` reports a peer that was turned away; ``cut(peer)`` ends its control connection.
+    """``refused(who, code, text)`` reports a peer that was turned away; ``cut(endpoint, peer)`` ends a connection.
     Used on the I/O thread only.
     """
 
@@ -61,7 +61,7 @@ class Entrance:
         timing: Timing,
         clock: Callable[[], float],
         refused: Callable[[str, str, str], None],
-        cut: Callable[[bytes], None],
+        cut: Callable[[Endpoint, bytes], None],
     ) -> None:
         self._transport, self._handler, self._admission = transport, handler, admission
         self._offer, self._timing, self._clock = offer, timing, clock
@@ -109,7 +109,7 @@ class Entrance:
         return Link(frame.peer, peer, now, now + _OPENING_SECONDS, Tally(self._timing.overdue), allowance)
 
     def _turn_out(self, frame: ServerFrame, peer: Peer, text: str) -> None:
-        self._cut(frame.peer)
+        self._cut(frame.endpoint, frame.peer)
         # Apart from what is answered: five of those would hide it.
         self._refusals.refused(f"{frame.user}, cut", peer.who, RefusalCode.PROTOCOL, f"{text}: the connection is cut")
 

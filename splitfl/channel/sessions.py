@@ -81,9 +81,11 @@ class Sessions:
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
-        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._cut)
-        # Connections whose session is over, or that were refused one: when they are cut.
+        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._hang_up)
+        # Connections whose session is over, or that were refused one: when they are cut; and those that were, for as long as
+        # something of theirs may be queued.
         self._leaving: dict[tuple[Endpoint, bytes], float] = {}
+        self._gone: dict[tuple[Endpoint, bytes], float] = {}
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -177,10 +179,10 @@ class Sessions:
         self.guard(link, self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data, link, frame)
 
     def _greet(self, frame: ServerFrame) -> Link | None:
-        due = self._leaving.get((frame.endpoint, frame.peer))
-        if due is not None and due <= self._clock():
-            return None  # what was queued when it was cut
-        link = self._entrance.greet(frame, self._links.values(), leaving=due is not None)
+        key = frame.endpoint, frame.peer
+        if key in self._gone:
+            return None
+        link = self._entrance.greet(frame, self._links.values(), leaving=key in self._leaving)
         if link is not None:
             with self.lock:
                 self._links[frame.peer] = link
@@ -239,7 +241,7 @@ class Sessions:
             raise RemoteProtocolError("Attach comes first on a data connection, and once")
         with self.lock:
             link.session.check_receive(message)
-        link.allowance.begun(message.payload_bytes, message.rows if isinstance(message, Forward) else 0)
+        link.allowance.begun(message.payload_bytes, message.rows if isinstance(message, Forward) else 0, message.items)
         if link.allowance.flooded:
             raise RemoteProtocolError("more small messages than a client has use for")
 
@@ -338,13 +340,16 @@ class Sessions:
             self._leave(Endpoint.DATA, link.data_peer)
         return known
 
-    def _cut(self, control_peer: bytes) -> None:
-        self._leaving[Endpoint.CONTROL, control_peer] = self._clock()
-        self._transport.hang_up(Endpoint.CONTROL, control_peer)
+    def _hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
+        self._leaving.pop((endpoint, peer), None)
+        self._gone[endpoint, peer] = self._clock() + self._timing.silence
+        self._transport.hang_up(endpoint, peer)
 
     def _leave(self, endpoint: Endpoint, peer: bytes) -> None:
         """This connection is cut, once its client has had time to hear why."""
-        self._leaving.setdefault((endpoint, peer), self._clock() + self._timing.linger)
+        # A peer may choose its routing id, and come again under one that was cut.
+        time_to_hear = 0.0 if (endpoint, peer) in self._gone else self._timing.linger
+        self._leaving.setdefault((endpoint, peer), self._clock() + time_to_hear)
 
     def cut(self, endpoint: Endpoint, peer: bytes | None) -> None:
         """The transport has cut a connection whose peer sent a message without an end; or, None, all of an endpoint because of
@@ -370,8 +375,8 @@ class Sessions:
         self._admission.expire()
         for (endpoint, peer), due in list(self._leaving.items()):
             if now >= due:
-                del self._leaving[endpoint, peer]
-                self._transport.hang_up(endpoint, peer)
+                self._hang_up(endpoint, peer)
+        self._gone = {key: until for key, until in self._gone.items() if now < until}
         edited = self._admission.changed()
         for link in list(self._links.values()):
             self.guard(link, link.tally.check_doubt, now, self._timing.silence)

@@ -44,6 +44,11 @@ class DataMessage(Message):
         """The size of the payload, bytes: exactly rows x hidden x item size."""
         return 0
 
+    @property
+    def items(self) -> int:
+        """Entries of its metadata that are looked at one by one."""
+        return 0
+
     def check(self) -> None:
         if self.payload_bytes > MAX_PAYLOAD_BYTES:
             raise LocalProtocolError(f"{type(self).__name__}: a payload must have at most {MAX_PAYLOAD_BYTES} bytes")
@@ -102,6 +107,10 @@ class Forward(DataMessage):
         """The real tokens of this micro-batch."""
         return sum([length for length, _ in self.segments])
 
+    @property
+    def items(self) -> int:
+        return len(self.segments) + len(self.sequences)
+
     @cached_property
     def payload_bytes(self) -> int:
         return self.rows * self.hidden * DTYPES[self.dtype]
@@ -134,6 +143,10 @@ class Release(DataMessage):
 
     TYPE: ClassVar[int] = 68
     FIELDS: ClassVar = {"sequences": sequence(_sequence, 1, MAX_SEGMENTS)}
+
+    @property
+    def items(self) -> int:
+        return len(self.sequences)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from splitfl.channel.timing import Timing
 from splitfl.errors import SessionLost
@@ -15,6 +16,7 @@ from splitfl.protocol.ciphers import AES_256_GCM
 from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
 from splitfl.protocol.message import MAX_HELLO_BYTES
 from splitfl.protocol.messages import PROTOCOL_VERSION, Fault, Heartbeat, Hello, Open, Refused, Welcome, decode_control, encode
+from splitfl.transport.zmq_common import curve_client
 from tests.unit.channel_world import MODEL, Client, Make, World, inverted, make_worlds, wait_until
 from tests.unit.test_channel_limits import PATIENT, Clock
 
@@ -179,6 +181,22 @@ def test_a_key_has_so_many_connections_and_no_more(make: Make) -> None:
     assert world.join(identity=other, timing=LONG).echo(b"ab") == inverted(b"ab")
     for each in knockers:
         each.transport.close(0)
+
+
+def test_who_comes_again_under_a_name_that_was_cut_is_cut_again(make_zmq: Make) -> None:
+    world = make_zmq(timing=LONG)
+    control, context = world.transport._control.connections, zmq.Context()
+    for _ in range(3):
+        sock = context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.ROUTING_ID, b"the same")
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        curve_client(sock, world.server_identity.public, world.identity)
+        sock.connect(f"tcp://127.0.0.1:{world.transport.control_port}")
+        sock.send(b"no Hello")
+        wait_until(lambda: any(each.peer for each in control))
+        wait_until(lambda: len(control) == 0)
+    assert len(world.handler.refused) == 1
+    context.destroy(0)
 
 
 def test_who_says_nothing_is_cut(make_zmq: Make) -> None:

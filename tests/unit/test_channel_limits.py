@@ -80,6 +80,8 @@ def test_the_narrowest_limit_says_how_long() -> None:
     for _ in range(8192 + 2000 - 2):
         allowance.begun(0, 0)
     assert allowance.wait() == pytest.approx(1.0), "small messages are counted too"
+    allowance.begun(2**20, 0, 8192)
+    assert allowance.wait() == pytest.approx(1.064), "and so is what names much"
 
 
 def wind(world: World, clock: Clock, condition: Any) -> float:
