@@ -166,8 +166,8 @@ def size(message: Any) -> int:
 @pytest.mark.parametrize(
     ("say", "endpoint", "most"),
     [
-        (small, Endpoint.DATA, 8192),
-        (many_segments, Endpoint.DATA, 8192 // 65),
+        pytest.param(small, Endpoint.DATA, 8192, marks=pytest.mark.slow),
+        pytest.param(many_segments, Endpoint.DATA, 8192 // 65, marks=pytest.mark.slow),
         (releases, Endpoint.DATA, 8192 // 129),
         (heartbeats, Endpoint.CONTROL, int(1096 / (1 + size(Heartbeat(0.0)) / 256))),
         (long_lists, Endpoint.CONTROL, int(1096 / (1 + size(LONG_LIST) / 256))),
