@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from client_ends.kept import kept_directory, kept_meta
     from client_ends.train import FACES
     from splitfl.libraries import quiet_libraries
+    from splitfl.parts.ends import find_ends
     from splitfl.protocol.join import JoinString
     from splitfl.protocol.keys import read_identity
 
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         args.num_labels, args.label_names = _classes(args, kept_meta(kept) if kept else None)
         extra = {"num_labels": args.num_labels, "seed": 0}
     with joined(args, FACES[args.task], kept, **extra) as (used, tokenizer):
+        made_anew = sorted(find_ends(used).made_anew)
+        if args.task == "sequence-classification" and kept is None and made_anew:
+            raise ConfigError(f"the model comes without {made_anew[0]}, which nothing has trained: name trained ends with --ends")
         report = _on_tasks(args, used, tokenizer) if args.tasks else _on_data(args, used, tokenizer)
     if args.json:
         print(json.dumps(report))

@@ -86,6 +86,7 @@ class EndsPart:
 
     cut: Cut
     layout: Layout
+    made_anew: frozenset[str] = frozenset()  # weights that the checkpoint lacks: of a new classification head
 
     @property
     def trunk_slot(self) -> TrunkSlot:

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, cast
 
 import torch
 from safetensors import SafetensorError
@@ -229,12 +229,14 @@ def _load(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            model = part.from_pretrained(directory, **options)
+            loaded: Any = part.from_pretrained(directory, output_loading_info=True, **options)
         except (ImportError, ValueError, OSError, SafetensorError) as error:
             raise ModelError(f"{checkpoint.path} cannot be loaded: {_sentence(error)}") from error
     # The view is gone; PEFT and the model card name the model by where it came from.
+    model: Any = loaded[0]
     model.name_or_path = model.config.name_or_path = checkpoint.path
-    return model
+    model.made_anew = frozenset(loaded[1]["missing_keys"])
+    return cast(PreTrainedModel, model)
 
 
 def _sentence(error: BaseException) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from client_ends.data import load_examples, tokenize
+from client_ends.kept import kept_directory
 from client_ends.metrics import classified, rouge
 from client_ends.scoring import harness_scores, score_rows, score_texts
 from client_ends.train import TrainSettings, train
+from splitfl.checkpoint import load_checkpoint
 from splitfl.cli import main
 from splitfl.errors import ConfigError
 from tests.world import World, running
@@ -183,6 +185,43 @@ def test_a_classifier_is_judged_by_the_classes_that_its_ends_were_trained_on(tmp
         ):
             assert main(["eval", *common, flag, value]) == 2
             assert said in capsys.readouterr().err
+        bare = [word for word in common if word not in ("--ends", ends)]
+        assert main(["eval", *bare, "--device", "cpu"]) == 2  # a head of chance is not judged
+        assert "without score.weight, which nothing has trained: name trained ends with --ends" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scores_of_a_trained_classifier_are_those_of_the_whole_model(tmp_path, stories, data, capsys):
+    task, ends = "sequence-classification", tmp_path / "ends"
+    rows = (data / "text" / "sst2" / "dev.tsv").read_text().splitlines()
+    seen, held = tmp_path / "seen.tsv", tmp_path / "held.tsv"
+    seen.write_text("\n".join(rows[:200]))
+    held.write_text("\n".join([rows[0], *rows[200:260]]))
+    columns = {"text": "sentence", "label": "label"}
+    with running(World(tmp_path, stories, 1, memory=False, bind="127.0.0.1:0", cut="1:1", trainables="none")) as world:
+        told = {"task": task, "columns": columns, "ends": "full", "steps": 20, "evaluate": 0, "device": "cpu"}
+        settings = TrainSettings(world.join, str(world.keys[0]), str(seen), stories, out=str(ends), learning_rate=2e-3, **told)
+        train(settings)
+        words = ("--trunk", world.join, "--identity", world.keys[0], "--model", stories, "--task", task, "--ends", ends)
+        words += ("--data", held, "--columns", "text=sentence,label=label", "--device", "cpu", "--json")
+        assert main([str(word) for word in ("eval", *words)]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    whole = AutoModelForSequenceClassification.from_pretrained(stories, num_labels=2).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tensors, _, _ = load_checkpoint(kept_directory(ends))
+    assert not whole.load_state_dict(tensors, strict=False).unexpected_keys
+    assert "score.weight" in tensors
+    right, losses = [], []
+    with torch.no_grad():
+        for row in load_examples(held, columns=columns).rows:
+            ids = torch.tensor([tokenizer(row["text"]).input_ids])
+            out = whole(ids, labels=torch.tensor([int(row["label"])]))
+            right.append(int(out.logits.argmax()) == int(row["label"]))
+            losses.append(float(out.loss))
+    assert 0 < report["accuracy"] < 1
+    assert report["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert report["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert 0 < report["f1_macro"] < 1
 
 
 @pytest.mark.parametrize(
