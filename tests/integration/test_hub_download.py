@@ -168,7 +168,8 @@ def test_only_the_shards_that_hold_the_part_are_requested(hub: Hub, tmp_path: Pa
     others = expected_shards(hub.directory, trunk=not trunk, blocks=range(1, 4)) - mine
     assert len(mine) >= 2
     assert len(others) >= 2
-    sums, name = run(hub, tmp_path / "home", LOAD.format(part=part, repo=REPO, cut="1, 1"))
+    program = LOAD.format(part=part, repo=REPO, cut="1, 1")
+    sums, name = run(hub, tmp_path / "home", program)
     assert hub.weights_asked() == mine
     assert name == REPO
     seen = set()
@@ -179,6 +180,14 @@ def test_only_the_shards_that_hold_the_part_are_requested(hub: Hub, tmp_path: Pa
                     seen.add(tensor)
                     assert float(opened.get_tensor(tensor).double().sum()) == sums[tensor]
     assert seen == {tensor for tensor in sums if tensor != "lm_head.weight"}
+    if trunk:
+        assert_serves_again_without_the_hub(hub, tmp_path, program, [sums, name])
+
+
+def assert_serves_again_without_the_hub(hub: Hub, tmp_path: Path, program: str, first: Any) -> None:
+    asked = Counter(hub.asked)
+    assert run(hub, tmp_path / "home", program, HF_HUB_OFFLINE="1") == first
+    assert hub.asked == asked
 
 
 ASK = """
@@ -207,14 +216,6 @@ def test_identity_plan_and_mistakes_need_no_weights(hub: Hub, tmp_path: Path) ->
     assert "the hub has no model someone/unknown" in unknown
     assert f"the hub has no model {REPO} at revision no-such-branch" in revision
     assert "\n" not in unknown + revision
-
-
-def test_what_was_fetched_serves_again_without_the_hub(hub: Hub, tmp_path: Path) -> None:
-    program = LOAD.format(part="load_trunk", repo=REPO, cut="1, 1")
-    first = run(hub, tmp_path / "home", program)
-    asked = Counter(hub.asked)
-    assert run(hub, tmp_path / "home", program, HF_HUB_OFFLINE="1") == first
-    assert hub.asked == asked
 
 
 def test_a_single_file_just_works(tmp_path: Path, hub: Hub) -> None:
