@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -198,6 +199,7 @@ class _SplitModel:
         object.__setattr__(ends, "_trunk_gradient", None)
         object.__setattr__(ends, "_step_hook", step_with(weakref.ref(ends)))
         attach_trunk(ends, remote)
+        ends.trunk_slot.register_load_state_dict_pre_hook(_warns_of_loading(session))
         if session.terms["optimizer"]["clipping"] == "joint":
             ends.trunk_slot.trunk_gradient = TrunkGradient(session)
             object.__setattr__(ends, "_trunk_gradient", ends.trunk_slot.trunk_gradient)
@@ -346,3 +348,17 @@ def _trainables_of(model: weakref.ref[Any]) -> Callable[[], Mapping[str, torch.n
         return {} if ends is None else named_trainables(ends)
 
     return trainables
+
+
+def _warns_of_loading(session: TrunkSession) -> Callable[..., None]:
+    """A hook of the ends' ``load_state_dict``: what is loaded amid training comes without a trunk."""
+
+    def loading(*_: Any) -> None:
+        if session.has_stepped:
+            warnings.warn(
+                "weights are loaded into the ends, and the trunk stays as its last step left it: load_best_model_at_end, say, "
+                "ends with a model whose sides are of different steps",
+                stacklevel=2,
+            )
+
+    return loading

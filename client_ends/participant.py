@@ -286,6 +286,11 @@ class Participant(Linked):
         """Whether a backward went out since the last step ended."""
         return self._backwards > 0
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this client stands behind a step that it has seen the trunk make."""
+        return self._closed is not None and self._closed.step < self.step
+
     def wait_closed(self, step: int) -> StepClosed:
         """Wait until ``step`` has closed; returns the newest closed step's report, of zeros where it closed unheard, while the
         link was down.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -211,6 +212,22 @@ def test_adapters_on_both_sides_are_gone_on_with(tmp_path, model):
             trainer.train(resume_from_checkpoint=resume)
             split.close()
     assert_same(trainer, reference)
+
+
+@pytest.mark.slow
+def test_an_unbound_trainer_that_goes_back_to_its_best_model_is_warned(tmp_path, model):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 3}
+    with running(World(tmp_path, model, 1, **RUN)) as world:
+        split = world.join_as(0)
+        trainer = trainer_of(split, tmp_path / "split", greater_is_better=True, **best)  # the worst, which is the first
+        with pytest.warns(UserWarning, match="the trunk stays as its last step left it"):
+            trainer.train()
+        split.close()
+        split = world.join_as(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            split.load_state_dict(split.state_dict())  # before it trains
+        split.close()
 
 
 @pytest.mark.slow
