@@ -24,6 +24,7 @@ from client_ends.session import TrunkSession
 from server_trunk.trunkloop import TrunkLoop
 from splitfl.channel.timing import Timing
 from splitfl.cli import main
+from tests.faults.heap import note_heap
 from tests.forks import FORKS
 
 __all__ = ["FAILURE", "PAUSE", "SILENCE", "Process", "Stop", "clock", "hasten"]
@@ -62,7 +63,7 @@ class Stop:
 class Process:
     """One command; what it says is in ``said``. ``stop``: where it is to stop. ``clock``: a shared number of seconds by which its
     wall clock is wrong. ``diary``: a file for what a client's ends have made of which batch. ``failure``: once there is such a
-    file, a trunk fails at the next message that it is to take, and the file is gone.
+    file, a trunk fails at the next message that it is to take, and the file is gone. ``heap``: where its heap in use is noted.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Process:
         clock: Any = None,
         diary: Path | None = None,
         failure: Path | None = None,
+        heap: Path | None = None,
     ) -> None:
         self._said = said
-        arguments = words, str(said), stop, clock, diary, failure
+        arguments = words, str(said), stop, clock, diary, failure, heap
         self._process = FORKS.Process(target=_command, args=arguments, daemon=True)
         self._process.start()
 
@@ -118,7 +120,15 @@ def hasten() -> None:
     client_ends.retrying._MOST = PAUSE
 
 
-def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: Path | None, failure: Path | None) -> None:
+def _command(
+    words: list[str],
+    said: str,
+    stop: Stop | None,
+    clock: Any,
+    diary: Path | None,
+    failure: Path | None,
+    heap: Path | None,
+) -> None:
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -134,6 +144,8 @@ def _command(words: list[str], said: str, stop: Stop | None, clock: Any, diary: 
         _keep_diary(diary)
     if failure is not None:
         _fail_at(failure)
+    if heap is not None:
+        note_heap(heap)
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,8 +7,6 @@ What befalls them stands in a diary, a JSON object a line.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import random
 import sys
@@ -16,7 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,6 +26,7 @@ from splitfl.config import OptimizerSettings
 from splitfl.errors import ConnectError, RunWentBack, SplitflError, StepMissed
 from splitfl.libraries import quiet_libraries
 from splitfl.optimizer import build_optimizer
+from tests.faults.heap import note_heap
 from tests.faults.processes import hasten
 
 __all__ = ["Orders"]
@@ -35,8 +34,6 @@ __all__ = ["Orders"]
 ROWS, LENGTH = 2, 24
 #: Seconds between two steps of a client, of which a step waits for the longest; between two visits.
 _THINKS, _AWAY = (0.1, 0.8), (1.0, 15.0)
-#: Seconds between two looks at this process's heap.
-_LOOK = 5.0
 #: Steps of one visit.
 _STAYS = 20, 120
 #: States of the ends that are kept to go back to.
@@ -53,6 +50,7 @@ class Orders:
     held_out: str
     members: list[tuple[str, str, str]]
     diary: str
+    heap: str
     end: str
     seed: int
 
@@ -188,22 +186,6 @@ class Member(threading.Thread):
         copy_into(named, self._kept[max(self._kept)] if self._kept else self._ends)
 
 
-def heap_mib() -> float | None:
-    """What is in use of the C heap, MiB; None where the system does not say (it is glibc that does)."""
-
-    class Mallinfo(ctypes.Structure):
-        _fields_: ClassVar[list[tuple[str, Any]]] = [(name, ctypes.c_size_t) for name in "abcdefghij"]
-
-    try:
-        ask = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError):
-        return None
-    ask.restype = Mallinfo
-    gc.collect()
-    said = ask()
-    return float(said.e + said.h) / 2**20  # mapped for large pieces; in use of all arenas
-
-
 def _copy(named: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in named.items()}
 
@@ -222,12 +204,12 @@ def main() -> None:
     with torch.no_grad():
         diary.note(what="judged at first", loss=float(whole(**held_out_rows(held_out)).loss))
     del whole
+    note_heap(Path(orders.heap))
     members = [Member(orders, index, diary, text, held_out) for index in range(len(orders.members))]
     for member in members:
         member.start()
-    while any(member.is_alive() for member in members):
-        diary.note(what="heap", mib=heap_mib())
-        threading.Event().wait(_LOOK)
+    for member in members:
+        member.join()
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Site:
             "checkpoint-every": _CHECKPOINT_EVERY,
             "status-every": 2,
         }
-        self.server = self._start(serve(self.work, self._model, self._ports, words), "server")
+        self.server = self._start(serve(self.work, self._model, self._ports, words), "server", heap=self.work / "heap.jsonl")
         self.lives.append(Life(self.server.pid, time.time()))
 
     def end_server(self, how: str) -> None:
@@ -129,6 +129,10 @@ class Site:
     def diary(self) -> list[dict[str, Any]]:
         return _lines(self.work / "diary.jsonl")
 
+    def heap(self, pid: int) -> list[tuple[float, float]]:
+        """What a process had in use of its heap: (seconds of the wall clock, MiB)."""
+        return [(line["time"], line["mib"]) for line in _lines(self.work / "heap.jsonl") if line["pid"] == pid]
+
     # --- the clients ------------------------------------------------------------------------------------------------------------
 
     def _join(self, name: str) -> str:
@@ -139,8 +143,8 @@ class Site:
     def start_crowd(self, seed: int) -> None:
         members = [(name, self._join(name), str(self._keys[name])) for name in self._together]
         held_out, text = (str(file) for file in self._texts[:2])
-        diary, end = str(self.work / "diary.jsonl"), str(self.work / "end")
-        orders = Orders(self._model, text, held_out, members, diary, end, seed)
+        diary, heap, end = (str(self.work / name) for name in ("diary.jsonl", "heap.jsonl", "end"))
+        orders = Orders(self._model, text, held_out, members, diary, heap, end, seed)
         file = self.work / "orders.json"
         file.write_text(json.dumps(dataclasses.asdict(orders)))
         said = (self.work / "said" / "crowd.txt").open("wb")
@@ -207,9 +211,9 @@ class Site:
         """Whether no client is a process any more."""
         return not self._processes and self.crowd is not None and self.crowd.poll() is not None
 
-    def _start(self, words: list[str], name: str) -> Process:
+    def _start(self, words: list[str], name: str, **options: Any) -> Process:
         self._starts += 1
-        return Process(words, self.work / "said" / f"{name}.{self._starts}.txt")
+        return Process(words, self.work / "said" / f"{name}.{self._starts}.txt", **options)
 
     def close(self) -> None:
         for process in [*self._processes.values(), *([self.server] if self.server is not None else [])]:

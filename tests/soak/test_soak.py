@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from tests.soak.site import Life, Site
+from tests.soak.slope import Slope
 from tests.soak.soak import soak
-from tests.soak.verdict import growth, judge, steps_in_order
+from tests.soak.verdict import grown, growth, judge, steps_in_order, too_much
 
 
 def test_a_leak_is_seen_and_a_warm_up_is_none():
@@ -15,6 +18,34 @@ def test_a_leak_is_seen_and_a_warm_up_is_none():
     leak = [(at, value + at) for at, value in flat]
     assert growth(flat) == growth(warm) == 0
     assert growth(leak) == pytest.approx(35)
+
+
+def series(seconds: float, hourly: float, *, warm: float = 0.0, seed: int = 0) -> list[tuple[float, float]]:
+    """A sample every 5 s of what grows so fast, under visits that take and give back some MiB, and a warm-up."""
+    draw, visits, found = random.Random(seed), 0.0, []
+    for number in range(int(seconds / 5)):
+        visits = 0.9 * visits + draw.gauss(0.0, 1.0)
+        at = 5.0 * number
+        found.append((at, 200 + hourly * at / 3600 + visits + warm * min(1.0, 4 * at / seconds)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_hour_tells_a_slow_leak_from_what_comes_and_goes(seed):
+    flat, leak = grown(series(3600, 0.0, warm=40.0, seed=seed)), grown(series(3600, 16.0, warm=40.0, seed=seed))
+    assert isinstance(flat, Slope)
+    assert isinstance(leak, Slope)
+    assert not too_much("crowd", {"heap_mib": flat})
+    (said,) = too_much("crowd", {"heap_mib": leak})
+    assert said.startswith(f"crowd: heap_mib grows by {leak.hourly:.1f} an hour")
+
+
+def test_shorter_lives_are_judged_by_their_halves_and_the_shortest_not_at_all():
+    assert grown(series(100, 0.0)) is None
+    found = grown(series(600, 0.0))
+    assert isinstance(found, float)
+    assert too_much("server, life 0", {"rss_mib": 8.1, "threads": 4.0}) == ["server, life 0: rss_mib grew by 8.1"]
+    assert not too_much("crowd", {"rss_mib": 100.0})
 
 
 def steps(*numbers: int, begun: float = 0.0) -> list[dict]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from server_trunk.run_ledger import RunLedger
 from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
 from tests.soak.site import CLIENTS, Life, Site
+from tests.soak.slope import Slope, slope
 from tests.soak.soak import Record
 
-__all__ = ["growth", "judge", "ledger_of", "steps_in_order"]
+__all__ = ["grown", "growth", "judge", "ledger_of", "steps_in_order", "too_much"]
 
 #: Seconds for which a step may be open, and for which none may close though clients are there.
 OPEN_AT_MOST, NONE_AT_MOST = 30.0, 45.0
@@ -21,6 +22,10 @@ OPEN_AT_MOST, NONE_AT_MOST = 30.0, 45.0
 _WARM_UP, _SHORTEST = 0.3, 240.0
 #: How much more the second half of what is left may have than the first.
 MOST_GROWTH = {"rss_mib": 8.0, "files": 8.0, "threads": 4.0, "heap_mib": 3.0}
+#: Of a life of so many seconds the slope tells more: what may grow by how much an hour, if even the lower end of its interval
+#: says so. A leak is what grows in the heap in use; resident memory also follows what an allocator keeps of what was freed.
+_LONG = 1200.0
+MOST_HOURLY = {"rss_mib": 32.0, "files": 4.0, "threads": 2.0, "heap_mib": 2.0}
 #: The clients' process makes and forgets models in many threads, and its allocator is told to keep what is freed, up to so many
 #: MiB: of it the heap in use is judged as closely, and resident memory by this.
 _KEPT_FREE = 128.0
@@ -48,6 +53,27 @@ def growth(samples: Sequence[tuple[float, float]]) -> float:
         [value for at, value in samples if at >= middle],
     )
     return statistics.fmean(halves[1]) - statistics.fmean(halves[0])
+
+
+def grown(series: Sequence[tuple[float, float]]) -> float | Slope | None:
+    """By how much, as the length of a life has it be judged; None where it is too short."""
+    seconds = series[-1][0] - series[0][0]
+    if seconds < _SHORTEST:
+        return None
+    return slope(series) if seconds >= _LONG else growth(series)
+
+
+def too_much(name: str, judged: Mapping[str, float | Slope]) -> list[str]:
+    """What grew by more than it may, of what :func:`grown` says of a process."""
+    kept = {"rss_mib": _KEPT_FREE} if name == "crowd" else {}
+    problems = []
+    for what, found in judged.items():
+        if isinstance(found, Slope):
+            if found.least > (MOST_HOURLY | kept)[what]:
+                problems.append(f"{name}: {what} grows by {found.hourly:.1f} an hour ({found.least:.1f} to {found.most:.1f})")
+        elif found > (MOST_GROWTH | kept)[what]:
+            problems.append(f"{name}: {what} grew by {found:.1f}")
+    return problems
 
 
 def steps_in_order(lives: Sequence[Life], events: Iterable[dict[str, Any]]) -> list[str]:
@@ -90,8 +116,7 @@ def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
     problems += _applied_once(entries, events, diary)
     figures = _figures(site, record, events, diary, entries)
     for name, judged in figures["growth"].items():
-        bounds = MOST_GROWTH | ({"rss_mib": _KEPT_FREE} if name == "crowd" else {})
-        problems += [f"{name}: {what} grew by {judged[what]:.1f}" for what in judged if judged[what] > bounds[what]]
+        problems += too_much(name, judged)
     first, last = figures["held_out_loss"]
     if not last < first - 0.5:
         problems.append(f"the loss went from {first:.3f} to {last:.3f}")
@@ -196,19 +221,18 @@ def _figures(
         "memory": {},
     }
     pids = {life.pid: f"server, life {number}" for number, life in enumerate(site.lives)}
-    for pid, name in [*pids.items(), (None, "crowd")]:
-        own = [each for each in record.samples if (each["pid"] == pid if pid else each["who"] == "crowd")]
+    pids |= {each["pid"]: "crowd" for each in record.samples if each["who"] == "crowd"}
+    for pid, name in pids.items():
+        own = [each for each in record.samples if each["pid"] == pid and each["rss_mib"]]  # one that has ended has no memory
         if not own:
             continue
         what = {key: [(each["at"], each[key]) for each in own] for key in ("rss_mib", "files", "threads")}
-        heap = [(line["time"], line["mib"]) for line in diary if line["what"] == "heap" and line["mib"] is not None]
-        if name == "crowd" and heap:
+        if heap := site.heap(pid):
             what["heap_mib"] = heap
         found["memory"][name] = {
             key: [round(value, 1) for _, value in series[:: max(1, len(series) // 10)]] for key, series in what.items()
         } | {"cores": round((own[-1]["cpu_seconds"] - own[0]["cpu_seconds"]) / max(1.0, own[-1]["at"] - own[0]["at"]), 3)}
-        if own[-1]["at"] - own[0]["at"] >= _SHORTEST:
-            found["growth"][name] = {key: round(growth(series), 2) for key, series in what.items()}
+        found["growth"][name] = {key: said for key, series in what.items() if (said := grown(series)) is not None}
     return found
 
 
