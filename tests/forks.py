@@ -127,4 +127,6 @@ def _begin(out: Connection, err: Connection, environment: dict[str, str], work: 
     # As Python itself begins where these are pipes.
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
+    # What runs these tests in the background has Ctrl-C ignored, which processes inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(work(*arguments))
