@@ -317,3 +317,9 @@ def test_an_open_carries_what_the_client_asks_for_its_adapter() -> None:
         m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n", ["rank"])  # type: ignore[arg-type]
     with pytest.raises(LocalProtocolError, match="adapter must be nested at most 2 deep"):
         m.Open(bytes(32), bytes(1184), ("aes-256-gcm",), {}, (1, 1), "n", {"a": {"b": {"c": 1}}})
+
+
+@pytest.mark.parametrize("said", [{"type": m.Pause.TYPE, b"a": 1}, {"type": m.Pause.TYPE, b"a": 1, "b": 2}, [1], 5])
+def test_a_message_is_a_map_with_text_keys(said: object) -> None:
+    with pytest.raises(RemoteProtocolError, match="not a map with text keys"):
+        m.decode_control(msgpack.packb(said), from_client=True)
