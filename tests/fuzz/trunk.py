@@ -201,6 +201,7 @@ def trunk(data: bytes) -> None:
     assert not any(left), "something of a session stays when it is gone"
     assert not any(scheduler._kept.values())
     caches = desk.caches
-    assert not any((caches._sessions, caches._expected, loop._batches.decoder._waiting)), "a cache stays when its session is gone"
+    kept = (caches._sessions, caches._accounts, caches._idle, caches._expected, loop._batches.decoder._waiting)
+    assert not any(kept), "a cache stays when its session is gone"
     assert dataclasses.is_dataclass(scheduler)
     assert scheduler.kept_graph_tokens == 0
