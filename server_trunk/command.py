@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -111,6 +112,7 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = None) -> None:
+    from server_trunk.replicas.launch import AGENT
     from server_trunk.server import TrunkServer
     from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
     from splitfl.libraries import quiet_libraries
@@ -121,7 +123,8 @@ def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = 
     first = joined is None or joined.place.is_first
     if first:
         print(f"loading the trunk of {config.model}", file=sys.stderr)
-    started_again = joined is not None and joined.place.restarts > 0
+    # Under a torchrun of the operator's nobody can say whether the group has stood before: each agent counts its own restarts.
+    started_again = joined is not None and (joined.place.restarts > 0 or AGENT not in os.environ)
     resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
     if group is not None:
         resume = group.gather(resume)[0]

@@ -33,6 +33,7 @@ from server_trunk.replicas.group import Group, in_turn
 from server_trunk.replicas.replica import Replica
 from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.rounds import Rounds
+from server_trunk.run_lock import RunLock
 from server_trunk.scheduler import Scheduler
 from server_trunk.sharding.engines import LeadingEngine
 from server_trunk.sharding.group import ShardGroup
@@ -94,6 +95,7 @@ class TrunkServer:
         )
         with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(out) if self._is_first else None
         if self._is_first and not resume:
             self._write_config()
         if config.threads:
@@ -348,6 +350,8 @@ class TrunkServer:
             self._live.stop()
             self._log.write("stopped", why=text)
             self._log.close()
+            if self._lock is not None:
+                self._lock.release()
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
 

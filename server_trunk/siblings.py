@@ -6,9 +6,10 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+
+from server_trunk.plain_values import gather_values
 
 __all__ = ["Siblings"]
 
@@ -27,8 +28,7 @@ class Siblings:
             )
         except OSError:
             near = None
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (near, os.getpid()), group=dist.new_group(backend="gloo"))
+        told = gather_values((near, os.getpid()), dist.new_group(backend="gloo"))
         self._handles: dict[int, int] = {}  # by rank; each stays its own when the process's number is another's
         for rank, (where, number) in enumerate(told):
             if near is not None and where == near:

@@ -51,9 +51,14 @@ class Replicas:
     def config(self) -> RunConfig:
         return build_config({"model": self.model} | self.settings)
 
-    def start(self) -> None:
-        words = [f"{SETTINGS_BY_KEY[key].option}={value}" for key, value in self.settings.items()]
-        command = [sys.executable, "-m", "splitfl.cli", "serve", self.model, *words, *self._flags]
+    @property
+    def words(self) -> list[str]:
+        """The server's command line."""
+        return [self.model, *(f"{SETTINGS_BY_KEY[key].option}={value}" for key, value in self.settings.items()), *self._flags]
+
+    def start(self, *command: str) -> None:
+        """By ``command``, where not by ``splitfl serve``."""
+        command = (sys.executable, "-m", *(command or ("splitfl.cli", "serve")), *self.words)
         self._errors = (self.work / "stderr").open("w")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ENVIRONMENT)
         assert self.process.stdout is not None

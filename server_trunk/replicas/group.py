@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from server_trunk.plain_values import gather_values
 from server_trunk.rendezvous import join_world
 from server_trunk.replicas.place import Place
 from splitfl.errors import ConfigError, SplitflError
@@ -44,15 +45,13 @@ class Group:
         """
         # Ranks of one trunk lay a mesh over the world, which needs what their devices speak.
         backend = "cpu:gloo,cuda:nccl" if ranks > 1 and device is not None and device.type == "cuda" else "gloo"
-        where = {"rank": place.rank, "size": place.size, "restarts": place.restarts}
-        join_world(backend, **where, on_one_machine=place.local_size == place.size, timeout=_PATIENCE)
+        join_world(backend, rank=place.rank, size=place.size, on_one_machine=place.local_size == place.size)
         return cls(place, device, ranks)
 
     def __init__(self, place: Place, device: torch.device | None, ranks: int = 1) -> None:
         self.place = place.among_replicas(ranks)
         self.rank, self.size = self.place.rank, self.place.size
-        where: list[Any] = [None] * place.size
-        dist.all_gather_object(where, (place.machine, str(device)))
+        where = gather_values((place.machine, str(device)))
         # NCCL refuses two ranks on one device, and knows one device of a rank.
         single = device is not None and device.type == "cuda"
         apart = single and len(set(where)) == place.size and dist.is_nccl_available()
@@ -67,30 +66,30 @@ class Group:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: _T) -> list[_T]:
-        """The plain value of every replica, by rank. All must call it; only before the control group carries words."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of every replica, by rank; lists come as tuples.
+
+        All must call it; only before the control group carries words.
+        """
+        return gather_values(value, self.control)
 
     def agree(self, terms: dict[str, Any]) -> None:
         """Raises ConfigError where a replica was started with other terms than rank 0."""
-        first = self.gather(terms)[0]
-        odd = sorted(key for key in terms.keys() | first.keys() if terms.get(key) != first.get(key))
+        said = self.gather(terms)
+        first, own = said[0], said[self.rank]
+        odd = sorted(key for key in own.keys() | first.keys() if own.get(key) != first.get(key))
         if odd:
-            theirs, mine = ({key: each.get(key) for key in odd} for each in (first, terms))
+            theirs, mine = ({key: each.get(key) for key in odd} for each in (first, own))
             raise ConfigError(f"replica {self.rank} was started with {mine}, replica 0 with {theirs}: start all alike")
 
-    def exchange(self, value: _T) -> list[_T]:
+    def exchange(self, value: Any) -> list[Any]:
         """As :meth:`gather`, at any time; from the thread of :meth:`all_reduce_tensors`, in order with it. Raises SplitflError
         where a replica is gone.
         """
-        found: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(found, value, group=self._host)
+            return gather_values(value, self._host)
         except RuntimeError as error:
             raise SplitflError(f"another replica is gone: {str(error).splitlines()[0]}") from error
-        return found
 
     def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors in host memory over all replicas, in place: each ends up equal everywhere, to the bit.

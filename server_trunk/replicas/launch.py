@@ -49,11 +49,15 @@ def launch(config: RunConfig, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from server_trunk.replicas.loopback import LOOPBACK, register_loopback
+
     def mistaken(*_: Any) -> None:
+        signal.signal(MISTAKEN, signal.SIG_IGN)  # each process may say it, and the first word ends them all
         raise _MistakeError
 
     signal.signal(MISTAKEN, mistaken)
-    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(config.restarts)]
+    register_loopback()
+    options = ["--rdzv-backend", LOOPBACK, "--nproc-per-node", str(processes), "--max-restarts", str(config.restarts)]
     asked = torchrun.parse_args([*options, "-m", "server_trunk"])
     # Its parser would take flags of ours for its own: --run for the beginning of --run-path.
     asked.training_script_args = [*arguments, *_ports(config, replicas)]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,7 @@ _FIRST_SPEAKS = 3.0
 #: Seconds that a process may take to its end once another is gone: to tell its clients, where it has any.
 _LAST_WORDS = 30.0
 _GOODBYE = 5.0
+_LOOK = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ def run_process(config: RunConfig, place: Place, work: Callable[[RunConfig, Join
     """Join the other processes, do the ``work`` and end: a group of which one is gone can be left in no other way."""
     code = 1
     joined = None
+    _end_with_agent()
     try:
         config, joined = _joined(config, place)
         work(config, joined)
@@ -99,6 +102,21 @@ def _joined(config: RunConfig, place: Place) -> tuple[RunConfig, Joined]:
     siblings = Siblings()
     watch = Watch(config.silence, functools.partial(_end, siblings, shards is None or shards.leads))
     return config, Joined(place, group, shards, watch, siblings)
+
+
+def _end_with_agent() -> None:
+    """Whoever starts the server again, as torchrun's agent has been killed, is to find its ports and its run free."""
+    if AGENT not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    agent = int(os.environ.get(AGENT, os.getppid()))
+
+    def look() -> None:
+        while os.getppid() == agent:
+            time.sleep(_LOOK)
+        print("splitfl serve: torchrun's agent is gone, so this process ends too", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=look, name="agent", daemon=True).start()
 
 
 def _end(siblings: Siblings, leads: bool, watch: Watch) -> None:

@@ -7,16 +7,18 @@ minutes; and the mesh, over which the model's own collectives run (NCCL between 
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from server_trunk.plain_values import gather_values
 from server_trunk.rendezvous import join_world
 from splitfl.config import RunConfig
 from splitfl.errors import ConfigError, GroupLost
@@ -31,6 +33,8 @@ _VOTE = timedelta(minutes=10)
 # A rank that has failed may be the one which the others wait for, in a collective of the model's.
 _VOTE_OF_FAILED = timedelta(minutes=1)
 
+_T = TypeVar("_T")
+
 
 class ShardGroup:
     """This rank's place among those of one trunk. Every method is called by all of them, in the same order."""
@@ -39,8 +43,7 @@ class ShardGroup:
         """Joins the world (unless it is joined) and makes the ways of all its groups; ``kind``: tensor or fsdp."""
         if not dist.is_initialized():
             together = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-            join_world("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", restarts=restarts, on_one_machine=together)
+            join_world("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", on_one_machine=together)
         replicas = dist.get_world_size() // size
         shape = (replicas, 1, 1, 1, size) if kind == "tensor" else (replicas, 1, 1, size, 1)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", *MESH_AXES))[MESH_AXES]
@@ -112,10 +115,8 @@ class ShardGroup:
         return self._commands
 
     def gather(self, value: Any) -> list[Any]:
-        """The plain value of every rank. Raises GroupLost."""
-        found: list[Any] = [None] * self.size
-        _guarded(lambda: dist.all_gather_object(found, value, group=self._commands))
-        return found
+        """The plain value of every rank; lists come as tuples. Raises GroupLost."""
+        return _guarded(lambda: gather_values(value, self._commands))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; host memory or the device's. Raises GroupLost."""
@@ -131,12 +132,12 @@ class ShardGroup:
             return
         for rank, tensor in enumerate(rows):
             if rank and tensor is not None:
-                _guarded(lambda tensor=tensor, rank=rank: dist.recv(tensor, self._first + rank, group=self.mesh_group))
+                _guarded(functools.partial(dist.recv, tensor, self._first + rank, group=self.mesh_group))
 
 
-def _guarded(work: Any) -> None:
+def _guarded(work: Callable[[], _T]) -> _T:
     try:
-        work()
+        return work()
     except RuntimeError as error:  # gloo's and NCCL's own
         said = str(error).splitlines()[0][:200]
         raise GroupLost(f"another rank of this trunk is gone or does not answer ({said}): start the group again") from error

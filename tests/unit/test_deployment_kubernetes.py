@@ -93,6 +93,17 @@ def test_the_pod_whose_name_comes_first_is_rank_0_whenever_it_starts(launch, tmp
     assert [pod.communicate(timeout=120)[0].strip() for pod in pods] == ["1", "0"]
 
 
+def test_a_pod_in_which_the_replica_starts_anew_is_given_the_time_that_a_new_one_has(pod):
+    (container,) = pod["containers"]
+    start, life = (container[f"{name}Probe"] for name in ("startup", "liveness"))
+    assert life["periodSeconds"] * life["failureThreshold"] >= start["periodSeconds"] * start["failureThreshold"] >= 1800
+
+
+def test_a_pod_that_is_replaced_can_meet_the_others_again(pod):
+    (container,) = pod["containers"]
+    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
+
+
 def test_ports_are_the_same_everywhere(manifests, pod, launch):
     _, config = launch
     control, data, metrics = config.address[1], config.data_port, int(config.metrics.rpartition(":")[2])
