@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from splitfl.parts.identity import model_identity
 
 __all__ = ["EndsKeeper", "Place", "about_ends", "last_session"]
 
+#: The step after which the ends stand that have made none.
+_BEFORE_ALL = -1
+
 #: Other than at the run's checkpoints: of the client's own choice, or where a run broke off.
 _OTHERS = 3
 
@@ -53,6 +57,11 @@ class Place:
     def of(cls, plain: dict[str, Any]) -> Place:
         """As it is now."""
         return cls(plain, torch.get_rng_state(), _random_state())
+
+    def restore(self) -> None:
+        """The random state is as it was."""
+        torch.set_rng_state(self.generator)
+        _set_random_state(self.random)
 
 
 class EndsKeeper:
@@ -82,19 +91,34 @@ class EndsKeeper:
         """The steps there are checkpoints of, ascending."""
         return checkpoint_steps(self.out)
 
+    def save_start(self, place: Place) -> None:
+        """Keep the ends as they are before their first step. Until there are checkpoints enough, a run whose server dies may go
+        back to before all of them.
+        """
+        self._write(self._start, _BEFORE_ALL, place)
+
     def save(self, step: int, place: Place) -> Path:
         """Keep weights and optimizer as they are after the run's step ``step``, and ``place``, atomically."""
         directory = checkpoint_directory(self.out, step)
+        self._write(directory, step, place)
+        # The server may stand one checkpoint behind this one until it has written its own.
+        prune_checkpoints(self.out, self._keep + 1, among=self._due)
+        prune_checkpoints(self.out, _OTHERS, among=lambda each: not self._due(each))
+        if sum(map(self._due, self.held())) > self._keep:
+            shutil.rmtree(self._start, ignore_errors=True)
+        self.newest = directory
+        return directory
+
+    def _write(self, directory: Path, step: int, place: Place) -> None:
         meta = describe_part(self._model, step=step, **self._describe)
         extra: dict[str, Any] = {"generator": place.generator, "random": place.random, "data": place.plain}
         if self._optimizer is not None:
             extra["optimizer"] = self._optimizer.state_dict()
         save_checkpoint(directory, {name: p.detach() for name, p in self._trainables.items()}, meta, extra)
-        # The server may stand one checkpoint behind this one until it has written its own.
-        prune_checkpoints(self.out, self._keep + 1, among=self._due)
-        prune_checkpoints(self.out, _OTHERS, among=lambda each: not self._due(each))
-        self.newest = directory
-        return directory
+
+    @property
+    def _start(self) -> Path:
+        return self.out / "checkpoints" / "start"
 
     def go_back(self, step: int) -> tuple[int, dict[str, Any]]:
         """As :meth:`load_newest` before ``step``, where the run has undone what came later: those checkpoints are renamed, so
@@ -106,15 +130,18 @@ class EndsKeeper:
         return stood, place
 
     def load_newest(self, before: float = math.inf) -> tuple[int, dict[str, Any]]:
-        """The ends are as they were after the newest step (``before`` another) kept whole; returns it and their place.
-        A newer one that is damaged is renamed, so that it is in nobody's way.
+        """The ends are as they were after the newest step (``before`` another) kept whole; returns it and their place. Before
+        another they may also be as they were before their first step: that is -1. A newer one that is damaged is renamed, so that
+        it is in nobody's way.
 
         Raises:
             CheckpointError: there is none, or it is of other ends.
             NotReadable: the newest cannot be read, and is not damaged.
         """
-        for step in sorted((step for step in self.held() if step < before), reverse=True):
-            directory = checkpoint_directory(self.out, step)
+        places = {step: checkpoint_directory(self.out, step) for step in self.held() if step < before}
+        if not math.isinf(before) and self._start.is_dir():
+            places[_BEFORE_ALL] = self._start
+        for step, directory in sorted(places.items(), reverse=True):
             try:
                 tensors, meta, files = load_checkpoint(directory)
                 state = {name: unpack_state(content) for name, content in files.items()}
@@ -142,11 +169,10 @@ class EndsKeeper:
         copy_into(self._trainables, tensors)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generator"])
-        _set_random_state(state["random"])
+        place = Place(state["data"], state["generator"], state["random"])
+        place.restore()
         self.newest = directory
-        place: dict[str, Any] = state["data"]
-        return place
+        return place.plain
 
     # --- the session, for a process that comes after this one -------------------------------------------------------------------
 

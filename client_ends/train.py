@@ -210,6 +210,8 @@ class _Run:
         self.progress.begin(total)
         stream = self._stream()
         self.model.train()
+        if not settings.resume and self.terms["mode"] != "async":
+            self.keeper.save_start(self._place())
         try:
             while True:
                 try:
@@ -361,7 +363,8 @@ class _Run:
         """
         before, place = self.keeper.go_back(step)
         self._stand_at(before, place)
-        self.progress.say(f"note: the run goes on from step {step}; the ends stand after step {before} again")
+        stands = f"stand after step {before} again" if before >= 0 else "are as they were before their first step"
+        self.progress.say(f"note: the run goes on from step {step}; the ends {stands}")
 
     def _stand_at(self, step: int, place: dict[str, Any]) -> None:
         """The ends are as they were after ``step``, and so is all else."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from client_ends.keeping import Place
 from client_ends.objective import Objective, objective_of
+from splitfl.adapters.trainables import copy_into, named_trainables
+from splitfl.checkpoint import load_checkpoint, save_checkpoint, unpack_state
 from splitfl.errors import CheckpointError, ConfigError, RunWentBack, StepMissed
 from splitfl.parts.ends import find_ends
 
@@ -26,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 #: In each of a Trainer's checkpoints: the run, and its step after which the ends stood so.
 _NOTE = "trunk.json"
+
+#: What of a Trainer steps with it.
+_STEPPED = ("optimizer", "lr_scheduler")
 
 #: transformers' schedules and the run's.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
@@ -67,6 +74,8 @@ class _Bound(TrainerCallback):
             )
         self._trainer, self._ends, self._session = trainer, ends, ends.trunk.session
         self._warned = False
+        self._start = Path(trainer.args.output_dir) / "trunk-start"
+        self._first: int | None = None  # the run's step that was the first of this training
         ends._on_missed = self._miss
         self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
 
@@ -81,6 +90,8 @@ class _Bound(TrainerCallback):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._stand_at(resume_from_checkpoint)
+        elif self._session.terms["mode"] != "async":
+            self._keep_start()
         while True:
             try:
                 return train(resume_from_checkpoint or None, *args, **kwargs)
@@ -116,9 +127,15 @@ class _Bound(TrainerCallback):
         self._undo(opened)
         return str(found[opened - 1])
 
-    def _before(self, step: int) -> str:
-        """The checkpoint of the step before ``step``, where the run has gone back to that."""
+    def _before(self, step: int) -> str | None:
+        """The checkpoint of the step before ``step``, where the run has gone back to that; None: begin anew, as all is as it was
+        before this training began.
+        """
         found = self._checkpoints().get(step - 1)
+        if found is None and self._start.is_dir() and step <= (step if self._first is None else self._first):
+            self._undo(step)
+            self._go_to_start()
+            return None
         if found is None:
             raise CheckpointError(
                 f"the run goes on from step {step}, and {self._trainer.args.output_dir} holds no checkpoint of the step before: "
@@ -126,6 +143,28 @@ class _Bound(TrainerCallback):
             )
         self._undo(step)
         return str(found)
+
+    def _keep_start(self) -> None:
+        """A run whose server dies before the first checkpoint begins anew, and so does this client."""
+        place, trainer = Place.of({}), self._trainer
+        extra: dict[str, Any] = {"generator": place.generator, "random": place.random}
+        for name in _STEPPED:
+            if getattr(trainer, name) is not None:  # the user's own, or that of a training before
+                extra[name] = getattr(trainer, name).state_dict()
+        self._first = None
+        save_checkpoint(self._start, {name: p.detach() for name, p in named_trainables(trainer.model).items()}, {}, extra)
+
+    def _go_to_start(self) -> None:
+        tensors, _, files = load_checkpoint(self._start)
+        state, trainer = {name: unpack_state(content) for name, content in files.items()}, self._trainer
+        for name in _STEPPED:
+            if name in state:
+                getattr(trainer, name).load_state_dict(state[name])
+            else:
+                setattr(trainer, name, None)  # it makes another
+        copy_into(named_trainables(trainer.model), tensors)
+        trainer.model.zero_grad()
+        Place({}, state["generator"], state["random"]).restore()
 
     def _undo(self, step: int) -> None:
         """The run makes ``step``, and all that follow it, once more: nobody goes on from what was kept after them."""
@@ -158,12 +197,16 @@ class _Bound(TrainerCallback):
         self._warned = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._first is None:
+            self._first = self._session.step - 1
         if self._session.is_due(self._session.step - 1) and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         note = {"run": self._session.channel.welcome.run, "step": self._session.step - 1}
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _NOTE).write_text(json.dumps(note), encoding="utf-8")
+        if sum(map(self._session.is_due, self._checkpoints())) > 1:  # the run can no longer go back to before all of them
+            shutil.rmtree(self._start, ignore_errors=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._session.leave()

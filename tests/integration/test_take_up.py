@@ -127,7 +127,8 @@ def start_again(world: World) -> None:
     network = MemoryNetwork()
     config = dataclasses.replace(world.server.config)
     transport = MemoryServerTransport(network, world.server.identity)
-    world.server = TrunkServer(config, resume=True, transport=transport, timing=QUICK)
+    resume = bool(checkpoint_steps(config.out_dir))  # as --resume-if-any
+    world.server = TrunkServer(config, resume=resume, transport=transport, timing=QUICK)
     world.network = network
     world.server.start()
 
@@ -168,9 +169,11 @@ def assert_as_undisturbed(world: World, reference: World) -> None:
     assert [step for step, _ in ledger(world)] == list(range(STEPS))
 
 
-@pytest.mark.parametrize(("every", "after"), [(1, 3), (3, 4)])
+@pytest.mark.parametrize(("every", "after"), [(1, 3), (3, 4), (100, 4)])
 def test_a_server_that_is_started_again_goes_on_with_clients_that_waited(tmp_path, text, stories, undisturbed, every, after):
-    """With a checkpoint of every step nothing is made again but the open one; else all go back to the newest that all hold."""
+    """With a checkpoint of every step nothing is made again but the open one; else all go back to the newest that all hold. Where
+    there is none yet, all begin anew.
+    """
     world = make(tmp_path / "run", stories, checkpoint_every=every)
     crash_after(world, after)
     world.server.start()
@@ -181,7 +184,7 @@ def test_a_server_that_is_started_again_goes_on_with_clients_that_waited(tmp_pat
     world.server.stop()
     assert [result.steps for result in results] == [STEPS, STEPS]
     # The log says that the step in which the trunk failed was made; nothing stands for it.
-    first = after if every == 1 else 3
+    first = {1: after, 3: 3, 100: 0}[every]
     assert [event["step"] for event in world.events("step")] == [*range(after + 1), *range(first, STEPS)]
     assert_as_undisturbed(world, undisturbed)
 

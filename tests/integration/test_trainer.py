@@ -245,10 +245,11 @@ def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model
 
 
 @pytest.mark.slow
-def test_the_trainer_goes_back_with_the_run(tmp_path, model):
-    """The server comes back from an older checkpoint than the client can send again from, while it trains."""
+@pytest.mark.parametrize(("every", "first"), [(4, 4), (100, 0)])
+def test_the_trainer_goes_back_with_the_run(tmp_path, model, every, first):
+    """The server comes back from an older checkpoint than the client can send again from, or without one, while it trains."""
     reference = train_whole(model, tmp_path / "whole")
-    world = World(tmp_path, model, 1, checkpoint_every=4, timing=QUICK, **RUN)
+    world = World(tmp_path, model, 1, checkpoint_every=every, timing=QUICK, **RUN)
     with running(world):
         crash_after(world, 6)
         other = threading.Thread(target=lambda: (kill(world), start_again(world)))
@@ -259,7 +260,7 @@ def test_the_trainer_goes_back_with_the_run(tmp_path, model):
         other.join(60)
         split.close()
     assert_same(trainer, reference)
-    assert [event["step"] for event in world.events("step")] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
+    assert [event["step"] for event in world.events("step")] == [*range(7), *range(first, STEPS)]
 
 
 @pytest.mark.slow
