@@ -163,6 +163,21 @@ def bytes_of(model: torch.nn.Module) -> int:
     return sum(local_of(p).untyped_storage().nbytes() for n, p in model.named_parameters() if ".lora_" not in n)
 
 
+class Trained:
+    """Memory of what training adds, the most at any step: gradients as the optimizer takes them, and its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.bytes = 0
+        optimizer.register_step_post_hook(self._look)
+
+    def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        state = [tensor for entry in optimizer.state.values() for tensor in entry.values() if tensor.numel() > 1]
+        storages = [local_of(tensor).untyped_storage() for tensor in (*gradients, *state)]
+        # Several gradients may be views of one buffer.
+        self.bytes = max(self.bytes, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+
 def farthest(mine: dict[Any, Any], theirs: dict[Any, Any]) -> float:
     assert mine.keys() == theirs.keys()
     return max(float((mine[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)) for name in theirs)
@@ -184,11 +199,20 @@ def run_case(values: dict[str, Any]) -> dict[str, Any]:
     held = [0] * group.size
     held[group.rank] = bytes_of(trunk.model)
     bytes_held = group.sum(torch.tensor(held)).tolist()
+    trained = Trained(trunk.engine.training.optimizer)
     if not group.leads:
         _fail_alone(trunk.engine)
         follow(trunk.engine, trunk.model, group)
+        _bytes_trained(trained, group)
         return {}
-    return _compare(trunk, group, bytes_held, build_config(base | {"shard": "none", "shard_size": 1}))
+    return _compare(trunk, group, trained, bytes_held, build_config(base | {"shard": "none", "shard_size": 1}))
+
+
+def _bytes_trained(trained: Trained, group: ShardGroup) -> list[int]:
+    """On every rank: that of each."""
+    own = [0] * group.size
+    own[group.rank] = trained.bytes
+    return group.sum(torch.tensor(own)).tolist()
 
 
 def _fail_alone(engine: Engine) -> None:
@@ -210,7 +234,7 @@ def _fail_alone(engine: Engine) -> None:
     engine.forward, engine.decode = failing_once, failing_at_first  # type: ignore[method-assign]
 
 
-def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any) -> dict[str, Any]:
+def _compare(trunk: Trunk, group: ShardGroup, trained: Trained, bytes_held: list[int], plain: Any) -> dict[str, Any]:
     failed = failing(trunk.engine)
     found, (weights, extra) = worked(trunk.engine)
     written, again_decoded = decoded(trunk.engine) if trunk.cache_obstacle is None else ({}, 0)
@@ -218,7 +242,9 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
     again, extra_again = trunk.engine.state()
     kept = kept_in_shards(trunk.engine) if plain.trainables == "full" else 0.0
     trunk.engine.stop()  # type: ignore[attr-defined]
+    bytes_trained = _bytes_trained(trained, group)
     alone = Trunk(plain, torch.device("cpu"), AdapterBook(plain))
+    trained_alone = Trained(alone.engine.training.optimizer)
     reference, (weights_alone, extra_alone) = worked(alone.engine)
     reference |= decoded(alone.engine)[0] if trunk.cache_obstacle is None else {}
     return {
@@ -235,6 +261,7 @@ def _compare(trunk: Trunk, group: ShardGroup, bytes_held: list[int], plain: Any)
         "resumed": farthest(again, weights) + farthest(moments(extra_again), moments(extra)),
         "kept": kept,
         "bytes": [held / bytes_of(alone.model) for held in bytes_held],
+        "bytes_trained": [each / trained_alone.bytes for each in bytes_trained],
     }
 
 

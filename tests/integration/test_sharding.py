@@ -51,6 +51,15 @@ def assert_equal(found: dict[str, Any]) -> None:
     assert all(0.45 <= share <= 0.56 for share in found["bytes"])
 
 
+def assert_trains_by_halves(row: tuple[str, str, str, str], found: dict[str, Any]) -> None:
+    """Gradients and the optimizer's state lie where the weights do; a LoRA is whole on each rank of a fully sharded trunk."""
+    shares = found["bytes_trained"]
+    if row[2] == "full":
+        assert all(0.45 <= share <= 0.56 for share in shares), shares
+    else:
+        assert all(0.5 < share < 1.0 if row[0] == "tensor" else share == 1.0 for share in shares), shares
+
+
 def check(rows: list[tuple[str, str, str, str]], findings: list[dict[str, Any]]) -> None:
     for row, found in zip(rows, findings, strict=True):
         assert "refused" not in found, (row, found)
@@ -58,6 +67,7 @@ def check(rows: list[tuple[str, str, str, str]], findings: list[dict[str, Any]])
         assert found["cache_obstacle"] is None, row
         try:
             assert_equal(found)
+            assert_trains_by_halves(row, found)
         except AssertionError as error:
             raise AssertionError(f"{row}: {found}") from error
 
