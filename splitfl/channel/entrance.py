@@ -11,6 +11,7 @@ from typing import Any
 from splitfl.channel.admission import Admission
 from splitfl.channel.allowance import Allowance
 from splitfl.channel.handler import Peer, ServerHandler
+from splitfl.channel.leaving import Leaving
 from splitfl.channel.link import Link
 from splitfl.channel.offer import Offer, check_room
 from splitfl.channel.tally import Tally
@@ -31,7 +32,7 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.protocol.records import Opener, Sealer
-from splitfl.transport.base import Endpoint, ServerFrame, ServerTransport
+from splitfl.transport.base import ServerFrame, ServerTransport
 from splitfl.transport.refusals import RefusalLog
 
 __all__ = ["REMOVED", "Entrance"]
@@ -48,8 +49,8 @@ REMOVED = "your key was removed from the server's list"
 
 
 class Entrance:
-    """``refused(who, code, text)`` reports a peer that was turned away; ``cut(endpoint, peer)`` ends a connection.
-    Used on the I/O thread only.
+    """``refused(who, code, text)`` reports a peer that was turned away; ``leaving``: connections that
+    had their session. Used on the I/O thread only.
     """
 
     def __init__(
@@ -61,18 +62,19 @@ class Entrance:
         timing: Timing,
         clock: Callable[[], float],
         refused: Callable[[str, str, str], None],
-        cut: Callable[[Endpoint, bytes], None],
+        leaving: Leaving,
     ) -> None:
         self._transport, self._handler, self._admission = transport, handler, admission
         self._offer, self._timing, self._clock = offer, timing, clock
         self._allowances: dict[str, Allowance] = {}  # by the client's name
-        self._refusals, self._cut = RefusalLog(refused, clock=clock), cut
+        self._refusals, self._leaving = RefusalLog(refused, clock=clock), leaving
 
-    def greet(self, frame: ServerFrame, links: Collection[Link], *, leaving: bool) -> Link | None:
+    def greet(self, frame: ServerFrame, links: Collection[Link]) -> Link | None:
         """A message of a peer without a session: its first, which must be a Hello, else the connection is cut. Its key was on the
-        list when it connected; it must be still. ``leaving``: the connection has had its session, or a no, and is about to be
-        cut; what still comes is only counted.
+        list when it connected; it must be still. Of a connection that has had its session, or a no, messages are only counted.
         """
+        if self._leaving.is_gone(frame.endpoint, frame.peer):
+            return None
         found = self._admission.peer(frame.user, frame.address)
         if found is None:
             return None
@@ -82,6 +84,7 @@ class Entrance:
         if not allowance.control(len(frame.frame)):
             self._turn_out(frame, peer, "more control messages than a client has use for")
             return None
+        leaving = (frame.endpoint, frame.peer) in self._leaving
         if leaving and listed:
             return None
         most = int(peer.limits.get("sessions", SESSIONS)) + _CONNECTIONS_A_KEY
@@ -109,7 +112,7 @@ class Entrance:
         return Link(frame.peer, peer, now, now + _OPENING_SECONDS, Tally(self._timing.overdue), allowance)
 
     def _turn_out(self, frame: ServerFrame, peer: Peer, text: str) -> None:
-        self._cut(frame.endpoint, frame.peer)
+        self._leaving.cut(frame.endpoint, frame.peer)
         # Apart from what is answered: five of those would hide it.
         self._refusals.refused(f"{frame.user}, cut", peer.who, RefusalCode.PROTOCOL, f"{text}: the connection is cut")
 

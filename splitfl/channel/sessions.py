@@ -15,6 +15,7 @@ from typing import Any
 from splitfl.channel.admission import Admission
 from splitfl.channel.entrance import REMOVED, Entrance
 from splitfl.channel.handler import ServerHandler, SessionInfo
+from splitfl.channel.leaving import Leaving
 from splitfl.channel.link import Link, Traffic
 from splitfl.channel.offer import Offer
 from splitfl.channel.timing import Timing
@@ -81,11 +82,8 @@ class Sessions:
         self._links: dict[bytes, Link] = {}  # by control peer
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
-        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._hang_up)
-        # Connections whose session is over, or that were refused one: when they are cut; and those that were, for as long as
-        # something of theirs may be queued.
-        self._leaving: dict[tuple[Endpoint, bytes], float] = {}
-        self._gone: dict[tuple[Endpoint, bytes], float] = {}
+        self._leaving = Leaving(transport.hang_up, linger=timing.linger, remembered=timing.silence, clock=clock)
+        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._leaving)
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -172,17 +170,14 @@ class Sessions:
         else:
             link = self._sessions.get(frame.user)
         if link is None:  # of a session that has ended, or was not to begin
-            self._leave(frame.endpoint, frame.peer)
+            self._leaving.came(frame.endpoint, frame.peer)
             return
         link.heard = self._clock()
         link.traffic.received += len(frame.frame)
         self.guard(link, self._take_control if frame.endpoint is Endpoint.CONTROL else self._take_data, link, frame)
 
     def _greet(self, frame: ServerFrame) -> Link | None:
-        key = frame.endpoint, frame.peer
-        if key in self._gone:
-            return None
-        link = self._entrance.greet(frame, self._links.values(), leaving=key in self._leaving)
+        link = self._entrance.greet(frame, self._links.values())
         if link is not None:
             with self.lock:
                 self._links[frame.peer] = link
@@ -335,21 +330,10 @@ class Sessions:
             self._sessions.pop(link.id, None)
         self.active.pop(link, None)
         if known:
-            self._leave(Endpoint.CONTROL, link.control_peer)
+            self._leaving.add(Endpoint.CONTROL, link.control_peer)
         if known and link.data_peer is not None:
-            self._leave(Endpoint.DATA, link.data_peer)
+            self._leaving.add(Endpoint.DATA, link.data_peer)
         return known
-
-    def _hang_up(self, endpoint: Endpoint, peer: bytes) -> None:
-        self._leaving.pop((endpoint, peer), None)
-        self._gone[endpoint, peer] = self._clock() + self._timing.silence
-        self._transport.hang_up(endpoint, peer)
-
-    def _leave(self, endpoint: Endpoint, peer: bytes) -> None:
-        """This connection is cut, once its client has had time to hear why."""
-        # A peer may choose its routing id, and come again under one that was cut.
-        time_to_hear = 0.0 if (endpoint, peer) in self._gone else self._timing.linger
-        self._leaving.setdefault((endpoint, peer), self._clock() + time_to_hear)
 
     def cut(self, endpoint: Endpoint, peer: bytes | None) -> None:
         """The transport has cut a connection whose peer sent a message without an end; or, None, all of an endpoint because of
@@ -373,10 +357,7 @@ class Sessions:
         """What time brings: heartbeats, silence, handshakes that take too long, keys that were taken off the list."""
         now = self._clock()
         self._admission.expire()
-        for (endpoint, peer), due in list(self._leaving.items()):
-            if now >= due:
-                self._hang_up(endpoint, peer)
-        self._gone = {key: until for key, until in self._gone.items() if now < until}
+        self._leaving.tick()
         edited = self._admission.changed()
         for link in list(self._links.values()):
             self.guard(link, link.tally.check_doubt, now, self._timing.silence)

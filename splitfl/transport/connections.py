@@ -25,7 +25,8 @@ _BYTES_RECEIVED = slice(128, 136)  # tcpi_bytes_received in struct tcp_info, sin
 class Connection:
     """``since``: when it was accepted, monotonic seconds; ``handed_on``: bytes of its frames that ZeroMQ has given out; ``peer``,
     ``user``: their routing id and who the gate said it is, once one has come; ``is_silent``: none has come, and nobody here has
-    cut it.
+    cut it; ``waits_since``: how many messages of all connections had been given out when this one was first seen to hold too much
+    and to get no turn, None where it is not so.
     """
 
     number: int
@@ -38,6 +39,8 @@ class Connection:
     peer: bytes = b""
     user: str = ""
     received: int = 0  # by ZeroMQ, when last looked
+    handed_on_before: int = 0  # when last looked
+    waits_since: int | None = None
 
     @property
     def network(self) -> str:

@@ -27,6 +27,9 @@ from splitfl.transport.zmq_common import BYTES_A_TURN, CURVE_BYTES, FRAMES_A_TUR
 _EVENTS_A_TURN = 512
 # Parts of one message that are passed over before the other sockets are looked at again.
 _PARTS_A_TURN = 4096
+# Messages beyond two of each connection that are given out before one that got none is said to have had no turn: a connection's
+# first frame comes up a moment after it was read.
+_TURNS = 64
 # Forgiven at each look: ZMTP heartbeats of a peer, and their answers, are read from a connection and given out to nobody.
 _FORGIVEN = 16
 _REBIND_SECONDS = 5.0
@@ -72,6 +75,7 @@ class ListeningEndpoint:
         self._refused: dict[str, float] = {}  # by address: when a handshake last ended with a no
         self._blocked: list[str] = []
         self._skipping = self._looked = False
+        self._messages = 0  # given out, over all connections
 
     def bind(self, host: str, port: int, *, patience: float = 0.0) -> None:
         """Listens. ``patience``: seconds that whoever had the port before may take to let go of it. Raises ConfigError."""
@@ -134,6 +138,7 @@ class ListeningEndpoint:
             except zmq.Again:
                 return True
             part: Any = self.socket.recv(copy=False)
+            self._messages += 1
             # A message of several parts is no frame of ours: an empty one stands for it, which ends the session.
             self._skipping = part.more
             body: Buffer = b"" if part.more else part.bytes if self.kind is Endpoint.CONTROL else part.buffer
@@ -248,6 +253,12 @@ class ListeningEndpoint:
     def look(self) -> None:
         """Learns what ZeroMQ has read of each connection, to be held against what it gives out from now on."""
         self._looked = self.connections.look()
+        for each in self.connections:
+            if each.held <= self.bound or each.handed_on != each.handed_on_before:
+                each.waits_since = None
+            elif each.waits_since is None:
+                each.waits_since = self._messages
+            each.handed_on_before = each.handed_on
         self._shut_out()
 
     def flooders(self, *, drained: bool) -> tuple[list[Connection], bool]:
@@ -258,7 +269,7 @@ class ListeningEndpoint:
             return [], False
         self._looked = not drained
         bound = self.bound if drained else self.bound + self._queued
-        found = [each for each in self.connections if each.held > bound]
+        found = [each for each in self.connections if each.held > bound or (not drained and self._has_no_turn(each))]
         for connection in found:
             self._cut(connection)
             connection.handed_on = connection.received
@@ -266,6 +277,14 @@ class ListeningEndpoint:
             for connection in self.connections:
                 connection.handed_on += min(_FORGIVEN, connection.held)
         return found, drained and sum(max(0, each.held - self._frame) for each in self.connections) > self.total
+
+    def _has_no_turn(self, connection: Connection) -> bool:
+        """Whether ZeroMQ holds too much of this connection, and nothing whole: it gives out of each in turn, and whole
+        frames would have been served by now.
+        """
+        if connection.waits_since is None or connection.handed_on != connection.handed_on_before:
+            return False
+        return self._messages - connection.waits_since > 2 * len(self.connections) + _TURNS
 
 
 def _monitor(sock: zmq.Socket[bytes]) -> zmq.Socket[bytes]:

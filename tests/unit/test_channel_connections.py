@@ -183,20 +183,22 @@ def test_a_key_has_so_many_connections_and_no_more(make: Make) -> None:
         each.transport.close(0)
 
 
-def test_who_comes_again_under_a_name_that_was_cut_is_cut_again(make_zmq: Make) -> None:
+def test_who_comes_again_under_a_name_that_was_cut_is_cut_again(make_zmq: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_zmq(timing=LONG)
     control, context = world.transport._control.connections, zmq.Context()
-    for _ in range(3):
+    came, take = [], world.server._sessions.take
+    monkeypatch.setattr(world.server._sessions, "take", lambda frame: (came.append(frame), take(frame)))
+    for times in (1, 2, 3):
         sock = context.socket(zmq.DEALER)
         sock.setsockopt(zmq.ROUTING_ID, b"the same")
         sock.setsockopt(zmq.RECONNECT_IVL, -1)
         curve_client(sock, world.server_identity.public, world.identity)
         sock.connect(f"tcp://127.0.0.1:{world.transport.control_port}")
         sock.send(b"no Hello")
-        wait_until(lambda: any(each.peer for each in control))
-        wait_until(lambda: len(control) == 0)
+        wait_until(lambda times=times: len(came) == times and len(control) == 0)
+        sock.close(0)
     assert len(world.handler.refused) == 1
-    context.destroy(0)
+    context.term()
 
 
 def test_who_says_nothing_is_cut(make_zmq: Make) -> None:
