@@ -21,8 +21,9 @@ _FRAMES: dict[str, Callable[[Passing], bytes]] = {
     "frame duplicated": lambda passing: 2 * passing.frame.raw,
 }
 _LINKS = ("link cut", "link stalled", "slow reader")
-#: A client is killed as often as each of the others happens.
-_KINDS = (*_FRAMES, *_LINKS, "client killed")
+#: A client is killed as often as each of the others happens, and its clock put right or wrong, by up to so many seconds.
+_KINDS = (*_FRAMES, *_LINKS, "client killed", "clock jump")
+_WRONG = 30 * 86400.0
 #: The server ends after these shares of the time, in turn killed and asked to stop.
 _SERVER_ENDS = (0.2, 0.35, 0.5)
 
@@ -75,6 +76,11 @@ class Faults:
             client = self._draw.choice(self._site.apart)
             if self._site.kill(client):
                 self._note(kind, client, now)
+            return
+        if kind == "clock jump":
+            client = self._draw.choice(self._site.apart)
+            self._site.clocks[client].value = self._draw.uniform(-_WRONG, _WRONG)
+            self._note(kind, client, now)
             return
         client = self._draw.choice(list(self._site.relays))
         relay = self._site.relays[client]

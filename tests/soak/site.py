@@ -23,7 +23,7 @@ from splitfl.checkpoint import checkpoint_steps
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import read_identity
 from splitfl.sample import build_sample_model, sample_text
-from tests.faults.processes import Process
+from tests.faults.processes import Process, clock
 from tests.faults.relay import Relay
 from tests.faults.words import flags, serve, write_keys
 from tests.soak.crowd import Orders
@@ -65,6 +65,7 @@ class Site:
         self._ports = free_port(), free_port()
         self.relays = {name: Relay(*self._ports, host=f"127.0.1.{number}") for number, name in enumerate(names, 1)}
         self.apart, self._together = names[:APART], names[APART:]
+        self.clocks = {name: clock() for name in self.apart}  # by how much each is wrong
         self.lives: list[Life] = []
         self.endings: list[dict[str, Any]] = []  # of the clients that are processes of their own
         self.server: Process | None = None
@@ -197,7 +198,7 @@ class Site:
             "timeout": 6,
         }
         resume = ["--resume"] if checkpoint_steps(out) else []
-        return self._start(["train", *flags(words), *resume], name)
+        return self._start(["train", *flags(words), *resume], name, clock=self.clocks[name])
 
     def kill(self, name: str) -> bool:
         """kill -9 a client that is a process of its own; False where it is away."""

@@ -56,8 +56,8 @@ class _Watch:
                 self._look("crowd", self._site.crowd.pid)
 
     def _look(self, who: str, pid: int) -> None:
-        process = self._processes.setdefault(pid, psutil.Process(pid))
         try:
+            process = self._processes.get(pid) or self._processes.setdefault(pid, psutil.Process(pid))
             with process.oneshot():
                 sample = {
                     "rss_mib": round(process.memory_info().rss / 2**20, 2),
