@@ -157,7 +157,8 @@ class ListeningEndpoint:
             return
         if connection is not None:
             connection.half_open = connection.is_silent = False
-            if peer and peer != connection.peer:
+            # Not of one that had this number before, from elsewhere, and is gone: nobody is cut for another.
+            if peer and peer != connection.peer and part.get("Peer-Address") == connection.address:
                 connection.peer, connection.user = peer, str(part.get("User-Id"))
             size = len(part) + self._around
             connection.handed_on += size + (2 if size < 256 else 9)

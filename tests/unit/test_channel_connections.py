@@ -201,6 +201,26 @@ def test_who_comes_again_under_a_name_that_was_cut_is_cut_again(make_zmq: Make, 
     context.term()
 
 
+def test_nobody_is_cut_for_one_from_elsewhere_that_had_its_number(make_zmq: Make) -> None:
+    world = make_zmq(timing=LONG)
+    world.join()
+    control = world.transport._control
+    (ours,) = control.connections
+    peer = ours.peer
+    part: Any = _Part({"__fd": str(ours.number), "Peer-Address": "192.0.2.1", "User-Id": "another"})
+    control._count(part, b"gone")
+    assert (ours.peer, ours.user) == (peer, str(world.identity.public))
+    control._count(_Part({**part, "Peer-Address": ours.address}), b"theirs")
+    assert (ours.peer, ours.user) == (b"theirs", "another")
+
+
+class _Part(dict[str, str]):
+    """A frame without bytes, with what ZeroMQ says of it."""
+
+    def __len__(self) -> int:
+        return 0
+
+
 def test_who_says_nothing_is_cut(make_zmq: Make) -> None:
     world = make_zmq(timing=LONG)
     client = world.join()
