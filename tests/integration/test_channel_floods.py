@@ -140,7 +140,7 @@ def test_a_message_without_an_end_costs_its_sender_the_connection(make: Make, si
     assert any(code == "flood" for _, code, _ in world.handler.refused)
     assert honest.echo(bytes(MIB), 1) == inverted(bytes(MIB)), "nobody else was touched"
     assert not honest.lost
-    assert peak_bytes() - before < 384 * MIB
+    assert peak_bytes() - before < 512 * MIB, "measured: at most 320 for empty parts, 170 for large ones"
 
 
 @linux
