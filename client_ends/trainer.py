@@ -74,7 +74,7 @@ class _Bound(TrainerCallback):
             )
         self._trainer, self._ends, self._session = trainer, ends, ends.trunk.session
         self._warned = False
-        self._start = Path(trainer.args.output_dir) / "trunk-start"
+        self._start = Path(trainer.args.output_dir) / "_trunk-start"  # what begins so is never pushed to the hub
         self._first: int | None = None  # the run's step that was the first of this training
         ends._on_missed = self._miss
         self._session.keep_with(lambda step: None, lambda: sorted(self._checkpoints()))
@@ -90,6 +90,7 @@ class _Bound(TrainerCallback):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._stand_at(resume_from_checkpoint)
+            self._first = 0
         elif self._session.terms["mode"] != "async":
             self._keep_start()
         while True:
@@ -132,7 +133,7 @@ class _Bound(TrainerCallback):
         before this training began.
         """
         found = self._checkpoints().get(step - 1)
-        if found is None and self._start.is_dir() and step <= (step if self._first is None else self._first):
+        if found is None and self._start.is_dir() and (self._first is None or step <= self._first):
             self._undo(step)
             self._go_to_start()
             return None
