@@ -43,9 +43,9 @@ class Killed(Run):
         )
         self.text, self.link = text, Link({near_control: control, near_data: data})
 
-    def serve_again(self) -> None:
+    def serve_again(self, resume: str = "--resume") -> None:
         self.server = splitfl(
-            *("serve", self.model, "--clients", 2, "--run", "test", "--out", self.work / "server", "--device", "cpu", "--resume"),
+            *("serve", self.model, "--clients", 2, "--run", "test", "--out", self.work / "server", "--device", "cpu", resume),
             *("--authorized-clients", self.work / "authorized_clients", "--lr", "1e-3", *self.settings),
         )
 
@@ -105,6 +105,28 @@ def assert_as_undisturbed(work: Path, reference: Path) -> None:
     ]
     assert ledgers[0] == ledgers[1]
     assert [step for step, _ in ledgers[0]] == list(range(STEPS))
+
+
+def test_a_server_that_is_killed_before_its_first_checkpoint_begins_anew_and_its_clients_with_it(
+    tmp_path, stories, text, undisturbed
+):
+    run = Killed(tmp_path / "run", stories, text, "--on-loss", "wait", "--until-done", "--checkpoint-every", 100)
+    try:
+        clients = [run.train(index) for index in range(2)]
+        deadline = time.monotonic() + 120
+        while not any(event["step"] >= 4 for event in run.events("server", "step")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        run.server.kill()
+        run.server.communicate()
+        run.serve_again("--resume-if-any")
+        for client in clients:
+            code, _, err = finish(client, 180)
+            assert code == 0, err
+        assert finish(run.server)[0] == 0
+    finally:
+        run.close()
+    assert_as_undisturbed(run.work, undisturbed)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import load_run_trunk
-from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
 from tests.forks import Forked, splitfl
 from tests.integration.test_commands import finish
 from tests.integration.test_equality import TRUNK, assert_equal, fraction_of, snapshot, story_batches, train_central
@@ -101,7 +103,8 @@ class Killed(Replicas):
         if victim == "client":
             self.clients[index].kill()
             self.clients[index].communicate()
-            self.clients[index] = self.client(index, "--resume")
+            kept = checkpoint_steps(self.work / f"ends{index}")
+            self.clients[index] = self.client(index, *(["--resume"] if kept else []))
         else:
             os.kill(processes(self)[int(victim[-1])], signal.SIGKILL)
 
@@ -184,6 +187,48 @@ def test_a_replica_that_is_killed_while_all_start_again_changes_nothing(tmp_path
     assert_as_undisturbed(run, undisturbed)
 
 
+def losses(run: Killed) -> list[list[float]]:
+    """Of each client, its own steps', each as it was made last."""
+    found = []
+    for client in range(CLIENTS):
+        events = map(json.loads, (run.work / f"ends{client}" / "log.jsonl").read_text().splitlines())
+        found.append(list({event["step"]: event["loss"] for event in events if event["event"] == "step"}.values()))
+    return found
+
+
+def assert_trained_alike(run: Killed, undisturbed: Killed) -> None:
+    """The last losses of each client are those of the undisturbed run, within what they vary there from step to step."""
+    for mine, theirs in zip(losses(run), losses(undisturbed), strict=True):
+        noise = statistics.stdev(theirs[-10:])
+        assert abs(statistics.fmean(mine[-5:]) - statistics.fmean(theirs[-5:])) <= noise, (mine, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(9))
+def test_at_any_moment_anybody_may_die(tmp_path, stories, text, undisturbed, seed):
+    """Between two checkpoints, and (every other seed) before the first. Who goes back together makes the same steps again.
+
+    A client that comes back with older ends, or new ones, has lost what it had learned since; the trunk counts nothing twice.
+    """
+    moments = random.Random(f"any {seed}")
+    victim, index = VICTIMS[seed % 3], moments.randrange(CLIENTS)
+    run = Killed(tmp_path / "run", stories, text, checkpoint_every=6)
+    run.run()
+    try:
+        step = moments.randrange(5) if seed % 2 else moments.randrange(6, STEPS - 5)
+        log = run.out / "log.jsonl"
+        wait_until(lambda: log.exists() and any(event["step"] >= step for event in run.events("step")), 240)
+        time.sleep(moments.uniform(0, 0.2))
+        run.kill(victim, index)
+    finally:
+        run.finish()
+    assert [step for step, _ in ledger_of(run.out)] == list(range(STEPS))
+    assert all(len(given) == CLIENTS for _, given in ledger_of(run.out))
+    if victim != "client":
+        assert_as_undisturbed(run, undisturbed)
+    assert_trained_alike(run, undisturbed)
+
+
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory, stories, text) -> Killed:
     run = Killed(tmp_path_factory.mktemp("apart") / "run", stories, text, sync="4")
@@ -211,3 +256,4 @@ def test_replicas_that_meet_now_and_then_go_on_from_where_they_met(tmp_path, sto
     assert len(run.events("resumed")) == 1
     start = snapshot(load_run_trunk(run.config, torch.device("cpu")))
     assert fraction_of(run.weights(), apart.weights(), start) < 0.5
+    assert_trained_alike(run, apart)
