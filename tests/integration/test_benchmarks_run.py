@@ -86,6 +86,14 @@ def test_rounds():
         assert all(each["loss"] < each["loss_before"] for each in runs.values())
 
 
+def test_sync():
+    found = run("sync")["results"]
+    assert found["step"]["mb_between"] == found["1"]["mb_between"] > 0
+    for every in (4, 16):
+        assert found["1"]["mb_between"] == pytest.approx(every * found[str(every)]["mb_between"], rel=1e-4)
+    assert all(each["loss_least"] <= each["loss"] <= each["loss_most"] < each["loss_before"] for each in found.values())
+
+
 def test_overlap():
     result = run("overlap", "--megabits", "0", "10")
     late, early = (result["by_megabits"]["10"][f"{when}_step_s"] for when in ("late", "early"))
