@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from client_ends.micro import anew
 from client_ends.waiting import Stopwatch
 from splitfl.channel.client import ClientChannel
 from splitfl.errors import SessionLost, SplitflError
@@ -62,7 +63,7 @@ class Linked:
 
     def _check(self) -> None:
         if self._lost is not None:
-            raise self._lost
+            raise anew(self._lost)
 
     def _await_link(self, *, steps: bool = True) -> None:
         """Wait until the link stands, and (``steps``) it is settled where this client stands. The lock is held."""

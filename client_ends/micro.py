@@ -10,7 +10,7 @@ import torch
 from splitfl.errors import CacheLost, SessionLost, SplitflError, StepMissed, UserError
 from splitfl.protocol.messages import Fault, RefusalCode
 
-__all__ = ["Micro", "missed"]
+__all__ = ["Micro", "anew", "missed"]
 
 
 @dataclass(slots=True)
@@ -40,6 +40,17 @@ class Micro:
         if fault.code == RefusalCode.CACHE_FULL:
             return UserError(fault.text)
         return SessionLost(fault.text, fault.code)
+
+
+def anew(error: SplitflError) -> SplitflError:
+    """Another error that says the same, to be raised in place of one that is kept.
+
+    What is raised gets a traceback, whose frames hold the caller's tensors, whose graph holds the session. The garbage collector
+    does not see through a graph: were the session to hold the error too, all of them would stay for good.
+    """
+    fresh = type(error).__new__(type(error), *error.args)
+    fresh.__dict__.update(error.__dict__)
+    return fresh
 
 
 def missed(step: int, why: str = "was late") -> StepMissed:

@@ -10,7 +10,7 @@ from typing import Any
 
 from client_ends.journal import Journal
 from client_ends.linked import Linked
-from client_ends.micro import Micro, missed
+from client_ends.micro import Micro, anew, missed
 from client_ends.rounds import EndsRounds
 from splitfl.errors import (
     LocalProtocolError,
@@ -184,7 +184,7 @@ class Participant(Linked):
         with self._lock:
             away, self._away = self._away, None
             if away is not None:
-                raise away
+                raise anew(away)
             dropped, begun = self._dropped, self._forwards > 0
             if dropped is None:
                 return

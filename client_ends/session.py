@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from client_ends.micro import Micro
+from client_ends.micro import Micro, anew
 from client_ends.reconnecting import Reconnecting
 from splitfl.channel.client import ClientChannel, OnLost
 from splitfl.channel.opening import OpenTerms
@@ -26,6 +26,7 @@ from splitfl.errors import (
     RunComplete,
     RunWentBack,
     SessionLost,
+    SplitflError,
     StepMissed,
     UserError,
 )
@@ -227,16 +228,17 @@ class TrunkSession(Reconnecting):
         return gradient
 
     def _result(self, answer: Future[torch.Tensor]) -> torch.Tensor:
-        try:
-            with self.waits:
-                return answer.result()
-        except (StepMissed, RunWentBack, RunComplete) as error:
+        with self.waits:
+            error = answer.exception()
+        if error is None:
+            return answer.result()
+        if isinstance(error, StepMissed | RunWentBack | RunComplete):
             with self._lock:
                 if error is self._fate:
                     self._away = None
                 else:
                     self._give_up()
-            raise
+        raise anew(error) if isinstance(error, SplitflError) else error
 
     @property
     def has_sent_since_norm(self) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from client_ends.micro import Micro
+from client_ends.micro import Micro, anew, missed
 from client_ends.rounds import EndsRounds
 from client_ends.session import TrunkSession
-from splitfl.errors import RemoteProtocolError
+from splitfl.errors import RemoteProtocolError, RunWentBack, SessionLost, SplitflError, StepMissed
 from splitfl.protocol.messages import AveragePart, Grad, Hidden
 
 
@@ -58,3 +60,26 @@ def test_an_average_goes_to_the_rounds() -> None:
     assert session._allocate(AveragePart(0, 0, 0, 8))[0] is None
     with pytest.raises(RemoteProtocolError):
         session._allocate(AveragePart(0, 0, 0, 8))
+
+
+@pytest.mark.parametrize("error", [missed(5), RunWentBack(2), SessionLost("gone")])
+def test_an_error_that_is_kept_never_gets_a_traceback(error: SplitflError) -> None:
+    """Its frames would hold the caller's loss, whose graph holds the session, and with it the model: for good."""
+    session = session_of(1)
+    session._micros[1].fail(error)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        session.await_hidden(1)
+    session._away = error
+    with pytest.raises(type(error)):
+        session._check_missed()
+    session._lost = error
+    with pytest.raises(type(error)):
+        session._check()
+    assert error.__traceback__ is None
+
+
+def test_an_error_that_is_raised_anew_says_the_same() -> None:
+    for error in (RunWentBack(7), SessionLost("gone", "stale"), StepMissed("late")):
+        again = anew(error)
+        assert again is not error
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
