@@ -254,8 +254,12 @@ class _SplitModel:
         """Hugging Face's hook: what a forward of ``generate()`` is shown. Speculation that goes on from a filled cache would show
         it, at first, all of the text again.
         """
-        positions = kwargs.get("position_ids")
-        is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1]
+        # Of a prompt in chunks it shows, rightly, the next chunk, whose mask and positions go on from the cache.
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None:
+            is_whole = mask.shape[-1] == input_ids.shape[1]
+        else:
+            is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].min()) == 0
         if next_sequence_length is None and past_key_values is not None and is_whole:
             next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
         return super().prepare_inputs_for_generation(  # type: ignore[misc]

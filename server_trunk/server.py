@@ -13,6 +13,7 @@ import functools
 import socket
 import threading
 from collections.abc import Iterator, Set
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ class TrunkServer:
         with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(out) if self._is_first else None
+        self._channel: ServerChannel | None = None
+        self._transport = transport
+        self._channel_options = channel_options
+        try:
+            self._set_up(listed, shards, resume, echo)
+        except BaseException:
+            self._release()
+            raise
+
+    def _set_up(self, listed: str | PathLike[str], shards: ShardGroup | None, resume: bool, echo: Any) -> None:
+        """Load the trunk, and what stands around it."""
+        config, group, out = self.config, self._group, self.config.out_dir
         if self._is_first and not resume:
             self._write_config()
         if config.threads:
@@ -135,15 +148,17 @@ class TrunkServer:
                 self._write_config()  # what cannot go on leaves the run's own as it is
         self._done = threading.Event()
         self._hurried = False
-        self._channel: ServerChannel | None = None
-        self._transport = transport
-        self._channel_options = channel_options
         self.join: JoinString | None = None
 
     @property
     def _is_first(self) -> bool:
         """Whether this process keeps the run: the only one, or rank 0 of the replicas."""
         return self._group is None or self._group.is_first
+
+    def _release(self) -> None:
+        """Let another server have the run."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _write_config(self) -> None:
         out = self.config.out_dir
@@ -318,6 +333,7 @@ class TrunkServer:
         to its end.
         """
         if self._channel is None:
+            self._release()
             return
         replica, whole = self._replica, True
         if replica is not None:
@@ -350,8 +366,7 @@ class TrunkServer:
             self._live.stop()
             self._log.write("stopped", why=text)
             self._log.close()
-            if self._lock is not None:
-                self._lock.release()
+            self._release()
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
 

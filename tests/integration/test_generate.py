@@ -177,6 +177,7 @@ def test_speculation_goes_on_from_a_cache(llama: Any) -> None:
 def test_prompts_come_in_chunks(llama: Any) -> None:
     _, split, whole = llama
     check(split, whole, prompts(), 20, prefill_chunk_size=6)
+    check(split, whole, {"input_ids": prompts()["input_ids"][:1]}, 20, prefill_chunk_size=6)
 
 
 def test_several_answers_to_one_prompt(llama: Any) -> None:

@@ -30,7 +30,8 @@ from tests.world import World, running, side_by_side, tiny_llama
 
 
 def again(world, **changes):
-    """A new server for the run of ``world``, whose own has stopped."""
+    """A new server for the run of ``world``, whose own ends."""
+    world.server.stop()
     network = MemoryNetwork()
     config = dataclasses.replace(world.server.config, **changes)
     server = TrunkServer(config, resume=True, transport=MemoryServerTransport(network, world.server.identity))
