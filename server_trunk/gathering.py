@@ -5,6 +5,9 @@ waits for its end, and then is a batch of its own. So a batch may wait while tha
 here lose ``t`` each, who comes at ``t`` gains ``S - t`` of a batch of ``S`` seconds; that pays while ``t < S / (m + 1)``. When
 each comes is learnt from how long it took before, from its answer to its next token. Nobody waits for a client that is not
 expected by then: one alone, or beside one behind a slow link, is run at once.
+
+Where more are expected within a batch's time than are here, batches follow one another without a pause, and all wait for the
+trunk. Then what counts is how many it serves at a time: it waits for half a batch after each that comes, until half are here.
 """
 
 from __future__ import annotations
@@ -49,13 +52,15 @@ class Gathering:
 
     def until(self, waiting: Collection[str], now: float) -> float:
         """Until when a batch of what these sessions sent should wait, should nobody come: ``-inf`` where it should not."""
-        limit = self._since + self._batch / (len(waiting) + 1)
-        for session, answered in self._answered.items():
-            gap = self._gaps.get(session, math.inf)
+        expected = [
+            answered + self._gaps[session]
+            for session, answered in self._answered.items()
             # Who is late by as much again is about something else.
-            if session not in waiting and answered + gap <= limit and now < answered + 2 * gap:
-                return limit
-        return -math.inf
+            if session not in waiting and session in self._gaps and now < answered + 2 * self._gaps[session]
+        ]
+        crowded = sum(clock <= self._since + self._batch for clock in expected) > len(waiting)
+        limit = self._since + self._batch / (2 if crowded else len(waiting) + 1)
+        return limit if crowded or any(clock <= limit for clock in expected) else -math.inf
 
 
 def _smoothed(before: float | None, newest: float) -> float:

@@ -75,3 +75,13 @@ def test_what_is_expected_follows_what_comes(gathering):
     clock = decode(gathering, "b", 0.080)
     clock = decode(gathering, "b", 0.002, times=24, began=clock)
     assert gathering.until({"a"}, clock) == pytest.approx(clock + BATCH / 2)
+
+
+def test_where_most_are_expected_half_of_them_are_waited_for(gathering):
+    """Batches that follow one another without a pause: what counts is how many each serves."""
+    for session in "bcdefg":
+        decode(gathering, session, 0.009)
+    clock = 4 * 0.009
+    gathering.came("h", clock)
+    assert gathering.until({"a", "h"}, clock) == pytest.approx(clock + BATCH / 2)
+    assert gathering.until({"a", "h", "b", "c", "d", "e"}, clock) == -math.inf
