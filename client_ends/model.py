@@ -248,24 +248,6 @@ class _SplitModel:
         if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"].activate_past_recording()
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any
-    ) -> Any:
-        """Hugging Face's hook: what a forward of ``generate()`` is shown. Speculation that goes on from a filled cache would show
-        it, at first, all of the text again.
-        """
-        # Of a prompt in chunks it shows, rightly, the next chunk, whose mask and positions go on from the cache.
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is not None:
-            is_whole = mask.shape[-1] == input_ids.shape[1]
-        else:
-            is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].min()) == 0
-        if next_sequence_length is None and past_key_values is not None and is_whole:
-            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
-        )
-
     def step(self, then: str = "continue") -> None:
         """End this client's part of the optimizer step. Called for you when an optimizer of the ends steps.
 
@@ -337,6 +319,24 @@ class SplitModelForCausalLM(_SplitModel):
 
     _task = "causal-lm"
     _per_token = True
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's hook: what a forward of ``generate()`` is shown. Speculation that goes on from a filled cache would show
+        it, at first, all of the text again.
+        """
+        # Of a prompt in chunks it shows, rightly, the next chunk, whose mask and positions go on from the cache.
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None:
+            is_whole = mask.shape[-1] == input_ids.shape[1]
+        else:
+            is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] and int(positions[..., 0].min()) == 0
+        if next_sequence_length is None and past_key_values is not None and is_whole:
+            next_sequence_length = input_ids.shape[1] - past_key_values.get_seq_length()
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )
 
 
 class SplitModelForSequenceClassification(_SplitModel):

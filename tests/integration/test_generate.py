@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
+from client_ends import SplitModelForCausalLM, SplitModelForSequenceClassification
 from splitfl.errors import ModelError, UserError
 from tests.divergences import parted
 from tests.families import FAMILIES, VOCABULARY, Family, save_family
@@ -178,6 +179,12 @@ def test_prompts_come_in_chunks(llama: Any) -> None:
     _, split, whole = llama
     check(split, whole, prompts(), 20, prefill_chunk_size=6)
     check(split, whole, {"input_ids": prompts()["input_ids"][:1]}, 20, prefill_chunk_size=6)
+
+
+def test_what_cannot_generate_does_not_look_as_if_it_could() -> None:
+    """Transformers warns of a class that has the hooks and no `generate()`."""
+    assert hasattr(SplitModelForCausalLM, "prepare_inputs_for_generation")
+    assert not hasattr(SplitModelForSequenceClassification, "prepare_inputs_for_generation")
 
 
 def test_several_answers_to_one_prompt(llama: Any) -> None:
