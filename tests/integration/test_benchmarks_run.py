@@ -132,3 +132,12 @@ def test_decode():
     assert result["times_one_client"]["2"] > 0
     assert result["speculation"]["ratio"] > 1, "a round trip was saved for nothing"
     assert result["speculation"]["tokens_a_round_trip"] > 1
+
+
+def test_sst2(data):
+    result = run("sst2", "--data", str(data))
+    (seed,) = result["results"]
+    assert len(seed["shares"]) == 3
+    assert sum(share["rows"] for share in seed["shares"]) == 67349
+    assert abs(seed["split"] - seed["one_process"]) < 2
+    assert result["difference"] == pytest.approx(seed["split"] - seed["one_process"])
