@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers.generation.configuration_utils import GenerationMode
 
 from client_ends.clipping import TrunkGradient, norm_before_clipping
 from client_ends.decoding import SplitCache
@@ -230,11 +231,16 @@ class _SplitModel:
         return SplitCache(config, cut.trunk_range(layout.count), session, self._remote.takes_adapter)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Hugging Face's hook: ``generate()`` asks for the cache it decodes with. Raises ModelError where that is to be of a kind
-        of its own.
+        of its own, or where it wants one and there is none.
         """
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self._remote.session.terms["cache_tokens"]:
+            raise ModelError(
+                "the trunk keeps no key-value caches in this run, and speculation needs one: leave prompt_lookup_num_tokens and "
+                "assistant_model out, or ask the operator for a run with cache_tokens"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             asked = generation_config.cache_implementation
             if asked not in (None, "dynamic", self.generation_config.cache_implementation):  # type: ignore[attr-defined]
@@ -244,7 +250,9 @@ class _SplitModel:
                 )
             model_kwargs["past_key_values"] = self.make_cache()
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
         if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"].activate_past_recording()
 

@@ -78,7 +78,8 @@ def harness_scores(
     manager = None
     if include is not None:  # to look at the thousands that come with the harness takes seconds
         manager = TaskManager(include_path=str(include), include_defaults=False)
-    if manager is None or any(task not in manager.all_tasks for task in tasks):
+    # What is no plain task has members, which may be the harness's own.
+    if manager is None or any(task not in manager.all_subtasks for task in tasks):
         manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

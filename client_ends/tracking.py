@@ -5,6 +5,7 @@ What is sent or written is numbers, and settings that are listed here by name: n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -73,29 +74,32 @@ class Tracking:
         note: Callable[[str], None],
     ) -> None:
         """``names``: as of :func:`trackers_of`. ``out``: where those write that write files. ``is_asked``: one that does not
-        start is a mistake. ``note``: hears in one line of one that is done without.
+        start is a mistake, before the training. ``note``: hears in one line of one that is done without.
         """
         self._names, self._out, self._run, self._settings = list(names), out, run, dict(settings)
-        self._is_asked, self._note = is_asked, note
+        self._must_start, self._note = is_asked, note
         self._open: dict[str, Any] = {}
 
     def begin(self, made: int) -> None:
-        """Open them for a client that has made ``made`` steps: what was told of later ones, by an earlier process or before the
-        run went back, counts no more. Raises ConfigError.
+        """Open them for a client that has made ``made`` steps. What was told of later ones, by an earlier process or before the
+        run went back, TensorBoard hides; W&B and trackio go on behind it in the same record, and others in a new one.
+
+        Raises ConfigError, the first time: one that cannot be opened again amid a training is done without.
         """
         self.end()
-        if not self._names:
-            return
-        identity = self._identity(anew=not made)
+        if not made:
+            with contextlib.suppress(OSError):
+                (self._out / _IDENTITY).unlink()
         for name in list(self._names):
             try:
-                self._open[name] = tracker = self._start(name, made, identity)
+                self._open[name] = tracker = self._start(name, made)
                 if not made:
                     tracker.store_init_configuration(self._settings)
             except Exception as error:  # whatever a library of others raises
-                if self._is_asked:
+                if self._must_start:
                     raise ConfigError(f"--report-to {name}: {_first_line(error)}") from None
                 self._do_without(name, error)
+        self._must_start = False
 
     def log(self, made: int, figures: Mapping[str, float]) -> None:
         """Figures as they are after ``made`` steps. A tracker that fails ends no run: it is done without."""
@@ -118,7 +122,7 @@ class Tracking:
         self._open.pop(name, None)
         self._note(f"{name} tracks no more: {_first_line(error)}")
 
-    def _start(self, name: str, made: int, identity: str) -> Any:
+    def _start(self, name: str, made: int) -> Any:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -131,9 +135,10 @@ class Tracking:
         elif name == "wandb":
             # Neither what is printed nor the command line, with its paths and the join string, leaves this machine.
             private = {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True}
-            tracker = kind(project, name=self._run, id=identity, resume="allow", dir=str(self._out), settings=private)
+            tracker = kind(project, name=self._run, id=self._identity(), resume="allow", dir=str(self._out), settings=private)
         elif name == "trackio":
-            tracker = kind(project, name=f"{self._run}-{identity}", resume="allow" if made else "never", config=self._settings)
+            known_as, resume = f"{self._run}-{self._identity()}", "allow" if made else "never"
+            tracker = kind(project, name=known_as, resume=resume, config=self._settings)
         elif kind.requires_logging_directory:
             tracker = kind(self._run, self._out)
         else:
@@ -141,9 +146,9 @@ class Tracking:
         tracker.start()
         return tracker
 
-    def _identity(self, *, anew: bool) -> str:
+    def _identity(self) -> str:
         file = self._out / _IDENTITY
-        if not anew and file.is_file():
+        if file.is_file():
             return file.read_text(encoding="utf-8").strip()
         identity = secrets.token_hex(4)
         self._out.mkdir(parents=True, exist_ok=True)

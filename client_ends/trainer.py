@@ -206,7 +206,8 @@ class _Bound(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         note = {"run": self._session.channel.welcome.run, "step": self._session.step - 1}
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _NOTE).write_text(json.dumps(note), encoding="utf-8")
-        if sum(map(self._session.is_due, self._checkpoints())) > 1:  # the run can no longer go back to before all of them
+        # The server keeps so many, and may stand one behind: with fewer here the run may yet go back to before all of them.
+        if sum(map(self._session.is_due, self._checkpoints())) > self._session.terms["checkpoint_keep"]:
             shutil.rmtree(self._start, ignore_errors=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

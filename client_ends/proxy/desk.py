@@ -60,7 +60,7 @@ class Desk:
         """Have it written; whoever leaves wants no more of it. Raises ApiError."""
         self.check()
         try:
-            turn = self._turns.queue(order.request.n * order.prompt_tokens)
+            turn = self._turns.queue(order.tokens)
         except Full:
             raise ApiError(429, "as many requests wait as may: ask again soon", code="queue_full") from None
         job = Job(turn)

@@ -42,6 +42,11 @@ class Order:
     def prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    @property
+    def tokens(self) -> int:
+        """What all choices begin with: room for it is had before anything is written."""
+        return self.request.n * self.prompt_tokens
+
 
 class Writer:
     """What all requests share: the model, which ``generate()`` leaves as it is, so that many threads may use it."""
@@ -109,6 +114,7 @@ class Writer:
         rows = Rows(
             self._tokenizer,
             prompts,
+            tokens=order.tokens,
             stops=request.stop,
             ends=self._ends,
             most=order.max_tokens,
@@ -181,7 +187,7 @@ class Writer:
                 if first < end:
                     tokens = prompt[first - pads : end - pads + 1]
                     found[row] += scorer.scores(tokens[:-1], tokens[1:], logits[row, first - begin :])
-            if not on_step(order.prompt_tokens):
+            if not on_step(order.tokens):
                 return None
         return found
 

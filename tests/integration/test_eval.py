@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,24 @@ def test_scores_of_a_trained_classifier_are_those_of_the_whole_model(tmp_path, s
 def test_a_mistake_is_one_sentence(arguments, said, capsys):
     assert main(["eval", "--trunk", "splitfl://x", "--identity", "none", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_group_of_one_s_own_may_have_the_harness_s_tasks(both, tmp_path, monkeypatch):
+    """Here the harness's own are one, in a directory of its own."""
+    import lm_eval.tasks.manager
+
+    split, _, tokenizer = both
+    monkeypatch.chdir(Path(__file__).parents[2])
+    harness, own = tmp_path / "harness", tmp_path / "own"
+    for directory in (harness, own):
+        directory.mkdir()
+        shutil.copy(TASKS / "scoring.py", directory)
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(harness / "manager.py"))
+    (harness / "theirs.yaml").write_text((TASKS / "copa.yaml").read_text().replace("task: splitfl_copa", "task: theirs"))
+    (own / "mine.yaml").write_text((TASKS / "cb.yaml").read_text().replace("task: splitfl_cb", "task: mine"))
+    (own / "all.yaml").write_text("group: all_of_them\ntask:\n  - theirs\n  - mine\n")
+    found = harness_scores(split, tokenizer, ["all_of_them"], batch_size=8, include=own, limit=4)
+    assert {"theirs", "mine"} <= set(found)
 
 
 @pytest.mark.slow  # it looks through all that comes with the harness

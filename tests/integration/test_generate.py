@@ -281,5 +281,8 @@ def test_a_run_that_keeps_none_says_so(path_of: Any, tmp_path: Path) -> None:
         split = world.join_as(0).eval()
         with pytest.raises(ModelError, match="use_cache=False"):
             split.generate(**one_row(), max_new_tokens=2, use_cache=True)
+        for speculation in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": whole_of(path_of("llama"))}):
+            with pytest.raises(ModelError, match="leave prompt_lookup_num_tokens and assistant_model out"):
+                split.generate(**one_row(), max_new_tokens=2, **speculation)
         check(split, whole_of(path_of("llama")), one_row(), 3)
         split.close()

@@ -373,6 +373,23 @@ def test_more_than_there_is_room_for_is_written_in_turns(stories: str, tokenizer
         split.close()
 
 
+def test_room_that_was_had_for_all_choices_is_kept_while_the_prompt_is_scored(
+    served: Served, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, heard = served.desk._turns, []
+    grow = turns.grow
+
+    def hears(turn: Any, tokens: int) -> bool:
+        heard.append((turn.tokens, tokens))
+        return grow(turn, tokens)
+
+    monkeypatch.setattr(turns, "grow", hears)
+    options = {"model": "stories", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 0}
+    served.client().completions.create(**options, n=3)
+    assert heard[0][0] == 3 * len(tokenizer(PROMPT).input_ids)
+    assert all(now >= before for before, now in heard)
+
+
 def test_a_trunk_that_keeps_no_caches(stories: str, tokenizer: Any, tmp_path: Path) -> None:
     with running(World(tmp_path, stories, 1, cache_tokens=0)) as world:
         split = world.join_as(0).eval()

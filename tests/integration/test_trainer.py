@@ -162,7 +162,8 @@ def test_resumed_on_both_sides_is_as_undisturbed(tmp_path, model):
         stopped.train()
         split.close()
     # The client saved when the run did; the server has kept its end too.
-    assert sorted(path.name for path in (tmp_path / "split").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    # Neither has as many checkpoints as the server keeps: the run may yet begin anew.
+    assert sorted(path.name for path in (tmp_path / "split").iterdir()) == ["_trunk-start", "checkpoint-2", "checkpoint-4"]
     with running(again(world)):
         assert world.events("resumed")[-1]["step"] == 4
         split = world.join_as(0)
@@ -245,14 +246,23 @@ def test_a_checkpoint_at_another_step_than_the_trunks_is_refused(tmp_path, model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("every", "first"), [(4, 4), (100, 0)])
-def test_the_trainer_goes_back_with_the_run(tmp_path, model, every, first):
-    """The server comes back from an older checkpoint than the client can send again from, or without one, while it trains."""
+@pytest.mark.parametrize(("every", "lost", "first"), [(4, False, 4), (100, False, 0), (2, True, 0)])
+def test_the_trainer_goes_back_with_the_run(tmp_path, model, every, lost, first):
+    """The server comes back from an older checkpoint than the client can send again from, or without one, while it trains; or
+    has lost all that it kept.
+    """
     reference = train_whole(model, tmp_path / "whole")
     world = World(tmp_path, model, 1, checkpoint_every=every, timing=QUICK, **RUN)
     with running(world):
         crash_after(world, 6)
-        other = threading.Thread(target=lambda: (kill(world), start_again(world)))
+
+        def die() -> None:
+            kill(world)
+            if lost:
+                shutil.rmtree(tmp_path / "server" / "checkpoints")
+            start_again(world)
+
+        other = threading.Thread(target=die)
         other.start()
         split = world.join_as(0, channel_options=transport_of(world))
         trainer = bind_trainer(trainer_of(split, tmp_path / "split", save_strategy="steps", save_steps=500))

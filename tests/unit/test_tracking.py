@@ -104,6 +104,23 @@ def test_one_that_fails_ends_no_run(fake: type[Fake], tmp_path: Path) -> None:
     assert said == ["wandb tracks no more: RuntimeError: no key"]
 
 
+def test_one_that_cannot_be_opened_again_ends_no_run(fake: type[Fake], tmp_path: Path) -> None:
+    """Where the run goes back amid a training."""
+    mine, said = tracking(tmp_path)
+    mine.begin(0)
+    fake.fails = "start"
+    mine.begin(0)
+    mine.log(1, {"train/loss": 2.5})
+    assert said == ["wandb tracks no more: RuntimeError: no key"]
+
+
+def test_a_directory_that_cannot_be_written_is_a_mistake_of_the_tracker(fake: type[Fake], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    mine, _ = tracking(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--report-to wandb: .*exists"):
+        mine.begin(0)
+
+
 def test_what_was_told_of_undone_steps_is_hidden(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tests.events import scalars
