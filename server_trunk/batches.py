@@ -18,6 +18,7 @@ from server_trunk.kvcache import CacheBook
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
+from server_trunk.pieces import is_out_of_memory
 from server_trunk.scheduler import Scheduler
 from server_trunk.stepkeeper import StepKeeper
 from server_trunk.steps import Steps
@@ -97,8 +98,9 @@ class Batches:
 
     @property
     def _decodes(self) -> bool:
+        due = self.decoder.due
         # A batch of training that began now would hold up a token that waits for others.
-        return self.decoder.has_work(hurried=self.are_underway or self._trains)
+        return due is not None and (self.are_underway or due <= time.monotonic() or self._trains)
 
     @property
     def _trains(self) -> bool:
@@ -113,7 +115,8 @@ class Batches:
     def go_on(self) -> None:
         """Answer what has run, and begin the next batch if one may."""
         self._mailer.check()
-        self.decoder.turn(hurried=self.are_underway or self._trains)
+        if self._decodes:
+            self.decoder.turn()
         self.settle(wait=False)
         self._begin()
         self.settle(wait=not self._may_overlap)
@@ -187,8 +190,13 @@ class Batches:
             self._outlet.send(session, reply, self._payload_of(tensor))
 
     def _fail(self, batch: ForwardBatch, error: Exception) -> None:
-        """A batch the trunk cannot run: its members are tried alone, and whoever fails alone loses its session."""
+        """A batch the trunk cannot run, though what decoding keeps was given up where there was no memory: its members are tried
+        alone, and whoever fails alone loses its session.
+        """
         self._engine.discard(batch.number)
+        if is_out_of_memory(error) and self._engine.make_room():
+            self._forward_ran(batch, self._engine.begin_forward(batch), time.monotonic())
+            return
         if len(batch.members) > 1:
             for alone in self._scheduler.split(batch):
                 self._forward_ran(alone, self._engine.begin_forward(alone), time.monotonic())
@@ -228,6 +236,8 @@ class Batches:
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
         self._engine.discard(batch.number)
+        if is_out_of_memory(error):
+            self._engine.make_room()  # for others: what it was to start from is used up
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         for member in batch.members:
             if member.backward is not None:

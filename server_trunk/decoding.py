@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from server_trunk.gathering import Gathering
-from server_trunk.kvcache import CacheBook, CacheFull, Evicted
+from server_trunk.kvcache import CacheBook, CacheFull, Evicted, named
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.pieces import is_out_of_memory
@@ -66,6 +66,10 @@ class Decoding:
     @property
     def segments(self) -> int:
         return len(self.forward.segments)
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.longest > _FEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +119,13 @@ class Decoder:
     def take(self, session: str, client: str, forward: Forward, hidden: Any, now: float) -> None:
         """Raises RemoteProtocolError where it is about a sequence that another forward is about."""
         self._book.expect(session, forward)
-        self._waiting.append(Decoding(session, client, forward, hidden, now))
-        self._gathering.came(session, now)
+        each = Decoding(session, client, forward, hidden, now)
+        self._waiting.append(each)
+        self._gathering.came(session, named(forward), now, is_prompt=each.is_prompt)
 
     def release(self, session: str, numbers: tuple[int, ...]) -> None:
         self._book.release(session, numbers)
+        self._gathering.release(session, numbers)
 
     def forget(self, session: str) -> None:
         """The session is gone, and what waits of it with it."""
@@ -133,21 +139,15 @@ class Decoder:
         ready = [each for each in self._waiting if self._may_run(each)]
         if not ready:
             return None
-        if any(each.left > _FEW for each in ready):
+        if any(each.is_prompt for each in ready):
             return -math.inf
-        return self._gathering.until([each.session for each in ready], time.monotonic())
+        return self._gathering.until(len(ready), time.monotonic())
 
-    def has_work(self, *, hurried: bool = False) -> bool:
-        """Whether a batch can run, and is due or ``hurried``."""
-        due = self.due
-        return due is not None and (hurried or due <= time.monotonic())
-
-    def turn(self, *, hurried: bool = False) -> bool:
-        """Run one batch, if there is work; returns whether one has run."""
-        runs = self._choose() if self.has_work(hurried=hurried) else []
+    def turn(self) -> None:
+        """Run one batch, if one can, due or not."""
+        runs = self._choose()
         if runs:
             self._run(runs)
-        return bool(runs)
 
     # --- what runs --------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Decoder:
             self._waiting.remove(each)
             self._book.done(each.session, each.forward)
             self._outlet.credit(each.session, each.forward.payload_bytes)
-            self._gathering.answered(each.session, time.monotonic())
+            self._gathering.answered(each.session, min(number for number, _ in each.forward.sequences), time.monotonic())
         self._mailer.send(landing, functools.partial(self._leave, runs, done, began, landing))
 
     def _leave(self, runs: list[Run], done: list[Decoding], began: float, landing: Landing) -> None:

@@ -3,8 +3,9 @@
 A batch of a few tokens reads all weights, and takes about as long for one token as for eight. Who comes just after it has begun
 waits for its end, and then is a batch of its own. So a batch may wait while that shortens what all wait together: ``m`` that are
 here lose ``t`` each, who comes at ``t`` gains ``S - t`` of a batch of ``S`` seconds; that pays while ``t < S / (m + 1)``. When
-each comes is learnt from how long it took before, from its answer to its next token. Nobody waits for a client that is not
-expected by then: one alone, or beside one behind a slow link, is run at once.
+each comes is learnt from how long its session took before, from an answer to the next tokens behind it. Nobody waits for what is
+not expected by then: one alone, or beside one behind a slow link, is run at once. A session may decode several at a time, as a
+proxy does, so what is expected goes by sequence too.
 
 Where more are expected within a batch's time than are here, batches follow one another without a pause, and all wait for the
 trunk. Then what counts is how many it serves at a time: it waits for half a batch after each that comes, until half are here.
@@ -13,12 +14,16 @@ trunk. Then what counts is how many it serves at a time: it waits for half a bat
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 
 __all__ = ["Gathering"]
 
 #: How much the newest time weighs in what is expected of the next.
 _NEWEST = 0.25
+#: Seconds after which whoever comes has paused, which says nothing of its next token.
+_PAUSE = 1.0
+#: Answers of one session after which something is expected.
+_MOST = 256
 
 
 class Gathering:
@@ -27,20 +32,28 @@ class Gathering:
     def __init__(self) -> None:
         self._batch = 0.0  # seconds of a batch, as is to be expected
         self._since = -math.inf  # when last one came, or a batch ended
-        self._answered: dict[str, float] = {}  # by session that is expected again
-        self._gaps: dict[str, float] = {}  # by session: seconds from its answer to what it sends next
+        self._answered: dict[str, dict[int, float]] = {}  # by session and sequence: the clock, the oldest first
+        self._gaps: dict[str, float] = {}  # by session: seconds from an answer to what is sent next
 
-    def came(self, session: str, at: float) -> None:
-        """A forward of the session has come."""
+    def came(self, session: str, sequences: Iterable[int], at: float, *, is_prompt: bool = False) -> None:
+        """A forward of the session about these sequences has come. Of a prompt nothing is learnt."""
         self._since = max(self._since, at)
-        answered = self._answered.pop(session, None)
-        if answered is not None:
-            self._gaps[session] = _smoothed(self._gaps.get(session), max(at - answered, 0.0))
+        answers = self._forgotten(session, sequences)
+        gap = max(at - max(answers), 0.0) if answers else math.inf
+        if gap < _PAUSE and not is_prompt:
+            self._gaps[session] = _smoothed(self._gaps.get(session), gap)
 
-    def answered(self, session: str, at: float) -> None:
-        """Its answer is on its way."""
+    def answered(self, session: str, sequence: int, at: float) -> None:
+        """The answer of a forward is on its way; ``sequence``: one of those that it wrote."""
         self._since = max(self._since, at)
-        self._answered[session] = at
+        own = self._answered.setdefault(session, {})
+        own[sequence] = at
+        if len(own) > _MOST:
+            del own[next(iter(own))]
+
+    def release(self, session: str, sequences: Iterable[int]) -> None:
+        """Nothing will come behind these."""
+        self._forgotten(session, sequences)
 
     def took(self, seconds: float) -> None:
         """A batch of next tokens has run. From any thread."""
@@ -50,17 +63,23 @@ class Gathering:
         self._answered.pop(session, None)
         self._gaps.pop(session, None)
 
-    def until(self, waiting: Collection[str], now: float) -> float:
-        """Until when a batch of what these sessions sent should wait, should nobody come: ``-inf`` where it should not."""
+    def until(self, waiting: int, now: float) -> float:
+        """Until when a batch of so many forwards should wait, should none come: ``-inf`` where it should not."""
         expected = [
-            answered + self._gaps[session]
-            for session, answered in self._answered.items()
-            # Who is late by as much again is about something else.
-            if session not in waiting and session in self._gaps and now < answered + 2 * self._gaps[session]
+            answered + gap
+            for session, gap in self._gaps.items()
+            for answered in self._answered.get(session, {}).values()
+            # What is late by as much again is not to come.
+            if now < answered + 2 * gap
         ]
-        crowded = sum(clock <= self._since + self._batch for clock in expected) > len(waiting)
-        limit = self._since + self._batch / (2 if crowded else len(waiting) + 1)
+        crowded = sum(clock <= self._since + self._batch for clock in expected) > waiting
+        limit = self._since + self._batch / (2 if crowded else waiting + 1)
         return limit if crowded or any(clock <= limit for clock in expected) else -math.inf
+
+    def _forgotten(self, session: str, sequences: Iterable[int]) -> list[float]:
+        """The clocks of answers behind which nothing is expected any more."""
+        own = self._answered.get(session, {})
+        return [own.pop(sequence) for sequence in sequences if sequence in own]
 
 
 def _smoothed(before: float | None, newest: float) -> float:

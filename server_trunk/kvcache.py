@@ -17,7 +17,7 @@ from splitfl.parts.cached_attention import KeptSequence, room_for
 from splitfl.protocol.data import NO_PARENT
 from splitfl.protocol.messages import Forward
 
-__all__ = ["CacheBook", "CacheFull", "Evicted"]
+__all__ = ["CacheBook", "CacheFull", "Evicted", "named"]
 
 #: Sequences of a session, and of a client over its sessions: what is kept in mind of each beside its tokens is bounded too.
 MAX_SEQUENCES = 8192
@@ -78,15 +78,15 @@ class CacheBook:
         Raises:
             RemoteProtocolError: it names a sequence that another forward of the session is about.
         """
-        named = _named(forward)
+        about = named(forward)
         expected = self._expected.setdefault(session, set())
-        both = named & expected
+        both = about & expected
         if both:
             raise RemoteProtocolError(f"sequence {min(both)} in two forwards at the same time")
         own = self._sessions.get(session, {})
-        if len(own) + sum(number not in own for number in itertools.chain(named, expected)) > MAX_SEQUENCES:
+        if len(own) + sum(number not in own for number in itertools.chain(about, expected)) > MAX_SEQUENCES:
             raise RemoteProtocolError(f"more than {MAX_SEQUENCES} sequences")
-        expected |= named
+        expected |= about
 
     def begin(self, session: str, client: str, forward: Forward) -> list[KeptSequence] | None:
         """Reserve room; returns what each segment follows, to be written behind. None: there is no room until others are done.
@@ -139,7 +139,7 @@ class CacheBook:
             if held not in self._idle:
                 self._remove(held)
         expected = self._expected.get(session, set())
-        expected -= _named(forward)
+        expected -= named(forward)
         if not expected:
             self._expected.pop(session, None)
 
@@ -238,6 +238,6 @@ def _pairs(forward: Forward) -> Iterable[tuple[tuple[int, int], tuple[int, tuple
     return zip(forward.segments, forward.sequences, strict=True)
 
 
-def _named(forward: Forward) -> set[int]:
+def named(forward: Forward) -> set[int]:
     """The sequences that a forward reads or writes."""
     return {number for number, _ in forward.sequences} | {parent for _, (parent, _) in forward.sequences if parent != NO_PARENT}

@@ -19,6 +19,7 @@ from server_trunk.decoding import Decoding, Run
 from server_trunk.engine import Engine
 from server_trunk.kvcache import CacheBook
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
+from server_trunk.pieces import is_out_of_memory
 from server_trunk.sharding.engines import follow
 from server_trunk.sharding.group import ShardGroup, join_shards
 from server_trunk.sharding.training import whole_optimizer
@@ -85,8 +86,8 @@ def worked(engine: Engine, steps: int = 2) -> tuple[dict[str, torch.Tensor], Any
 
 
 def decoded(engine: Engine) -> tuple[dict[str, torch.Tensor], int]:
-    """What comes out where sequences are gone on from, and how often a batch had to run again; when the second client's run the
-    first one's are gone.
+    """What comes out where sequences are gone on from, and how often a batch had to run again, as a rank was out of memory. When
+    the second client's run the first one's are gone.
     """
     book = CacheBook(1000, 1000, getattr(engine, "new_sequence", KeptSequence))
     found: dict[str, torch.Tensor] = {}
@@ -103,8 +104,8 @@ def decoded(engine: Engine) -> tuple[dict[str, torch.Tensor], int]:
             runs = [Run(each, index, begins[index], *segment, follows[index]) for index, segment in enumerate(segments)]
             try:
                 out = engine.decode(runs)
-            except RuntimeError:
-                failed += 1
+            except RuntimeError as error:
+                failed += is_out_of_memory(error)
                 out = engine.decode(runs)
             for index, y in enumerate(out.tensors):
                 found[f"decoded.{client}.{number}.{index}"] = y
@@ -228,7 +229,7 @@ def _fail_alone(engine: Engine) -> None:
     def failing_at_first(runs: Any) -> Any:
         ran = decode(runs)
         if not next(decoding):
-            raise RuntimeError("no memory for the answer")
+            raise torch.OutOfMemoryError("no memory for the answer")
         return ran
 
     engine.forward, engine.decode = failing_once, failing_at_first  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 All ranks run the same operations in the same order, since their models wait for each other inside them; afterwards each says
 whether it went well. A forward that fails on one has failed on all, and is discarded; anything else that only some have done
 ends the group, as their sums of gradients differ from then on. No rank makes a batch smaller by itself: being out of memory fails
-the batch.
+the batch; a forward then runs again where caches were given up for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from server_trunk.decoding import Run
 from server_trunk.engine import Engine
 from server_trunk.members import BackwardBatch, ForwardBatch
-from server_trunk.pieces import Lanes, Piece
+from server_trunk.pieces import Lanes, Piece, is_out_of_memory
 from server_trunk.sharding.commands import (
     describe_backward,
     describe_decode,
@@ -41,6 +41,9 @@ from splitfl.parts.trunk import find_trunk
 __all__ = ["LeadingEngine", "RankLanes", "follow"]
 
 T = TypeVar("T")
+
+#: How a rank says it went.
+_WELL, _FAILED, _NO_MEMORY = 1, 0, -1
 
 
 class RankLanes(Lanes):
@@ -180,15 +183,15 @@ def _settle(group: ShardGroup, trunk: Any, what: str, own: Exception | None, ato
 
     Raises GroupLost where they can no longer be.
     """
-    votes = group.vote(own is None)
-    if all(votes):
+    votes = group.vote(_WELL if own is None else _NO_MEMORY if is_out_of_memory(own) else _FAILED)
+    if min(votes) == _WELL:
         return None
     forget_run(trunk)  # on those too for whom it went well: what FSDP gathers ahead follows from what it has run
-    failed = [rank for rank, well in enumerate(votes) if not well]
+    failed = next(rank for rank, vote in enumerate(votes) if vote != _WELL)
     said = f" ({type(own).__name__}: {str(own).splitlines()[0][:200]})" if own is not None and str(own) else ""
-    text = f"rank {failed[0]} of this trunk could not run a {what}{said}"
-    if what in ("forward", "decode") or (what == "backward" and atomic and not any(votes)):
-        return own or RuntimeError(text)
+    text = f"rank {failed} of this trunk could not run a {what}{said}"
+    if what in ("forward", "decode") or (what == "backward" and atomic and _WELL not in votes):
+        return own or (torch.OutOfMemoryError if _NO_MEMORY in votes else RuntimeError)(text)
     raise GroupLost(f"{text}: start the group again") from own
 
 

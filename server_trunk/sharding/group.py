@@ -100,14 +100,14 @@ class ShardGroup:
 
     # --- together ---------------------------------------------------------------------------------------------------------------
 
-    def vote(self, well: bool) -> list[bool]:
-        """Whether it went well, for each rank. Raises GroupLost where one does not answer; to a rank that has failed, within a
-        minute.
+    def vote(self, vote: int) -> list[int]:
+        """What each rank says: 1 where it went well, else anything below. Raises GroupLost where one does not answer; to a rank
+        that has failed, within a minute.
         """
         votes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        patience = _VOTE if well else _VOTE_OF_FAILED
-        _guarded(lambda: dist.all_gather(votes, torch.tensor([int(well)]), group=self._votes, async_op=True).wait(patience))
-        return [bool(int(vote)) for vote in votes]
+        patience = _VOTE if vote > 0 else _VOTE_OF_FAILED
+        _guarded(lambda: dist.all_gather(votes, torch.tensor([int(vote)]), group=self._votes, async_op=True).wait(patience))
+        return [int(each) for each in votes]
 
     @property
     def patient(self) -> Any:

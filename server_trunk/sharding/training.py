@@ -121,7 +121,7 @@ class ShardedTraining(SharedTraining):
 
     def sees(self, file: str) -> list[bool]:
         """Whether each rank finds what the leader has put there, and could write beside it."""
-        return self._group.vote(can_write_shards() and Path(file).exists())
+        return [bool(vote) for vote in self._group.vote(can_write_shards() and Path(file).exists())]
 
     def outline(self) -> dict[str, Any]:
         """The optimizer's state without its moments; ``names``: of the parameters, by their numbers there."""

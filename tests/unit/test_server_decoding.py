@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from server_trunk.decoding import CHUNK_TOKENS
+from server_trunk.gradients import GradientSum
 from server_trunk.kvcache import CacheBook
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
 from splitfl.protocol.messages import Fault, Forward, Hidden, Release
-from tests.unit.trunkloop_world import HIDDEN, Desk, Event, forward, honest
+from tests.unit.trunkloop_world import HIDDEN, Desk, Event, backward, forward, honest
 from tests.world import tiny_llama
 
 
@@ -152,15 +153,20 @@ def test_room_passes_from_client_to_client(desk):
     assert 1 in answers(desk, "c")
 
 
-def test_a_forward_that_cannot_run_ends_its_own_session(desk):
+def fails_for(desk: Desk, session: str) -> None:
+    """No batch runs that has anything of it."""
     decode = desk.engine.decode
 
     def failing(runs):
-        if any(run.of.session == "b" for run in runs):
+        if any(run.of.session == session for run in runs):
             raise ValueError("no such kernel")
         return decode(runs)
 
     desk.engine.decode = failing
+
+
+def test_a_forward_that_cannot_run_ends_its_own_session(desk):
+    fails_for(desk, "b")
     for session in "abc":
         put(desk, session, following(0, (0, -1, 0, 3)), rows(3, 0))
     run(desk)
@@ -172,14 +178,7 @@ def test_a_forward_that_cannot_run_ends_its_own_session(desk):
 
 
 def test_of_two_forwards_that_cannot_run_the_first_ends_their_session(desk):
-    decode = desk.engine.decode
-
-    def failing(runs):
-        if any(run.of.session == "b" for run in runs):
-            raise ValueError("no such kernel")
-        return decode(runs)
-
-    desk.engine.decode = failing
+    fails_for(desk, "b")
     for micro in (0, 1):
         put(desk, "b", following(micro, (micro, -1, 0, 3)), rows(3, 0))
     put(desk, "a", following(0, (0, -1, 0, 3)), rows(3, 0))
@@ -205,6 +204,58 @@ def test_a_full_device_drops_what_nobody_is_at_work_on(desk):
     assert torch.allclose(answers(desk, "b")[0], whole(desk, rows(3, 1)), atol=1e-5)
     assert desk.loop._batches.decoder._book.held_by("a") == 0
     assert not desk.outlet.ended
+
+
+@pytest.fixture
+def training(model, tmp_path):
+    """Two clients are in a step; a third may decode."""
+    desk = Desk(model, tmp_path, clients=2, caches=CacheBook(4000, 3000))
+    desk.join("a", "b")
+    desk.run(("c", "open"))
+    return desk
+
+
+def short_of_memory_with_caches(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has no memory for training while anything is kept; no batch is made smaller, as on several ranks."""
+    put(desk, "c", following(0, (0, -1, 0, 3)), rows(3, 0))
+    run(desk)
+    book = desk.loop._batches.decoder._book
+    assert book.held_tokens
+    desk.engine._may_shrink = False
+
+    def full(work):
+        def work_if_there_is_room(*args, **options):
+            if book.held_tokens:
+                raise torch.OutOfMemoryError("full")
+            return work(*args, **options)
+
+        return work_if_there_is_room
+
+    monkeypatch.setattr(desk.engine, "_run", full(desk.engine._run))
+    monkeypatch.setattr(GradientSum, "differentiate", full(GradientSum.differentiate))
+
+
+def test_what_is_kept_makes_room_for_training_where_no_batch_is_made_smaller(training, monkeypatch):
+    short_of_memory_with_caches(training, monkeypatch)
+    training.take(("a", forward(0)), ("b", forward(0)))
+    training.loop._turn()
+    assert [session for session, message, _ in training.outlet.sent] == ["c", "a", "b"]
+    assert len(training.engine._graphs) == 1, "they ran together"
+    training.run(*honest("a"), *honest("b"))
+    assert training.outlet.closed()
+    assert not training.outlet.ended
+
+
+def test_a_backward_without_room_ends_its_session_and_leaves_room_to_others(training, monkeypatch):
+    training.engine._in_place, training.engine.is_atomic = False, True
+    training.run(("a", forward(0)))
+    training.run(("b", forward(0)))
+    short_of_memory_with_caches(training, monkeypatch)
+    training.run(("a", backward(0)))
+    training.run(*honest("b"))
+    assert "full" in training.outlet.ended["a"].text
+    assert list(training.outlet.ended) == ["a"]
+    assert training.outlet.closed()
 
 
 def test_released_and_left(desk):
@@ -246,6 +297,28 @@ def test_who_comes_a_little_later_is_in_the_same_batch(desk):
     put(desk, "c", following(1, (0, 0, 20, 1)), rows(1, 1))
     desk.loop._turn()
     assert desk.batches[-1] == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_a_few_tokens_of_several_rows_are_no_prompt(desk):
+    expect(desk, "a", "b")
+    put(desk, "a", following(1, *((number, 0, 20, 5) for number in range(4))), rows(20, 1))
+    desk.loop._receive()
+    assert not desk.loop._batches.has_work
+    put(desk, "b", following(1, (0, 0, 20, 17)), rows(17, 1))
+    desk.loop._turn()
+    assert {session for session, _ in desk.batches[-1]} == {"a", "b"}
+
+
+def test_a_session_that_decodes_two_is_expected_with_either(desk):
+    put(desk, "a", following(0, (1, -1, 0, 20)), rows(20, 1))
+    run(desk)
+    expect(desk, "a")
+    put(desk, "a", following(1, (1, 1, 20, 1)), rows(1, 1))
+    desk.loop._receive()
+    assert not desk.loop._batches.has_work
+    put(desk, "a", following(2, (0, 0, 20, 1)), rows(1, 1))
+    desk.loop._turn()
+    assert desk.batches[-1] == [("a", 1), ("a", 1)]
 
 
 def test_a_batch_that_waits_for_others_runs_before_training_does(desk):
