@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from client_ends.settings import check_model
 from splitfl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from splitfl.protocol.join import JoinString
 
 __all__ = [
     "add_adapter_arguments",
@@ -16,7 +20,9 @@ __all__ = [
     "add_ends_arguments",
     "add_joining_arguments",
     "add_machine_arguments",
+    "add_using_arguments",
     "check",
+    "check_joining",
     "run",
     "split_columns",
 ]
@@ -71,6 +77,28 @@ def add_joining_arguments(joining: argparse._ArgumentGroup) -> None:
     joining.add_argument(
         "--timeout", type=float, default=10.0, metavar="S", help="seconds that any one answer of the server may take (10)"
     )
+
+
+def check_joining(args: argparse.Namespace) -> JoinString:
+    """What of the flags for joining can be judged before torch is imported, a model hashed or data read; returns the join string.
+
+    Raises:
+        ConfigError, KeyFileError: one sentence with the mend.
+    """
+    from splitfl.protocol.join import JoinString
+    from splitfl.protocol.keys import read_identity
+
+    check_model(args)
+    join = JoinString.parse(args.trunk)
+    read_identity(args.identity)
+    return join
+
+
+def add_using_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a run is joined to use its model, and with whose ends."""
+    joining = parser.add_argument_group("joining")
+    add_joining_arguments(joining)
+    joining.add_argument("--ends", metavar="DIR", help="what splitfl train kept: its --out, or a checkpoint in it")
 
 
 def add_machine_arguments(machine: argparse._ArgumentGroup) -> None:
@@ -148,12 +176,7 @@ def run(args: argparse.Namespace) -> int:
     check(values)
     if not Path(args.data).is_file():
         raise ConfigError(f"--data {args.data}: no such file")
-    from splitfl.protocol.join import JoinString
-    from splitfl.protocol.keys import read_identity
-
-    # Cheap checks first: a typo must not cost the import of torch.
-    join = JoinString.parse(args.trunk)
-    read_identity(args.identity)
+    join = check_joining(args)
 
     from client_ends.progress import Progress
     from client_ends.train import TrainSettings, train

@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client_ends.command import add_data_arguments, add_joining_arguments, add_machine_arguments, split_columns
+from client_ends.command import (
+    add_data_arguments,
+    add_machine_arguments,
+    add_using_arguments,
+    check_joining,
+    split_columns,
+)
 from splitfl.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    joining = parser.add_argument_group("joining")
-    add_joining_arguments(joining)
-    joining.add_argument("--ends", metavar="DIR", help="what splitfl train kept: its --out, or a checkpoint in it")
+    add_using_arguments(parser)
 
     data = parser.add_argument_group("on a file of one's own")
     data.add_argument("--data", metavar="FILE", help="txt, jsonl, csv or tsv; never leaves this machine")
@@ -54,25 +58,19 @@ def _check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    check_joining(args)
     from client_ends.joining import joined
     from client_ends.kept import kept_directory, kept_meta
     from client_ends.train import FACES
-    from splitfl.libraries import quiet_libraries
     from splitfl.parts.ends import find_ends
-    from splitfl.protocol.join import JoinString
-    from splitfl.protocol.keys import read_identity
 
-    JoinString.parse(args.trunk)
-    read_identity(args.identity)
-    quiet_libraries()
-    kept = kept_directory(args.ends) if args.ends else None
     extra: dict[str, Any] = {}
     if args.task == "sequence-classification":
-        args.num_labels, args.label_names = _classes(args, kept_meta(kept) if kept else None)
+        args.num_labels, args.label_names = _classes(args, kept_meta(kept_directory(args.ends)) if args.ends else None)
         extra = {"num_labels": args.num_labels, "seed": 0}
-    with joined(args, FACES[args.task], kept, **extra) as (used, tokenizer):
+    with joined(args, FACES[args.task], **extra) as (used, tokenizer):
         made_anew = sorted(find_ends(used).made_anew)
-        if args.task == "sequence-classification" and kept is None and made_anew:
+        if args.task == "sequence-classification" and not args.ends and made_anew:
             raise ConfigError(f"the model comes without {made_anew[0]}, which nothing has trained: name trained ends with --ends")
         report = _on_tasks(args, used, tokenizer) if args.tasks else _on_data(args, used, tokenizer)
     if args.json:

@@ -7,19 +7,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from client_ends.command import add_joining_arguments, add_machine_arguments
+from client_ends.command import add_machine_arguments, add_using_arguments, check_joining
 from splitfl.errors import ConfigError
 
-__all__ = ["add_arguments", "check", "run", "using"]
+__all__ = ["add_arguments", "check", "options", "run", "using"]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, prompt: bool = True) -> None:
     """``prompt``: with the text to go on from as an argument."""
     if prompt:
         parser.add_argument("prompt", nargs="?", metavar="TEXT", help="what to go on from (default: what comes in)")
-    joining = parser.add_argument_group("joining")
-    add_joining_arguments(joining)
-    joining.add_argument("--ends", metavar="DIR", help="what splitfl train kept: its --out, or a checkpoint in it")
+    add_using_arguments(parser)
 
     writing = parser.add_argument_group("writing")
     writing.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer (256)")
@@ -34,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, prompt: bool = True) -> No
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError."""
+    """Raises ConfigError, KeyFileError."""
     least = {"max_new_tokens": 1, "temperature": 0, "top_k": 1, "lookup": 0, "seed": 0}
     for name, low in least.items():
         if getattr(args, name) < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}")
     if not 0 < args.top_p <= 1:
         raise ConfigError("--top-p must lie in (0, 1]")
+    check_joining(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,14 +59,11 @@ def using(args: argparse.Namespace, work: Callable[[Any, Any], None], needs_cach
     import torch
 
     from client_ends.joining import joined
-    from client_ends.kept import kept_directory
     from client_ends.model import SplitModelForCausalLM
-    from splitfl.libraries import quiet_libraries
     from splitfl.parts.ends import find_ends
 
-    quiet_libraries()
     torch.manual_seed(args.seed)
-    with joined(args, SplitModelForCausalLM, kept_directory(args.ends) if args.ends else None) as (model, tokenizer):
+    with joined(args, SplitModelForCausalLM) as (model, tokenizer):
         ends: Any = find_ends(model)
         if needs_cache and not ends.trunk.session.terms["cache_tokens"]:
             raise ConfigError(f"the trunk keeps no key-value caches in this run, and {needs_cache}, or ask the operator for some")

@@ -15,7 +15,7 @@ from splitfl.adapters import Trainables, attach_lora, set_trainable
 from splitfl.config import LoraSettings
 from splitfl.errors import ConfigError, ModelError
 
-__all__ = ["TRAINED", "check_model", "load_tokenizer", "model_of", "name_classes", "prepare_ends", "read_data", "unnamed"]
+__all__ = ["TRAINED", "load_tokenizer", "model_of", "name_classes", "prepare_ends", "read_data", "unnamed"]
 
 #: How a client has its ends train: what their checkpoints call it.
 TRAINED: dict[str, Trainables] = {"lora": "lora", "full": "full", "frozen": "none"}
@@ -49,12 +49,6 @@ def prepare_ends(model: Any, ends: str, lora: LoraSettings, *, seed: int) -> Any
         raise ConfigError(f"the ends can be trained as lora or full, or be frozen, not {ends!r}")
     set_trainable(model, TRAINED[ends])
     return model
-
-
-def check_model(settings: TrainSettings | argparse.Namespace) -> None:
-    """Raises ConfigError for the revision of a model that is not named."""
-    if settings.revision and settings.model is None:
-        raise ConfigError("--revision is of the model that --model names: give both, or neither for what the run names")
 
 
 def model_of(settings: TrainSettings | argparse.Namespace, terms: Mapping[str, Any]) -> tuple[str, str | None]:

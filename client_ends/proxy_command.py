@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client_ends.command import add_joining_arguments, add_machine_arguments
+from client_ends.command import add_machine_arguments, add_using_arguments, check_joining
 from splitfl.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -20,9 +20,7 @@ _MOST_PARALLEL = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    joining = parser.add_argument_group("joining")
-    add_joining_arguments(joining)
-    joining.add_argument("--ends", metavar="DIR", help="what splitfl train kept: its --out, or a checkpoint in it")
+    add_using_arguments(parser)
 
     endpoint = parser.add_argument_group("endpoint")
     endpoint.add_argument(
@@ -64,13 +62,24 @@ def _check(args: argparse.Namespace) -> None:
     for name, high in (("parallel", _MOST_PARALLEL), ("port", 65535)):
         if getattr(args, name) > high:
             raise ConfigError(f"--{name} must be at most {high}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise ConfigError(f"--chat-template {args.chat_template}: no such file")
+
+
+def _template(path: str | None) -> str | None:
+    """The chat template that is to be used in place of the tokenizer's own. Raises ConfigError."""
+    if not path:
+        return None
+    if not Path(path).is_file():
+        raise ConfigError(f"--chat-template {path}: no such file")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read ({error}): give a text file in UTF-8") from None
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    key = _key(args)
+    key, template = _key(args), _template(args.chat_template)
+    check_joining(args)
     try:
         import aiohttp  # noqa: F401
     except ImportError:
@@ -80,27 +89,24 @@ def run(args: argparse.Namespace) -> int:
     # The address is had before the model is loaded: a port that is taken must not cost minutes.
     bound = listen(args.host, args.port, has_key=key is not None)
     try:
-        _serve(args, bound, key)
+        _serve(args, bound, key, template)
     finally:
         bound.close()
     return 0
 
 
-def _serve(args: argparse.Namespace, bound: Any, key: str | None) -> None:
+def _serve(args: argparse.Namespace, bound: Any, key: str | None, template: str | None) -> None:
     import asyncio
 
     from client_ends.joining import joined
-    from client_ends.kept import kept_directory
     from client_ends.model import SplitModelForCausalLM
     from client_ends.proxy.door import Door, is_loopback
     from client_ends.proxy.endpoint import build
     from client_ends.proxy.serving import serve, url_of
-    from splitfl.libraries import quiet_libraries
 
-    quiet_libraries()
-    with joined(args, SplitModelForCausalLM, kept_directory(args.ends) if args.ends else None) as (model, tokenizer):
-        if args.chat_template:
-            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+    with joined(args, SplitModelForCausalLM) as (model, tokenizer):
+        if template:
+            tokenizer.chat_template = template
         session = model.trunk.session
         name = args.name or args.model or session.terms["model"]
         door = Door(key, local=is_loopback(str(bound.getsockname()[0])))

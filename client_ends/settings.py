@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TrainResult", "TrainSettings"]
+from splitfl.errors import ConfigError
+
+__all__ = ["TrainResult", "TrainSettings", "check_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,12 @@ class TrainSettings:
         names = ("rank", "alpha", "learning_rate", "weight_decay")
         asked = {name: getattr(self, f"adapter_{name}") for name in names}
         return {name: value for name, value in asked.items() if value is not None}
+
+
+def check_model(settings: TrainSettings | argparse.Namespace) -> None:
+    """Raises ConfigError for the revision of a model that is not named."""
+    if settings.revision and settings.model is None:
+        raise ConfigError("--revision is of the model that --model names: give both, or neither for what the run names")
 
 
 @dataclass(frozen=True, slots=True)

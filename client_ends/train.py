@@ -17,12 +17,13 @@ import torch
 from client_ends.clipping import clip
 from client_ends.data import Batches, TokenizedDataset, pad_token
 from client_ends.evaluation import evaluate
+from client_ends.joining import join
 from client_ends.keeping import EndsKeeper, Place, about_ends, last_session
 from client_ends.model import SplitModelForCausalLM, SplitModelForSequenceClassification
-from client_ends.preparing import check_model, load_tokenizer, model_of, name_classes, prepare_ends, read_data
+from client_ends.preparing import load_tokenizer, model_of, name_classes, prepare_ends, read_data
 from client_ends.progress import Progress
 from client_ends.reporting import Reporter
-from client_ends.settings import TrainResult, TrainSettings
+from client_ends.settings import TrainResult, TrainSettings, check_model
 from client_ends.tracking import Tracking, settings_to_track, trackers_of
 from splitfl.adapters import named_trainables
 from splitfl.checkpoint import checkpoint_directory, checkpoint_steps
@@ -64,8 +65,6 @@ def train(
     check_model(settings)
     if settings.resume and not (settings.out and checkpoint_steps(settings.out)):
         raise ConfigError(f"{settings.out or 'no directory'} holds no ends to go on from: leave --resume out")
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     trackers = trackers_of(settings.report_to)
     log = log or RunLog(None, echo=None)
     progress = progress or Progress(quiet=True)
@@ -80,20 +79,11 @@ def train(
         labels = settings.num_labels or (data[0].num_labels if data else len(settings.label_names or ())) or 2
         settings = dataclasses.replace(settings, num_labels=labels)
         extra = {"num_labels": labels, "seed": settings.seed}
-    model = FACES[settings.task].from_pretrained(
-        settings.model,
-        settings.trunk,
-        settings.identity,
-        cut=settings.cut,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        device=settings.device,
-        attn=settings.attn,
-        trust_remote_code=settings.trust_remote_code,
+    model = join(
+        FACES[settings.task],
+        settings,
         adapter=settings.adapter,
         micro_batches=settings.micro_batches,
-        timeout=settings.timeout,
-        reconnect=settings.reconnect,
         replaces=last_session(Path(settings.out)) if settings.resume else "",
         channel_options=channel_options,
         **extra,
@@ -170,7 +160,7 @@ class _Run:
             self.model,
             self.trainables,
             self.optimizer,
-            about_ends(settings, self.terms, self.session.channel.welcome.run, self.lora),
+            about_ends(settings, self.terms, run, self.lora),
             keep=self.terms["checkpoint_keep"],
             due=self.session.is_due,
             on_damage=functools.partial(self._note, "checkpoint-damaged"),

@@ -200,6 +200,21 @@ def test_help_does_not_wait_for_torch(words):
     assert "usage: splitfl" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "--data", __file__], ["eval", "--data", __file__], ["generate", "x"], ["chat"], ["proxy"]]
+)
+def test_a_join_string_that_is_none_costs_no_import_of_torch(words):
+    words = [*words, "--trunk", "splitfl:/x", "--identity", "none", "--model", "none"]
+    script = (
+        "import sys\nfrom splitfl.cli import main\n"
+        f"code = main({words!r})\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules or code != 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert "a join string begins with splitfl://" in done.stderr
+    assert done.returncode == 0, "torch was imported"
+
+
 def test_every_command_has_its_module():
     import importlib
 

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_ends.scoring import harness_scores
 from splitfl.cli import main
+from splitfl.protocol.join import JoinString
+from splitfl.protocol.keys import write_identity
 from tests.faults.stage import wait_until
 from tests.integration.test_commands import ENVIRONMENT, Run, finish
 from tests.integration.test_kills import Killed, short_text
@@ -165,6 +167,13 @@ def test_the_harness_finds_the_same_numbers_through_it(
     json.dumps(found["results"], default=str)
 
 
+@pytest.fixture
+def joining(tmp_path: Path) -> list[str]:
+    """Flags that can be read, and lead nowhere."""
+    join = JoinString(write_identity(tmp_path / "client.key").public, "127.0.0.1", 9)
+    return ["--trunk", str(join), "--identity", str(tmp_path / "client.key")]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -174,24 +183,33 @@ def test_the_harness_finds_the_same_numbers_through_it(
         (("--parallel", "0"), "--parallel must be at least 1"),
         (("--api-key", ""), "a key is letters"),
         (("--chat-template", "nowhere"), "no such file"),
+        (("--chat-template", "latin1"), "give a text file in UTF-8"),
     ],
 )
-def test_a_mistake_is_one_sentence(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["proxy", "--trunk", "splitfl://x", "--identity", "none", "--port", "0", *words]) == 2
+def test_a_mistake_is_one_sentence(
+    words: tuple[str, ...],
+    says: str,
+    joining: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1").write_bytes(b"\xe9t\xe9")
+    assert main(["proxy", *joining, "--port", "0", *words]) == 2
     err = capsys.readouterr().err
     assert says in err
     assert len(err.strip().splitlines()) == 1
 
 
 def test_a_port_that_is_taken_and_a_package_that_is_missing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    joining: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import socket
 
-    joining = ["proxy", "--trunk", "splitfl://x", "--identity", "none"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main([*joining, "--port", str(taken.getsockname()[1])]) == 2
+        assert main(["proxy", *joining, "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen at" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    assert main(joining) == 2
+    assert main(["proxy", *joining]) == 2
     assert "pip install 'splitfl[proxy]'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from client_ends.joining import joined
+from client_ends.command import check_joining
 from client_ends.preparing import model_of
 from client_ends.train import TrainSettings, train
 from splitfl.errors import ConfigError
@@ -24,7 +24,7 @@ def test_the_runs_model_comes_with_the_runs_revision(model, revision, held):
     "use",
     [
         lambda: train(TrainSettings(trunk="", identity="", data="", revision="v1")),
-        lambda: joined(Namespace(model=None, revision="v1"), None).__enter__(),
+        lambda: check_joining(Namespace(model=None, revision="v1")),
     ],
 )
 def test_a_revision_of_no_model_is_refused(use):
