@@ -78,7 +78,7 @@ class Allowance:
     def control(self, size: int) -> bool:
         """A control message of ``size`` bytes has come; False where this client has sent more of them than it may."""
         self._control.take(1 + size / _CONTROL_BYTES)
-        return self._control.wait() == 0
+        return self._control.overdrawn <= 0
 
     def begun(self, payload_bytes: int, tokens: int, items: int = 0) -> None:
         """A data message has begun, with so many ``items`` in its metadata."""
@@ -91,7 +91,8 @@ class Allowance:
     @property
     def flooded(self) -> bool:
         """Whether this client sends so many small messages that it is to be ended."""
-        return self._small.overdrawn > _SMALL_AHEAD
+        # Large messages take nothing of it, so it may have been refilled since it was last taken from.
+        return self._small.overdrawn > _SMALL_AHEAD and self._small.wait() > _SMALL_AHEAD
 
     def wait(self) -> float:
         """Seconds until this client may have more credit."""

@@ -15,8 +15,8 @@ from splitfl.protocol.records import Opener, Sealer
 from splitfl.protocol.schedule import TrafficSecrets
 from splitfl.transport.base import ClientTransport
 
-# Records, and their bytes, sealed and handed over before the connections are read again.
-_RECORDS_A_TURN, _BYTES_A_TURN = 16, 2 * 2**20
+# Frames, and their bytes, sealed and handed over before the connections are read again.
+_FRAMES_A_TURN, _BYTES_A_TURN = 16, 2 * 2**20
 
 
 class DataPath:
@@ -45,7 +45,7 @@ class DataPath:
             allocate=allocate,
             admit=admit,
         )
-        self.stuck: Buffer | None = None  # a sealed record the link had no room for
+        self.stuck: Buffer | None = None  # a sealed frame the link had no room for
         self.records_sent = 0
         self.bytes_sent = 0  # of frames
 
@@ -66,9 +66,9 @@ class DataPath:
         return self._inbox.receive(frame)
 
     def pump(self, transport: ClientTransport) -> bool:
-        """Seals and sends a few records; True when there is more to do at once."""
+        """Seals and sends a few frames; True when there is more to do at once."""
         enough = self.bytes_sent + _BYTES_A_TURN
-        for _ in range(_RECORDS_A_TURN):
+        for _ in range(_FRAMES_A_TURN):
             if self.bytes_sent >= enough:
                 return True
             frame = self.stuck if self.stuck is not None else self._outbox.next_frame()

@@ -49,9 +49,7 @@ REMOVED = "your key was removed from the server's list"
 
 
 class Entrance:
-    """``refused(who, code, text)`` reports a peer that was turned away; ``leaving``: connections that
-    had their session. Used on the I/O thread only.
-    """
+    """``refusals``: who was turned away, by key; ``leaving``: connections that had their session. Used on the I/O thread only."""
 
     def __init__(
         self,
@@ -61,13 +59,13 @@ class Entrance:
         offer: Offer,
         timing: Timing,
         clock: Callable[[], float],
-        refused: Callable[[str, str, str], None],
+        refusals: RefusalLog,
         leaving: Leaving,
     ) -> None:
         self._transport, self._handler, self._admission = transport, handler, admission
         self._offer, self._timing, self._clock = offer, timing, clock
-        self._allowances: dict[str, Allowance] = {}  # by the client's name
-        self._refusals, self._leaving = RefusalLog(refused, clock=clock), leaving
+        self._allowances: dict[str, Allowance] = {}  # by the client's key
+        self._refusals, self._leaving = refusals, leaving
 
     def greet(self, frame: ServerFrame, links: Collection[Link]) -> Link | None:
         """A message of a peer without a session: its first, which must be a Hello, else the connection is cut. Its key was on the
@@ -75,20 +73,22 @@ class Entrance:
         """
         if self._leaving.is_gone(frame.endpoint, frame.peer):
             return None
+        # Charged before the list is asked for: whoever floods is to cost as little as can be.
+        allowance = self._allowances.get(frame.user)
+        if allowance is None:
+            allowance = self._allowances[frame.user] = Allowance({}, self._clock)
+        floods = not allowance.control(len(frame.frame))
+        if not floods and (frame.endpoint, frame.peer) in self._leaving:
+            return None
         found = self._admission.peer(frame.user, frame.address)
         if found is None:
             return None
         peer, listed = found
-        name = peer.name if listed else frame.user
-        allowance = self._allowances[name] = self._allowances.get(name) or Allowance(peer.limits, self._clock)
-        if not allowance.control(len(frame.frame)):
+        if floods:
             self._turn_out(frame, peer, "more control messages than a client has use for")
             return None
-        leaving = (frame.endpoint, frame.peer) in self._leaving
-        if leaving and listed:
-            return None
         most = int(peer.limits.get("sessions", SESSIONS)) + _CONNECTIONS_A_KEY
-        if not leaving and self._transport.connected(frame.user) > most:
+        if self._transport.connected(frame.user) > most:
             self._turn_out(frame, peer, "more connections than a client has use for")
             return None
         try:

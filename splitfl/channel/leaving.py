@@ -32,7 +32,8 @@ class Leaving:
         self._gone: dict[tuple[Endpoint, bytes], float] = {}
 
     def __contains__(self, connection: tuple[Endpoint, bytes]) -> bool:
-        return connection in self._due or connection in self._gone
+        """Whether it is to go and still stands."""
+        return connection in self._due
 
     def is_gone(self, endpoint: Endpoint, peer: bytes) -> bool:
         """Whether it was cut."""

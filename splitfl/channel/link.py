@@ -51,5 +51,5 @@ class Link:
     attached: bool = False
     left: bool = False  # the client has said Leave: it does not mean to come again
     goodbye: int | None = None  # the records that the client says it has sent, once it has said Bye
-    moved: float = 0.0  # when a record last left, or there was none to send
-    stuck: Buffer | None = None  # a sealed record the peer's pipe had no room for
+    moved: float = 0.0  # when a frame last left, or there was none to send
+    stuck: Buffer | None = None  # a sealed frame the peer's pipe had no room for

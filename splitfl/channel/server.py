@@ -27,7 +27,7 @@ from splitfl.transport.base import Sent, ServerTransport
 _log = logging.getLogger(__name__)
 
 TICKET_SECONDS = 15
-_RECORDS_A_TURN = 4
+_FRAMES_A_TURN = 4
 # A peer whose pipe is full cannot be polled for: look again after this long, seconds. Its pipe holds several times what
 # can leave in that time.
 _FULL_RETRY = 0.001
@@ -201,7 +201,7 @@ class ServerChannel:
         assert link.outbox is not None
         assert link.data_peer is not None
         self._sessions.give_credit(link)
-        for _ in range(_RECORDS_A_TURN):
+        for _ in range(_FRAMES_A_TURN):
             frame = link.stuck or link.outbox.next_frame()
             link.stuck = None
             if frame is None:

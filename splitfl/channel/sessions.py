@@ -43,6 +43,7 @@ from splitfl.protocol.messages import (
 from splitfl.protocol.messages import Refused as RefusedMessage
 from splitfl.transport import wording
 from splitfl.transport.base import Endpoint, Sent, ServerFrame, ServerTransport
+from splitfl.transport.refusals import RefusalLog
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class Sessions:
         self._sessions: dict[str, Link] = {}  # by session id, from Opened on
         self._traffic: dict[str, Traffic] = {}  # by the client's name
         self._leaving = Leaving(transport.hang_up, linger=timing.linger, remembered=timing.silence, clock=clock)
-        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self.refusal, self._leaving)
+        self._refusals = RefusalLog(self.refusal, clock=clock)
+        self._entrance = Entrance(transport, handler, admission, offer, timing, clock, self._refusals, self._leaving)
         # Those that may have something to send, in the order of their turns: of hundreds, few have at a time.
         self.active: dict[Link, None] = {}
 
@@ -148,7 +150,6 @@ class Sessions:
     def give_credit(self, link: Link) -> float:
         """Gives back what the handler's owner has given, once the replies to this client do not pile up and it has not sent more
         than it may. Returns the seconds until the latter.
-
         """
         if link.outbox is None or link.account is None or not is_due(link) or link.outbox.pending > link.account.window:
             return 0.0
@@ -188,7 +189,8 @@ class Sessions:
         if frame.user != str(link.peer.public_key):
             raise RemoteProtocolError("the peer behind this session changed")
         link.tally.heard += 1
-        if not link.allowance.control(len(frame.frame)):
+        # Its Hello was charged when it was let in.
+        if link.hello is not None and not link.allowance.control(len(frame.frame)):
             raise RemoteProtocolError("more control messages than a client has use for")
         try:
             with self.lock:
@@ -303,7 +305,7 @@ class Sessions:
             return
         self.deliver(link, encode(RefusedMessage(code, text)))
         if self._forget(link):
-            self.refusal(link.peer.who, code, text)
+            self._refusals.refused(str(link.peer.public_key), link.peer.who, code, text)
 
     def end(self, link: Link, code: str, text: str, micro: int | None = None) -> None:
         """Tells the client why, then drops it. What it has sent meanwhile is passed over."""
@@ -317,7 +319,9 @@ class Sessions:
         if not self._forget(link):
             return
         if not link.attached:
-            self.refusal(link.peer.who, "lost", f"gone before its session was open: {reason}")
+            text = f"gone before its session was open: {reason}"
+            # Apart from what is answered, as what is cut is.
+            self._refusals.refused(f"{link.peer.public_key}, lost", link.peer.who, "lost", text)
             return
         try:
             self._handler.on_closed(link.id, reason, lost=lost)

@@ -96,42 +96,36 @@ class Connections:
             with _duplicate(connection.number) as sock:
                 if _is(connection, sock):
                     assert sock is not None
-                    read = _Read(sock)
-                    connection.received = read.least
-                    if connection.handed_on > max(0, read.least):
+                    connection.received = _read_so_far(sock)
+                    if connection.handed_on > max(0, connection.received):
                         # Frames of the one that had this number before, closed while they were queued, count for nobody.
-                        connection.handed_on = min(connection.handed_on, read.most())
+                        connection.handed_on = min(connection.handed_on, _read_so_far(sock, most=True))
         return True
 
 
-class _Read:
-    """Bytes that have come in on a connection, less those that nobody has read yet. The kernel is asked for the two one after the
-    other, and more may arrive in between.
+def _read_so_far(sock: socket.socket, *, most: bool = False) -> int:
+    """Bytes that have come in on a connection, less those that nobody has read yet: at least so many, or at ``most``. The kernel
+    is asked for the two one after the other, and more may arrive in between.
     """
-
-    def __init__(self, sock: socket.socket) -> None:
-        import fcntl
-        import termios
-
-        self._sock, self._unread, self.least = sock, 0, 0
-        with contextlib.suppress(OSError):
-            # In this order: what arrives in between is taken for unread. The other way round it would be taken for read, and an
-            # honest peer be cut where this thread has to wait for the interpreter's lock between the two.
-            come = _come_in(sock)
-            self._unread = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
-            self.least = come - self._unread
-
-    def most(self) -> int:
-        """The same, asked for the other way round."""
-        try:
-            return _come_in(self._sock) - self._unread
-        except OSError:
-            return sys.maxsize
+    try:
+        # What arrives in between is taken for unread, or, where the most is asked for, for read. The other way round an honest
+        # peer would be cut where this thread has to wait for the interpreter's lock between the two.
+        return -_unread(sock) + _come_in(sock) if most else _come_in(sock) - _unread(sock)
+    except OSError:
+        return sys.maxsize if most else 0
 
 
 def _come_in(sock: socket.socket) -> int:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
+
+
+def _unread(sock: socket.socket) -> int:
+    import fcntl
+    import termios
+
+    size: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0]
+    return size
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class _Link:
         self.to_server = 0  # data frames the server has not taken yet
         self.to_client = 0
         self.up = True
+        self.is_silent = True  # nothing of it has been taken on the control endpoint
 
 
 class _Mailbox:
@@ -148,6 +149,8 @@ class MemoryServerTransport:
                 with self.network.lock:
                     link.to_server -= 1
                 link.client.wake()
+            else:
+                link.is_silent = False
             user = link.control_user if endpoint is Endpoint.CONTROL else link.data_user
             frames.append(ServerFrame(endpoint, link.peer, user, "memory", frame))
         return frames
@@ -179,11 +182,10 @@ class MemoryServerTransport:
         link = self._links.get(peer)
         if link is not None:
             self.detach(link)
-            link.client.wake()
 
     def connected(self, user: str) -> int:
         with self.network.lock:
-            return sum(link.control_user == user for link in self._links.values())
+            return sum(link.control_user == user and not link.is_silent for link in self._links.values())
 
     def wake(self) -> None:
         self._mailbox.wake()

@@ -17,7 +17,7 @@ from splitfl.protocol.assembly import MAX_FRAME_BYTES
 from splitfl.protocol.ciphers import Buffer
 from splitfl.protocol.keys import Identity, PublicKey
 
-# Frames queued for one peer. The high-water mark counts messages: 16 records of 1 MiB bound a slow peer to 16 MiB.
+# Frames queued for one peer. The high-water mark counts messages: 16 frames of 1 MiB bound a slow peer to 16 MiB.
 DATA_FRAMES_QUEUED = 16
 # At the client fewer, on their way to the server: with more of them the bulk's threads go on for longer at a stretch, while a
 # control message waits for a core. (A server only looks now and then whether a full queue has room again: its own must last.)
@@ -25,7 +25,7 @@ FRAMES_TO_SERVER = 4
 # Control frames of one client, at most 64 KiB each, that may wait for the server to take them.
 CONTROL_FRAMES_QUEUED = 64
 # Frames, and bytes, taken from one socket before the other sockets are looked at again: a control message that comes meanwhile
-# waits for as many records to be opened.
+# waits for as many frames to be opened.
 FRAMES_A_TURN = 32
 BYTES_A_TURN = 2**20
 # A peer that has not finished its handshake by then is cut.

@@ -158,8 +158,8 @@ class ListeningEndpoint:
         if connection is not None:
             connection.half_open = connection.is_silent = False
             # Not of one that had this number before, from elsewhere, and is gone: nobody is cut for another.
-            if peer and peer != connection.peer and part.get("Peer-Address") == connection.address:
-                connection.peer, connection.user = peer, str(part.get("User-Id"))
+            if peer and peer != connection.peer and _without_scope(part.get("Peer-Address")) == connection.address:
+                connection.peer, connection.user = peer, part.get("User-Id")
             size = len(part) + self._around
             connection.handed_on += size + (2 if size < 256 else 9)
 
@@ -227,7 +227,7 @@ class ListeningEndpoint:
         """The handshake of a connection from there ends with a no, which is reported already."""
         if len(self._refused) >= _MOST_REFUSED:
             self._refused.clear()
-        self._refused[address] = time.monotonic()
+        self._refused[_without_scope(address)] = time.monotonic()
 
     def _was_refused(self, address: str) -> bool:
         return time.monotonic() - self._refused.get(address, -_REFUSED_SECONDS) < _REFUSED_SECONDS
@@ -286,6 +286,11 @@ class ListeningEndpoint:
         if connection.waits_since is None or connection.handed_on != connection.handed_on_before:
             return False
         return self._messages - connection.waits_since > 2 * len(self.connections) + _TURNS
+
+
+def _without_scope(address: str) -> str:
+    """As Python names a connection's other end: ZeroMQ adds the interface to link-local addresses of IPv6."""
+    return address.partition("%")[0]
 
 
 def _monitor(sock: zmq.Socket[bytes]) -> zmq.Socket[bytes]:

@@ -133,8 +133,13 @@ class _Server:
     def link(self) -> Link | None:
         return self.sessions._links.get(self.peer)
 
+    def is_over(self, peer: bytes) -> bool:
+        """Whether this control connection had its session, or its no."""
+        leaving = self.sessions._leaving
+        return (Endpoint.CONTROL, peer) in leaving or leaving.is_gone(Endpoint.CONTROL, peer)
+
     def control(self, frame: bytes, user: str | None = None, peer: bytes | None = None) -> None:
-        if (Endpoint.CONTROL, self.peer) in self.sessions._leaving:
+        if self.is_over(self.peer):
             self.peer += b"'"  # a connection serves one session
         self.sessions.take(ServerFrame(Endpoint.CONTROL, peer or self.peer, user or self.user, "here", frame))
 
@@ -210,7 +215,7 @@ def server(data: bytes) -> None:
         link = one.link
         if link is not None and link.account is not None:
             assert 0 <= link.account.left <= WINDOW
-        assert not any((Endpoint.CONTROL, peer) in one.sessions._leaving for peer in one.sessions._links)
+        assert not any(one.is_over(peer) for peer in one.sessions._links)
         assert len(one.desk.present) <= 1
 
 

@@ -21,7 +21,7 @@ from splitfl.channel.opening import OpenTerms
 from splitfl.errors import SplitflError
 from splitfl.protocol.ciphers import AES_256_GCM
 from splitfl.protocol.join import JoinString
-from splitfl.protocol.keys import AuthorizedClient, Identity
+from splitfl.protocol.keys import Identity
 from splitfl.protocol.messages import Ends, Forward, Heartbeat, Open, Release, decode_hello, encode
 from splitfl.transport.base import Endpoint
 from splitfl.transport.zmq_common import curve_client
@@ -106,8 +106,7 @@ def long_lists(channel: ClientChannel, number: int) -> None:
 @contextlib.contextmanager
 def flood(world: World, work: Callable[..., None], *arguments: Any) -> Iterator[str]:
     """The flood runs; gives the user that it is to the server."""
-    identity = Identity.generate()
-    world.authorized._clients[identity.public.raw] = AuthorizedClient("greedy")
+    identity = world.listed("greedy")
     process = SPAWN.Process(target=work, args=(world.join_string, identity.secret, *arguments), daemon=True)
     process.start()
     try:

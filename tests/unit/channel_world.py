@@ -205,6 +205,12 @@ class World:
     def allow(self, key: PublicKey, name: str) -> None:
         self.authorized._clients[key.raw] = AuthorizedClient(name)
 
+    def listed(self, name: str, **limits: Any) -> Identity:
+        """A further client on the list, with limits."""
+        identity = Identity.generate()
+        self.authorized._clients[identity.public.raw] = AuthorizedClient(name, limits)
+        return identity
+
     def close(self) -> None:
         for client in self.clients:
             client.channel.close()

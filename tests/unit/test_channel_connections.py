@@ -13,9 +13,10 @@ import zmq
 from splitfl.channel.timing import Timing
 from splitfl.errors import SessionLost
 from splitfl.protocol.ciphers import AES_256_GCM
-from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
+from splitfl.protocol.keys import AuthorizedClients, Identity
 from splitfl.protocol.message import MAX_HELLO_BYTES
 from splitfl.protocol.messages import PROTOCOL_VERSION, Fault, Heartbeat, Hello, Open, Refused, Welcome, decode_control, encode
+from splitfl.transport.base import Endpoint
 from splitfl.transport.zmq_common import curve_client
 from tests.unit.channel_world import MODEL, Client, Make, World, inverted, make_worlds, wait_until
 from tests.unit.test_channel_limits import PATIENT, Clock
@@ -100,6 +101,68 @@ def test_a_key_that_was_taken_out_loses_its_connections(make: Make, tmp_path: Pa
     opening.transport.close(0)
 
 
+def test_what_is_under_way_when_a_key_is_taken_out_cuts_nobody_before_it_has_heard_why(make: Make) -> None:
+    world = make(timing=LONG)
+    knocker = Knocker(world, HELLO)
+    wait_until(knocker.listen)
+    link = next(iter(world.server._sessions._links.values()))
+    world.authorized._clients.clear()
+    world.server._do(link, lambda: world.server._sessions.end(link, "not-authorized", "your key was removed"))
+    wait_until(lambda: any(isinstance(answer, Fault) for answer in knocker.listen()))
+    said = len(knocker.answers)
+    knocker.say(encode(Heartbeat(0.0)), b"\0", HELLO)
+    wait_until(lambda: passed_over(world, link.control_peer) == 3)
+    assert not knocker.is_cut()
+    assert len(knocker.answers) == said
+    assert [code for _, code, _ in world.handler.refused] == ["lost"]
+    knocker.transport.close(0)
+
+
+def passed_over(world: World, peer: bytes) -> int:
+    """Messages that came on a control connection after its session."""
+    due = world.server._sessions._leaving._due.get((Endpoint.CONTROL, peer))
+    return due.frames if due is not None else 0
+
+
+def test_a_hello_is_charged_once_and_what_comes_after_a_no_is_not_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, asked = make(timing=PATIENT, clock=Clock()), []
+    peer = world.server._admission.peer
+    monkeypatch.setattr(world.server._admission, "peer", lambda *who: asked.append(who) or peer(*who))
+    no = encode(Hello(PROTOCOL_VERSION, "another run", {}, ""))
+    knocker = Knocker(world, no)
+    wait_until(knocker.listen)
+    (allowance,) = world.server._sessions._entrance._allowances.values()
+    assert allowance._control._level == pytest.approx(4096 - 1 - len(no) / 256)
+    knocker.say(HELLO, HELLO)
+    wait_until(lambda: allowance._control._level == pytest.approx(4096 - 3 - (len(no) + 2 * len(HELLO)) / 256))
+    assert len(asked) == 1
+    knocker.transport.close(0)
+
+
+def test_refusals_of_a_key_cannot_fill_the_log(make: Make) -> None:
+    world = make(timing=LONG)
+    other = world.listed("other")
+    refused = [Knocker(world, encode(Hello(PROTOCOL_VERSION, "another run", {}, ""))) for _ in range(8)]
+    wait_until(lambda: all(each.listen() for each in refused))
+    ended = [Knocker(world, HELLO, b"\0") for _ in range(8)]
+    wait_until(lambda: all(len(each.listen()) == 2 for each in ended))
+    elsewhere = Knocker(world, encode(Hello(PROTOCOL_VERSION, "another run", {}, "")), identity=other)
+    wait_until(lambda: len(world.handler.refused) == 11)
+    assert [code for _, code, _ in world.handler.refused] == ["unknown-run"] * 5 + ["lost"] * 5 + ["unknown-run"]
+    for each in (*refused, *ended, elsewhere):
+        each.transport.close(0)
+
+
+def test_who_has_not_said_anything_is_nobody_yet(make: Make) -> None:
+    world = make(timing=LONG)
+    knocker = Knocker(world)
+    assert world.transport.connected(str(world.identity.public)) == 0
+    knocker.say(HELLO)
+    wait_until(knocker.listen)
+    assert world.transport.connected(str(world.identity.public)) == 1
+    knocker.transport.close(0)
+
+
 @pytest.mark.parametrize(
     "first",
     [
@@ -147,7 +210,7 @@ def test_a_connection_serves_one_session(make: Make) -> None:
 
 def test_who_floods_after_its_session_was_ended_is_cut_at_once(make: Make) -> None:
     world = make(clock=Clock(), timing=PATIENT)  # no time passes: nothing is cut because it was let stand for long enough
-    knocker, honest = Knocker(world, HELLO), world.join(identity=listed(world, "honest"), timing=PATIENT)
+    knocker, honest = Knocker(world, HELLO), world.join(identity=world.listed("honest"), timing=PATIENT)
     wait_until(knocker.listen)
     knocker.say(b"\0")
     wait_until(lambda: any(isinstance(answer, Fault) for answer in knocker.listen()))
@@ -162,15 +225,9 @@ def test_who_floods_after_its_session_was_ended_is_cut_at_once(make: Make) -> No
     knocker.transport.close(0)
 
 
-def listed(world: World, name: str, **limits: Any) -> Identity:
-    identity = Identity.generate()
-    world.authorized._clients[identity.public.raw] = AuthorizedClient(name, limits)
-    return identity
-
-
 def test_a_key_has_so_many_connections_and_no_more(make: Make) -> None:
     world = make(timing=LONG)
-    identity, other = listed(world, "one", sessions=1), listed(world, "other")
+    identity, other = world.listed("one", sessions=1), world.listed("other")
     knockers = [Knocker(world, HELLO, identity=identity) for _ in range(1 + 32 + 6)]
     wait_until(lambda: sum(each.is_cut() for each in knockers) == 6)
     wait_until(lambda: all(each.broken or each.listen() for each in knockers))
@@ -212,6 +269,18 @@ def test_nobody_is_cut_for_one_from_elsewhere_that_had_its_number(make_zmq: Make
     assert (ours.peer, ours.user) == (peer, str(world.identity.public))
     control._count(_Part({**part, "Peer-Address": ours.address}), b"theirs")
     assert (ours.peer, ours.user) == (b"theirs", "another")
+
+
+def test_an_address_of_one_link_alone_is_the_same_with_its_interface(make_zmq: Make) -> None:
+    world = make_zmq(timing=LONG)
+    world.join()
+    control = world.transport._control
+    (ours,) = control.connections
+    ours.address = "fe80::1"
+    control._count(_Part({"__fd": str(ours.number), "Peer-Address": "fe80::1%eth0", "User-Id": "another"}), b"theirs")
+    assert (ours.peer, ours.user) == (b"theirs", "another")
+    control.refused("fe80::1%eth0")
+    assert control._was_refused(ours.address)
 
 
 class _Part(dict[str, str]):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from client_ends.reconnecting import may_pass
+from client_ends.retrying import may_pass
 from splitfl.channel.server import ServerChannel
 from splitfl.channel.timing import Timing
 from splitfl.errors import (

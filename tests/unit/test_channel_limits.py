@@ -19,7 +19,7 @@ from splitfl.channel.handler import Peer
 from splitfl.channel.offer import check_room
 from splitfl.channel.timing import Timing
 from splitfl.errors import Refused, SessionLost
-from splitfl.protocol.keys import AuthorizedClient, AuthorizedClients, Identity
+from splitfl.protocol.keys import AuthorizedClients, Identity
 from splitfl.protocol.limits import SESSIONS
 from splitfl.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, encode
 from splitfl.transport.base import Sent
@@ -41,13 +41,6 @@ class Clock:
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """Makes worlds over one transport."""
     yield from make_worlds(request.param)
-
-
-def limited(world: World, name: str, **limits: Any) -> Identity:
-    """A further client of this world, with limits."""
-    identity = Identity.generate()
-    world.authorized._clients[identity.public.raw] = AuthorizedClient(name, limits)
-    return identity
 
 
 def test_a_bucket_may_be_overdrawn_and_is_then_waited_for() -> None:
@@ -84,6 +77,17 @@ def test_the_narrowest_limit_says_how_long() -> None:
     assert allowance.wait() == pytest.approx(1.064), "and so is what names much"
 
 
+def test_who_was_far_ahead_and_has_waited_since_floods_no_more() -> None:
+    clock = Clock()
+    allowance = Allowance({}, clock)
+    allowance.begun(2**20, 0, 64 * (8192 + 20_001))
+    assert allowance.flooded
+    clock.now = 60.0
+    allowance.begun(2**20, 0)
+    assert not allowance.flooded, "a large message takes nothing of what small ones may"
+    assert allowance.wait() == 0
+
+
 def wind(world: World, clock: Clock, condition: Any) -> float:
     """Lets the channel's clock run, a quarter of a second for each look, until the condition holds; its time then."""
     deadline = time.monotonic() + 10
@@ -98,7 +102,7 @@ def wind(world: World, clock: Clock, condition: Any) -> float:
 def test_bytes_beyond_the_rate_wait_for_their_credit_and_nobody_else_does(make: Make) -> None:
     clock = Clock()
     world = make(window=2 * MIB, max_message=2 * MIB, clock=clock, timing=PATIENT)
-    slow = world.join(identity=limited(world, "slow", bytes_per_second=MIB), timing=PATIENT)
+    slow = world.join(identity=world.listed("slow", bytes_per_second=MIB), timing=PATIENT)
     free = world.join(timing=PATIENT)
     for micro in range(8):
         slow.channel.send(forward(MIB, micro), bytes(MIB))
@@ -115,7 +119,7 @@ def test_tokens_beyond_the_rate_wait_too(make: Make) -> None:
     clock = Clock()
     size = 64 * 1024  # 32768 tokens
     world = make(window=size, max_message=size, clock=clock, timing=PATIENT)
-    client = world.join(identity=limited(world, "tokens", tokens_per_second=size // 2), timing=PATIENT)
+    client = world.join(identity=world.listed("tokens", tokens_per_second=size // 2), timing=PATIENT)
     for micro in range(4):
         client.channel.send(forward(size, micro), bytes(size))
     wait_until(lambda: len(client.data) == 2)
@@ -125,7 +129,7 @@ def test_tokens_beyond_the_rate_wait_too(make: Make) -> None:
 
 def test_a_window_of_ones_own(make: Make) -> None:
     world = make(window=8 * MIB, max_message=8 * MIB)
-    client = world.join(identity=limited(world, "narrow", window=4 * MIB))
+    client = world.join(identity=world.listed("narrow", window=4 * MIB))
     assert (client.channel.window, client.channel.max_message) == (4 * MIB, 4 * MIB)
     assert client.echo(bytes(4 * MIB)) == inverted(bytes(4 * MIB))
     assert world.join().channel.window == 8 * MIB
@@ -133,7 +137,7 @@ def test_a_window_of_ones_own(make: Make) -> None:
 
 def test_no_more_sessions_than_the_limit(make: Make) -> None:
     world = make()
-    identity = limited(world, "one", sessions=1)
+    identity = world.listed("one", sessions=1)
     first = world.join(identity=identity)
     with pytest.raises(Refused, match="may have 1 sessions at a time") as caught:
         world.join(identity=identity)
@@ -160,7 +164,7 @@ def test_a_client_whose_line_does_not_say_has_so_many_sessions_and_no_more() -> 
 
 def test_a_flood_of_control_messages_ends_the_session(make: Make) -> None:
     world = make(clock=Clock(), timing=PATIENT)
-    client, honest = world.join(timing=PATIENT), world.join(identity=limited(world, "honest"), timing=PATIENT)
+    client, honest = world.join(timing=PATIENT), world.join(identity=world.listed("honest"), timing=PATIENT)
     link = world.server._sessions.find(client.channel.opened.session)
     assert link is not None
     for _ in range(50):
@@ -179,7 +183,7 @@ def test_a_flood_of_control_messages_ends_the_session(make: Make) -> None:
 
 def test_a_flood_of_small_messages_that_cost_no_credit_ends_the_session(make: Make) -> None:
     world = make(clock=Clock(), timing=PATIENT)
-    client, honest = world.join(timing=PATIENT), world.join(identity=limited(world, "honest"), timing=PATIENT)
+    client, honest = world.join(timing=PATIENT), world.join(identity=world.listed("honest"), timing=PATIENT)
     link = world.server._sessions.find(client.channel.opened.session)
     assert link is not None
     link.allowance._small.take(8192 + 20_000 - 3)  # Attach and two more are within
@@ -206,21 +210,23 @@ def test_limits_follow_the_file(make: Make, tmp_path: Path) -> None:
     assert not client.lost
 
 
-def test_a_key_that_was_removed_cannot_fill_the_log(make: Make) -> None:
-    world = make()
-    transport = world.client_transport()
-    transport.connect_control("127.0.0.1", world.transport.control_port, world.server_identity.public, world.identity, 3.0)
+def test_a_key_that_was_removed_cannot_fill_the_log(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make(timing=replace(QUICK, linger=600.0))
+    transports, join = [world.client_transport() for _ in range(30)], world.join_string
+    for transport in transports:
+        transport.connect_control(join.host, join.port, join.key, world.identity, 3.0)
     world.authorized._clients.clear()
-    hello = encode(Hello(PROTOCOL_VERSION, "run", {}, "a platform"))
-    answers = 0
-    for _ in range(60):
-        transport.send_control(hello)
-        answers += len(transport.poll(0))
-    deadline = time.monotonic() + 10
-    while answers < 60 and time.monotonic() < deadline:
-        answers += len(transport.poll(0.1))
-    transport.close(0)
-    assert answers == 60
+    answers, send, leaving = [], world.transport.send_control, world.server._sessions._leaving
+    monkeypatch.setattr(world.transport, "send_control", lambda *answer: answers.append(answer) or send(*answer))
+    for transport in transports:
+        for _ in range(2):
+            transport.send_control(encode(Hello(PROTOCOL_VERSION, "run", {}, "a platform")))
+    wait_until(lambda: sum(due.frames for due in list(leaving._due.values())) == 60)
+    heard = [transport.poll(1.0) for transport in transports]
+    for transport in transports:
+        transport.close(0)
+    assert len(answers) == 30, "one on each connection"
+    assert all(heard)
     assert [code for _, code, _ in world.handler.refused] == ["not-authorized"] * 5
 
 
