@@ -40,10 +40,13 @@ class Conversation:
     """What was said, by the model's chat template, or as plain text where it has none."""
 
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], system: str | None = None) -> None:
+        from splitfl.parts.ends import find_ends
+
+        ends: Any = find_ends(model)
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._messages = [{"role": "system", "content": system}] if system else []
         self._text = system or ""
-        self._cache = model.get_base_model().make_cache() if hasattr(model, "get_base_model") else model.make_cache()
+        self._cache = ends.make_cache()
         self._cache.activate_past_recording()  # a template may tell what was said in other tokens
         self._ids: list[int] = []  # what the cache has been shown
 
@@ -75,12 +78,13 @@ class Conversation:
         """
         self._messages.append({"role": "user", "content": line})
         if self._tokenizer.chat_template:
+            from client_ends.data.chat import asked_ids
+
             try:
-                text = self._tokenizer.apply_chat_template(self._messages, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # a template raises whatever it likes
+                return asked_ids(self._tokenizer, self._messages)
+            except ConfigError as error:
                 mend = "leave --system out" if self._messages[0]["role"] == "system" else "use a model with another template"
-                raise ConfigError(f"the chat template refuses this conversation ({error}): {mend}") from error
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+                raise ConfigError(f"{error}: {mend}") from error
         self._text += ("\n" if self._text else "") + line
         return list(self._tokenizer(self._text).input_ids)
 

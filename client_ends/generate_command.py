@@ -73,8 +73,10 @@ def using(args: argparse.Namespace, work: Callable[[Any, Any], None], needs_cach
 
 def options(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """What ``generate()`` is told."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    told: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad, "do_sample": args.temperature > 0}
+    from client_ends.data import pad_token
+
+    told: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad_token(tokenizer)}
+    told["do_sample"] = args.temperature > 0
     if args.temperature > 0:
         told |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.lookup:

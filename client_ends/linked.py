@@ -23,7 +23,7 @@ class Linked:
         self._placed = True  # it is known where this client stands in the steps, and what the server had lost is sent again
         self._reconnect = 0.0  # seconds for which a lost link is tried to be had again
         self._lost: SplitflError | None = None  # why it was given up
-        self.waits = Stopwatch()  # what the training thread has waited for others
+        self.waits = Stopwatch()  # what the training thread has waited for others; says nothing where several threads use this
 
     @property
     def channel(self) -> ClientChannel:

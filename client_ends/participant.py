@@ -125,8 +125,7 @@ class Participant(Linked):
         """Wait until this client has heard that ``step`` is open: a data message may overtake that word. Raises StepMissed."""
 
         def heard() -> bool:
-            opened = self._opened is not None and self._opened >= step
-            return opened or self._lost is not None or self._dropped is not None or self._away is not None
+            return (self._opened is not None and self._opened >= step) or self._is_broken_off()
 
         with self.waits, self._lock:
             self._lock.wait_for(heard)
@@ -137,12 +136,8 @@ class Participant(Linked):
         """Wait for the answers to forwards of a call that failed before it had them all. Where they ran together with the next
         call's, the trunk would wait for their gradients, which never come, before it answers that one's.
         """
-
-        def over() -> bool:
-            return self._lost is not None or self._dropped is not None or self._away is not None
-
         with self.waits, self._lock:
-            self._lock.wait_for(lambda: not self._unanswered or over())
+            self._lock.wait_for(lambda: not self._unanswered or self._is_broken_off())
 
     def begin_forward(self) -> None:
         """Where the run averages the ends: take part, and have the newest average in them, before a training forward uses them.
@@ -176,6 +171,10 @@ class Participant(Linked):
             rounds.load()
 
     # --- a step that went on without this client --------------------------------------------------------------------------------
+
+    def _is_broken_off(self) -> bool:
+        """Whether nothing comes any more of the step under way, or of the session. The lock is held."""
+        return self._lost is not None or self._dropped is not None or self._away is not None
 
     def _check_missed(self) -> None:
         """Raises StepMissed, once, where a step went on without this client that it had begun to take part in; RunWentBack, once,

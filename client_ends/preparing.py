@@ -13,7 +13,7 @@ from client_ends.data import TokenizedDataset, load_examples, split_holdout, tok
 from client_ends.settings import TrainSettings
 from splitfl.adapters import Trainables, attach_lora, set_trainable
 from splitfl.config import LoraSettings
-from splitfl.errors import ConfigError, ModelError
+from splitfl.errors import ConfigError, ModelError, first_line
 
 __all__ = ["TRAINED", "load_tokenizer", "model_of", "name_classes", "prepare_ends", "read_data", "unnamed"]
 
@@ -63,8 +63,7 @@ def load_tokenizer(path: str, revision: str | None, *, trust_remote_code: bool) 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer for {path}: {first}") from None
+        raise ModelError(f"no tokenizer for {path}: {first_line(error)}") from None
 
 
 def unnamed(count: int) -> tuple[str, ...]:

@@ -253,15 +253,11 @@ class TrunkSession(Reconnecting):
         Raises:
             StepMissed, RunWentBack, SessionLost.
         """
-
-        def ended() -> bool:
-            return self._lost is not None or self._dropped is not None or self._away is not None
-
         with self.waits, self._lock:
             self._await_link()
             self._norm_asked, self._norm = AskNorm(self.step, self._backwards), None
             self._tell(self._norm_asked)
-            self._lock.wait_for(lambda: self._norm is not None or ended())
+            self._lock.wait_for(lambda: self._norm is not None or self._is_broken_off())
             if self._norm is None:
                 self._check()
         self._check_missed()

@@ -6,13 +6,14 @@ What is sent or written is numbers, and settings that are listed here by name: n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from splitfl.errors import ConfigError
+from splitfl.errors import ConfigError, first_line
 
 __all__ = ["Tracking", "settings_to_track", "trackers_of"]
 
@@ -56,7 +57,7 @@ def settings_to_track(settings: Any, terms: Mapping[str, Any], optimizer: Any) -
     told = {name: getattr(settings, name) for name in _OF_CLIENT}
     told |= {name: terms[name] for name in _OF_RUN if name in terms}
     told |= {f"lora_{name}": value for name, value in terms["lora"].items() if name != "targets"}
-    told |= {name: getattr(optimizer, name) for name in optimizer.__dataclass_fields__}
+    told |= dataclasses.asdict(optimizer)
     return {name: value for name, value in told.items() if isinstance(value, str | int | float | bool)}
 
 
@@ -97,7 +98,7 @@ class Tracking:
                     tracker.store_init_configuration(self._settings)
             except Exception as error:  # whatever a library of others raises
                 if self._must_start:
-                    raise ConfigError(f"--report-to {name}: {_first_line(error)}") from None
+                    raise ConfigError(f"--report-to {name}: {_said(error)}") from None
                 self._do_without(name, error)
         self._must_start = False
 
@@ -120,7 +121,7 @@ class Tracking:
     def _do_without(self, name: str, error: Exception) -> None:
         self._names.remove(name)
         self._open.pop(name, None)
-        self._note(f"{name} tracks no more: {_first_line(error)}")
+        self._note(f"{name} tracks no more: {_said(error)}")
 
     def _start(self, name: str, made: int) -> Any:
         from accelerate import PartialState
@@ -156,5 +157,5 @@ class Tracking:
         return identity
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}" if str(error).strip() else type(error).__name__
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

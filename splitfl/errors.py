@@ -130,3 +130,11 @@ class RunWentBack(ChannelError):
     def __init__(self, step: int) -> None:
         super().__init__(f"the run went back to step {step}: load the ends as they were before it, and repeat from there")
         self.step = step
+
+
+# --- What others raise. ---------------------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, as a part of a sentence, at most 300 characters; its kind where it says nothing."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,12 +8,12 @@ to produce.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from client_ends.data.lines import bad_row
 from client_ends.data.readers import Examples
-from splitfl.errors import ConfigError
+from splitfl.errors import ConfigError, first_line
 
 # Hugging Face's mark of a position that carries no loss.
 IGNORE = -100
@@ -47,7 +47,20 @@ def render_chat(examples: Examples, tokenizer: Any) -> Iterator[tuple[list[int],
                 "with one assistant turn, the last, or prompt and completion.",
             ) from None
         except Exception as error:  # a template raises whatever it likes: jinja's errors, its own raise_exception
-            raise bad_row(examples.path, line, f"the chat template refuses these messages ({error}); mend them.") from error
+            said = f"the chat template refuses these messages ({first_line(error)}); mend them."
+            raise bad_row(examples.path, line, said) from error
+
+
+def asked_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation up to where the next answer begins, by the tokenizer's chat template.
+
+    Raises ``ConfigError`` where the template refuses it.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises whatever it likes, as that roles must take turns
+        raise ConfigError(f"the chat template refuses these messages ({first_line(error)})") from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class _PrefixError(Exception):

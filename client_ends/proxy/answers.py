@@ -36,8 +36,9 @@ class Answer:
 
     _prefix = _whole_object = _chunk_object = ""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, with_scores: bool) -> None:
         self._head = {"id": f"{self._prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._with_scores = with_scores
 
     def whole(self, choices: Sequence[Sequence[Piece]], usage: Usage) -> dict[str, Any]:
         """``choices``: of each the pieces."""
@@ -70,8 +71,7 @@ class TextAnswer(Answer):
     _prefix, _whole_object, _chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, *, with_scores: bool) -> None:
-        super().__init__(model)
-        self._with_scores = with_scores
+        super().__init__(model, with_scores=with_scores)
         self._offsets: dict[int, int] = {}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -103,10 +103,6 @@ class ChatAnswer(Answer):
     """Of ``/v1/chat/completions``."""
 
     _prefix, _whole_object, _chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str, *, with_scores: bool) -> None:
-        super().__init__(model)
-        self._with_scores = with_scores
 
     def begin(self, choices: int) -> list[dict[str, Any]]:
         first = {"role": "assistant", "content": ""}

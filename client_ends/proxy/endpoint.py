@@ -20,6 +20,7 @@ from client_ends.proxy.prompts import Prompts
 from client_ends.proxy.requests import Request, chat_request, completion_request
 from client_ends.proxy.turns import Turns
 from client_ends.proxy.writing import Writer
+from splitfl.parts.ends import find_ends
 
 __all__ = ["MOST_BYTES", "Endpoint", "build"]
 
@@ -38,7 +39,7 @@ def build(
     """An endpoint to a joined model, in evaluation mode. ``parallel``: requests that are written at a time; ``queue``: that may
     wait; ``lookup``: see :class:`Writer`.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = find_ends(model)
     session = model.trunk.session
     room = session.terms["cache_tokens"] or None
     limits = (getattr(base.config.get_text_config(), "max_position_embeddings", None), base.layout.longest)

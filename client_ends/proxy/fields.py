@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from client_ends.proxy.problems import ApiError
+from splitfl.errors import first_line
 
 __all__ = ["Fields", "read_body"]
 
@@ -19,7 +20,7 @@ def read_body(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
-        said = "too deeply nested" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        said = "too deeply nested" if isinstance(error, RecursionError) else first_line(error)
         raise ApiError(400, f"the body is not JSON: {said}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")

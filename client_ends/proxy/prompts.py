@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from client_ends.data.chat import asked_ids
 from client_ends.proxy.drawing import with_defaults
 from client_ends.proxy.problems import ApiError
 from client_ends.proxy.requests import Request
 from client_ends.proxy.writing import Order
+from splitfl.errors import ConfigError
 
 __all__ = ["Prompts"]
 
@@ -55,11 +57,9 @@ class Prompts:
                 code="no_chat_template",
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template's own words, as that roles must take turns
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ApiError(400, f"the chat template refuses these messages: {said[0][:300]}", param="messages") from None
-        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+            return tuple(asked_ids(self._tokenizer, request.messages))
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="messages") from None
 
     def _max_tokens(self, request: Request, prompts: tuple[tuple[int, ...], ...], param: str) -> int:
         """How long each answer may become. Raises ApiError where prompt and answer are too long."""

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from client_ends.data import pad_token
 from client_ends.proxy.drawing import Drawing, is_greedy
 from client_ends.proxy.pieces import Piece, TokenScore
 from client_ends.proxy.requests import Request, Sampling
 from client_ends.proxy.rows import Rows, Scorer
 from client_ends.proxy.texts import spell
+from splitfl.parts.ends import find_ends
 
 __all__ = ["Order", "Writer"]
 
@@ -54,14 +56,14 @@ class Writer:
     def __init__(self, model: Any, tokenizer: Any, *, keeps_caches: bool, lookup: int = 0) -> None:
         """``keeps_caches``: whether the trunk does. ``lookup``: greedy answers propose so many tokens of the text before."""
         # Inside PEFT, whose own generate() changes the model while it runs; the layers of its adapters are inside too.
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ends: Any = find_ends(model)
+        self._model = ends
         self._tokenizer, self._keeps_caches, self._lookup = tokenizer, keeps_caches, lookup
         self._positions = "position_ids" in inspect.signature(type(self._model).forward).parameters
         own = self._model.generation_config.eos_token_id
         ends = own if isinstance(own, list) else [own]
         self._ends = frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)
-        pad = tokenizer.pad_token_id
-        self._pad: int = pad if pad is not None else min(self._ends, default=0)
+        self._pad = pad_token(tokenizer)
 
     @torch.no_grad()
     def write(

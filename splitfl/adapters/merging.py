@@ -13,7 +13,7 @@ from torch import Tensor
 from splitfl.adapters.names import lora_module
 from splitfl.adapters.results import Part, read_part, write_adapter
 from splitfl.directories import write_directory_atomically
-from splitfl.errors import CheckpointError, ConfigError, ModelError, RemoteProtocolError
+from splitfl.errors import CheckpointError, ConfigError, ModelError, RemoteProtocolError, first_line
 from splitfl.parts.identity import ModelIdentity, compare
 
 
@@ -174,7 +174,7 @@ def _load_base(parts: list[Part], base: str) -> Any:
     try:
         return factory.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ModelError(f"The base model {base} cannot be loaded ({reason}): say where it lies with --base.") from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -193,9 +193,9 @@ def _resolve(repo: str, revision: str | None) -> str:
         raise ModelError(f"{repo} on the hub holds no config.json, so it is not a Hugging Face model") from error
     except HfHubHTTPError as error:
         at = f" at revision {revision}" if revision else ""
-        raise ModelError(f"the hub has no model {repo}{at}, or asks for a login ({_first_line(error)})") from error
+        raise ModelError(f"the hub has no model {repo}{at}, or asks for a login ({first_line(error)})") from error
     except OSError as error:
-        raise ModelError(f"the config of {repo} cannot be fetched ({_first_line(error)})") from error
+        raise ModelError(f"the config of {repo} cannot be fetched ({first_line(error)})") from error
     return Path(config).parent.name
 
 
@@ -206,11 +206,11 @@ def _download(repo: str, name: str, commit: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(repo, name, revision=commit))
     except LocalEntryNotFoundError as error:
-        raise ModelError(f"{name} of {repo} is not in the cache and cannot be fetched ({_first_line(error)})") from error
+        raise ModelError(f"{name} of {repo} is not in the cache and cannot be fetched ({first_line(error)})") from error
     except EntryNotFoundError:
         return None
     except OSError as error:
-        raise ModelError(f"{name} of {repo} cannot be downloaded ({_first_line(error)})") from error
+        raise ModelError(f"{name} of {repo} cannot be downloaded ({first_line(error)})") from error
 
 
 def _cached(repo: str, name: str, commit: str | None) -> Path | None:
@@ -229,7 +229,3 @@ def _published(repo: str, commit: str | None) -> dict[str, str]:
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         return {}
     return {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
