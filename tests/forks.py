@@ -94,9 +94,9 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def splitfl(*words: object) -> Forked:
-    """A command as a process."""
-    return Forked(main, [str(word) for word in words])
+def splitfl(*words: object, **environment: str) -> Forked:
+    """A command as a process; ``environment``: what of it is not as here."""
+    return Forked(main, [str(word) for word in words], environment=environment)
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 200.0) -> None:

@@ -1,24 +1,63 @@
-"""The endpoint of ``splitfl proxy`` in this process, in front of a model that has joined a run."""
+"""The endpoint of ``splitfl proxy`` in this process, in front of a model that has joined a run; what the whole model writes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_ends.proxy.desk import Desk
 from client_ends.proxy.door import Door
 from client_ends.proxy.endpoint import build
 from client_ends.proxy.serving import listen, serve, url_of
+from splitfl.transport.memory import MemoryClientTransport
+from tests.integration.test_lost import QUICK
+from tests.world import World, running
 
-__all__ = ["Served", "proxying"]
+__all__ = ["PROMPT", "Served", "expected", "proxying", "splitting", "whole", "written"]
+
+PROMPT = "Once upon a time"
+
+
+@functools.cache
+def whole(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def written(model: Any, tokenizer: Any, text: str, tokens: int, *, special: bool = True, **options: Any) -> str:
+    """What a model writes after a text, greedily. ``special``: with the tokens that the tokenizer puts before it."""
+    ids = torch.tensor([tokenizer(text, add_special_tokens=special).input_ids])
+    found = model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)[0].tolist()
+    before: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+    return str(tokenizer.decode(found, skip_special_tokens=True))[len(before) :]
+
+
+@functools.cache
+def expected(path: str, text: str, tokens: int, **options: Any) -> str:
+    """What the whole model at ``path`` writes; ``options``: as of :func:`written`."""
+    return written(whole(path), AutoTokenizer.from_pretrained(path), text, tokens, **options)
+
+
+@contextlib.contextmanager
+def splitting(path: str, work: Path, **settings: Any) -> Iterator[tuple[World, Any]]:
+    """A run of one client in this process, and its model; ``settings``: the run's."""
+    with running(World(work, path, 1, timing=QUICK, **settings)) as world:
+        split = world.join_as(0, channel_options={"transport": lambda: MemoryClientTransport(world.network)}).eval()
+        try:
+            yield world, split
+        finally:
+            split.close()
 
 
 @dataclass

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
-import json
-import socket
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +11,12 @@ import pytest
 import requests
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from splitfl.transport.memory import MemoryClientTransport
-from tests.integration.test_lost import QUICK
-from tests.proxy_world import Served, proxying
-from tests.world import World, running
+from tests.proxy_world import PROMPT, Served, expected, proxying, splitting, whole, written
+from tests.world import World
 
-PROMPT = "Once upon a time"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-
-
-@functools.cache
-def whole(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +25,25 @@ def tokenizer(stories: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def world(stories: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with running(World(tmp_path_factory.mktemp("run"), stories, 1, timing=QUICK)) as world:
-        yield world
+def joined(stories: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with splitting(stories, tmp_path_factory.mktemp("run")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def split(world: World) -> Any:
-    transport = {"transport": lambda: MemoryClientTransport(world.network)}
-    model = world.join_as(0, channel_options=transport).eval()
-    yield model
-    model.close()
+def world(joined: tuple[World, Any]) -> World:
+    return joined[0]
+
+
+@pytest.fixture(scope="module")
+def split(joined: tuple[World, Any]) -> Any:
+    return joined[1]
 
 
 @pytest.fixture(scope="module")
 def served(split: Any, tokenizer: Any) -> Any:
     with proxying(split, tokenizer) as served:
         yield served
-
-
-@functools.cache
-def expected(path: str, text: str, tokens: int) -> str:
-    """What the whole model writes after a text, greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = torch.tensor([tokenizer(text).input_ids])
-    found = whole(path).generate(ids, max_new_tokens=tokens, do_sample=False)[0].tolist()
-    return tokenizer.decode(found, skip_special_tokens=True)[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
 
 
 def test_a_greedy_completion_is_the_whole_model_s(served: Served, stories: str, tokenizer: Any) -> None:
@@ -189,10 +170,8 @@ def test_penalties_and_biases_are_honoured(served: Served, stories: str, tokeniz
     assert "," not in client.completions.create(**options, logit_bias={str(comma): -100}).choices[0].text
     for name in ("presence_penalty", "frequency_penalty"):
         assert client.completions.create(**options, **{name: 2}).choices[0].text != plain
-    ids = torch.tensor([tokenizer(PROMPT).input_ids])
-    found = whole(stories).generate(ids, max_new_tokens=40, do_sample=False, repetition_penalty=1.3)[0].tolist()
     repeated = client.completions.create(**options, extra_body={"repetition_penalty": 1.3}).choices[0].text
-    assert tokenizer.decode(found, skip_special_tokens=True) == PROMPT + repeated
+    assert repeated == expected(stories, PROMPT, 40, repetition_penalty=1.3)
 
 
 @pytest.fixture(scope="module")
@@ -212,24 +191,32 @@ def test_a_chat_goes_by_the_template(chatting: Any, stories: str) -> None:
     ]
     text = "system: Tell stories.\nuser: Once upon a time\nassistant:"
     options = {"model": "stories", "messages": messages, "max_completion_tokens": 30, "temperature": 0}
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-    found = whole(stories).generate(ids, max_new_tokens=30, do_sample=False)[0].tolist()
-    wanted = tokenizer.decode(found, skip_special_tokens=True)[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :]
+    wanted = expected(stories, text, 30, special=False)
     answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     choice = answer.choices[0]
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", wanted, "length")
     assert "".join(token.token for token in choice.logprobs.content) == wanted
     assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
     assert all(token.logprob == token.top_logprobs[0].logprob for token in choice.logprobs.content)
-    assert answer.usage.prompt_tokens == ids.shape[1]
+    assert answer.usage.prompt_tokens == len(tokenizer(text, add_special_tokens=False).input_ids)
     chunks = list(client.chat.completions.create(**options, stream=True, n=2))
     assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", "assistant"]
     for index in range(2):
         own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
         assert "".join(choice.delta.content or "" for choice in own) == wanted
         assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["length"]
-    until = client.chat.completions.create(model="stories", messages=messages, temperature=0, stop=["\n"])
-    assert until.choices[0].message.content == wanted.split("\n")[0] or "\n" not in wanted
+    stop = wanted[len(wanted) // 2 :][:3]
+    until = client.chat.completions.create(**options, stop=[stop]).choices[0]
+    assert (until.message.content, until.finish_reason) == (wanted[: wanted.index(stop)], "stop")
+
+
+def test_what_the_template_refuses_is_a_sentence_of_its_own(split: Any, stories: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = "{{ raise_exception('Roles must alternate\nor not') }}"
+    with proxying(split, tokenizer) as served:
+        status, answer = served.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    assert answer["error"]["message"] == "the chat template refuses these messages (Roles must alternate)"
 
 
 @pytest.mark.parametrize(
@@ -290,144 +277,24 @@ def test_the_door(served: Served, split: Any, tokenizer: Any) -> None:
         assert keyed.client("sesame").completions.create(model="stories", prompt=PROMPT, max_tokens=1).choices
 
 
-class _Halted:
-    """Lets no message through to the trunk, ``after`` so many, until it is told to."""
-
-    def __init__(self, split: Any, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
-        self.arrived, self.open, self.sent = threading.Semaphore(0), threading.Event(), 0
-        send = split.trunk.session.send_forward
-
-        def held(*args: Any, **kwargs: Any) -> int:
-            self.sent += 1
-            if self.sent > after:
-                self.arrived.release()
-                assert self.open.wait(60)
-            return int(send(*args, **kwargs))
-
-        monkeypatch.setattr(split.trunk.session, "send_forward", held)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_written_for_no_more(
-    split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stream: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before its first token, or amid a stream; while it is written, or waits in the line."""
-    with proxying(split, tokenizer, parallel=1) as served:
-        halted = _Halted(split, monkeypatch, after=3 if stream else 0)
-        raw = json.dumps({"prompt": PROMPT, "max_tokens": 400, "temperature": 0, "stream": stream}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(raw)}\r\n\r\n"
-        caller, waiting = (socket.create_connection(("127.0.0.1", served.port)) for _ in range(2))
-        caller.sendall(head.encode() + raw)
-        assert halted.arrived.acquire(timeout=60)
-        if stream:
-            assert caller.recv(1000).startswith(b"HTTP/1.1 200 OK")
-        waiting.sendall(head.encode() + raw)
-        caller.close()
-        waiting.close()
-        halted.open.set()
-        assert served.desk.wait_until_idle(60)
-        assert halted.sent < 200
-        assert served.ask("GET", "/health")[0] == 200
-    assert not capsys.readouterr().err
-
-
-def test_beyond_the_line_it_is_429_and_at_the_end_503(split: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 400, "temperature": 0}
-    with proxying(split, tokenizer, parallel=1, queue=1) as served, concurrent.futures.ThreadPoolExecutor(3) as pool:
-        halted = _Halted(split, monkeypatch)
-        first = pool.submit(served.ask, "POST", "/v1/completions", body)
-        assert halted.arrived.acquire(timeout=60)
-        others = [pool.submit(served.ask, "POST", "/v1/completions", body) for _ in range(2)]
-        done, _ = concurrent.futures.wait(others, 60, concurrent.futures.FIRST_COMPLETED)
-        assert [future.result()[0] for future in done] == [429]
-        served.stop()
-        (left,) = set(others) - done
-        assert left.result()[0] == 503
-        halted.open.set()
-        assert first.result()[0] == 503
-
-
-def test_while_the_trunk_is_away_it_is_503_and_then_goes_on(
-    served: Served, split: Any, stories: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(split.trunk.session, "_up", False)
-    status, answer = served.ask("POST", "/v1/completions", {"prompt": PROMPT})
-    assert (status, answer["error"]["code"]) == (503, "trunk_away")
-    assert served.ask("GET", "/health")[0] == 503
-    monkeypatch.undo()
-    assert served.ask("GET", "/health")[0] == 200
-
-
-def test_more_than_there_is_room_for_is_written_in_turns(stories: str, tokenizer: Any, tmp_path: Path) -> None:
-    with running(World(tmp_path, stories, 1, cache_tokens=50, client_cache_tokens=50)) as world:
-        split = world.join_as(0).eval()
-        with proxying(split, tokenizer) as served, concurrent.futures.ThreadPoolExecutor(4) as pool:
-            prompts = [PROMPT, "The", "One day", "Lily"]
-            options = {"model": "stories", "max_tokens": 25, "temperature": 0}
-            asked = [pool.submit(served.client().completions.create, prompt=prompt, **options) for prompt in prompts]
-            for prompt, future in zip(prompts, asked, strict=True):
-                assert future.result().choices[0].text == expected(stories, prompt, 25)
-            status, answer = served.ask("POST", "/v1/completions", {"prompt": prompts, "max_tokens": 40})
-            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
-        split.close()
-
-
-def test_room_that_was_had_for_all_choices_is_kept_while_the_prompt_is_scored(
-    served: Served, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turns, heard = served.desk._turns, []
-    grow = turns.grow
-
-    def hears(turn: Any, tokens: int) -> bool:
-        heard.append((turn.tokens, tokens))
-        return grow(turn, tokens)
-
-    monkeypatch.setattr(turns, "grow", hears)
-    options = {"model": "stories", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 0}
-    served.client().completions.create(**options, n=3)
-    assert heard[0][0] == 3 * len(tokenizer(PROMPT).input_ids)
-    assert all(now >= before for before, now in heard)
-
-
 def test_a_trunk_that_keeps_no_caches(stories: str, tokenizer: Any, tmp_path: Path) -> None:
-    with running(World(tmp_path, stories, 1, cache_tokens=0)) as world:
-        split = world.join_as(0).eval()
-        with proxying(split, tokenizer, lookup=4) as served:
-            answer = served.client().completions.create(
-                model="stories", prompt=["The", PROMPT], max_tokens=5, temperature=0, echo=True, logprobs=1, n=2
-            )
-            assert [choice.text for choice in answer.choices] == [
-                prompt + expected(stories, prompt, 5) for prompt in ("The", "The", PROMPT, PROMPT)
-            ]
-        split.close()
-
-
-def test_requests_are_written_side_by_side(split: Any, tokenizer: Any, stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with proxying(split, tokenizer, parallel=2) as served, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        halted = _Halted(split, monkeypatch)
-        prompts = (PROMPT, "The")
-        body = {"max_tokens": 5, "temperature": 0}
-        asked = [pool.submit(served.ask, "POST", "/v1/completions", body | {"prompt": prompt}) for prompt in prompts]
-        for _ in prompts:
-            assert halted.arrived.acquire(timeout=60)
-        halted.open.set()
-        for prompt, future in zip(prompts, asked, strict=True):
-            assert future.result()[1]["choices"][0]["text"] == expected(stories, prompt, 5)
+    with splitting(stories, tmp_path, cache_tokens=0) as (_, split), proxying(split, tokenizer, lookup=4) as served:
+        answer = served.client().completions.create(
+            model="stories", prompt=["The", PROMPT], max_tokens=5, temperature=0, echo=True, logprobs=1, n=2
+        )
+        assert [choice.text for choice in answer.choices] == [
+            prompt + expected(stories, prompt, 5) for prompt in ("The", "The", PROMPT, PROMPT)
+        ]
 
 
 def test_ends_with_an_adapter(stories: str, tokenizer: Any, tmp_path: Path) -> None:
     """As ``--ends`` puts it there. Its values are drawn, so that it changes what is written."""
-    with running(World(tmp_path, stories, 1)) as world:
-        split = world.join_as(0)
+    with splitting(stories, tmp_path) as (_, split):
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         torch.manual_seed(0)
         adapted = get_peft_model(split, config).eval()
-        ids = torch.tensor([tokenizer(PROMPT).input_ids])
-        found = adapted.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
-        text = tokenizer.decode(found, skip_special_tokens=True).removeprefix(PROMPT)
+        text = written(adapted, tokenizer, PROMPT, 12)
         assert text != expected(stories, PROMPT, 12)
         with proxying(adapted, tokenizer) as served:
             answer = served.client().completions.create(model="stories", prompt=PROMPT, max_tokens=12, temperature=0)
             assert answer.choices[0].text == text
-        split.close()

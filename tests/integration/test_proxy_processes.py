@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from openai import AuthenticationError, InternalServerError, OpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from client_ends.scoring import harness_scores
 from splitfl.cli import main
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import write_identity
 from tests.faults.stage import wait_until
-from tests.integration.test_commands import ENVIRONMENT, Run, finish
+from tests.forks import splitfl
+from tests.integration.test_commands import Run, finish
 from tests.integration.test_kills import Killed, short_text
-from tests.proxy_world import proxying
-from tests.world import World, running
+from tests.proxy_world import expected, proxying, splitting, whole
 
 PROMPT = "One day, Lily and Tom went to the big park with their mom and"
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -34,17 +32,10 @@ class Proxied:
     """``splitfl proxy`` as a process."""
 
     def __init__(self, run: Run, *options: object, **environment: str) -> None:
-        words = ("proxy", "--trunk", run.join, "--identity", run.keys[0], "--model", run.model, "--device", "cpu", "--port", 0)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "splitfl.cli", *map(str, (*words, *options))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | environment,
-        )
-        assert self.process.stdout is not None
+        joining = ("--trunk", run.join, "--identity", run.keys[0], "--model", run.model, "--device", "cpu")
+        self.process = splitfl("proxy", *joining, "--port", 0, *options, **environment)
         line = self.process.stdout.readline()
-        assert " at http://" in line, self.process.stderr.read() if self.process.stderr else ""
+        assert " at http://" in line, self.process.stderr.read()
         self.name, _, self.url = line.strip().partition(" at ")
 
     def client(self, key: str = "none") -> OpenAI:
@@ -65,13 +56,6 @@ def health(url: str) -> int:
         return error.code
 
 
-def expected(path: str, tokens: int) -> str:
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).eval()
-    ids = torch.tensor([tokenizer(PROMPT).input_ids])
-    found = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0].tolist()
-    return str(tokenizer.decode(found, skip_special_tokens=True)).removeprefix(PROMPT)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_with_a_key_ends_at_a_signal(tmp_path: Path, stories: str, number: signal.Signals) -> None:
@@ -84,7 +68,7 @@ def test_a_process_with_a_key_ends_at_a_signal(tmp_path: Path, stories: str, num
             proxied.client().models.list()
         options: dict[str, Any] = {"model": "tales", "prompt": PROMPT, "temperature": 0}
         answer = proxied.client("open-sesame").completions.create(**options, max_tokens=20)
-        assert answer.choices[0].text == expected(stories, 20)
+        assert answer.choices[0].text == expected(stories, PROMPT, 20)
         stream = iter(proxied.client("open-sesame").completions.create(**options, max_tokens=300, stream=True))
         next(stream)
         proxied.process.send_signal(number)
@@ -112,7 +96,7 @@ def test_a_link_that_is_cut_is_had_again_and_a_server_that_is_gone_ends_it(tmp_p
             if len(text) > 40 and not cut:
                 run.cut()
                 cut = True
-        assert text == expected(stories, 150)
+        assert text == expected(stories, PROMPT, 150)
         run.server.send_signal(signal.SIGKILL)
         run.link.close()
         wait_until(lambda: health(proxied.url) == 503)
@@ -140,28 +124,24 @@ def test_the_harness_finds_the_same_numbers_through_it(
     monkeypatch.chdir(Path(__file__).parents[2])  # where the tasks look for their rows from
     task, limit = "splitfl_copa", 25
     tokenizer = AutoTokenizer.from_pretrained(stories)
-    whole = AutoModelForCausalLM.from_pretrained(stories).eval()
-    direct = harness_scores(whole, tokenizer, [task], batch_size=8, include=TASKS, limit=limit)
-    with running(World(tmp_path, stories, 1)) as world:
-        split = world.join_as(0).eval()
-        with proxying(split, tokenizer) as served:
-            api = LocalCompletionsAPI(
-                base_url=f"{served.url}/completions",
-                model="stories",
-                tokenizer=stories,
-                tokenizer_backend="huggingface",
-                max_length=512,
-                **ways,
-            )
-            found = simple_evaluate(
-                api,
-                tasks=[task],
-                limit=limit,
-                task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        split.close()
+    direct = harness_scores(whole(stories), tokenizer, [task], batch_size=8, include=TASKS, limit=limit)
+    with splitting(stories, tmp_path) as (_, split), proxying(split, tokenizer) as served:
+        api = LocalCompletionsAPI(
+            base_url=f"{served.url}/completions",
+            model="stories",
+            tokenizer=stories,
+            tokenizer_backend="huggingface",
+            max_length=512,
+            **ways,
+        )
+        found = simple_evaluate(
+            api,
+            tasks=[task],
+            limit=limit,
+            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
     assert found["results"][task]["acc,none"] == direct[task]["acc"]
     assert 0 < direct[task]["acc"] < 1
     json.dumps(found["results"], default=str)

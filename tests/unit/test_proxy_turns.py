@@ -27,6 +27,12 @@ class Worker:
             assert not self.wanted or self._leave.wait(30)
         self.over.set()
 
+    @property
+    def is_next(self) -> bool:
+        """Whether it has its turn as soon as its thread runs; of one that has none yet."""
+        with self.turns._changed:
+            return self.turns._is_next(self.turn)
+
     def leave(self) -> None:
         self._leave.set()
         assert self.over.wait(30)
@@ -39,10 +45,10 @@ def test_in_the_order_in_which_they_came_and_so_many_at_a_time() -> None:
         turns.queue(1)
     assert workers[0].has_it.wait(30)
     assert workers[1].has_it.wait(30)
-    assert not workers[2].has_it.is_set()
+    assert not workers[2].is_next
     workers[1].leave()
     assert workers[2].has_it.wait(30)
-    assert not workers[3].has_it.is_set()
+    assert not workers[3].is_next
     turns.call_off(workers[3].turn)
     assert workers[3].over.wait(30)
     assert workers[3].wanted is False
@@ -55,8 +61,8 @@ def test_who_does_not_fit_waits_and_nobody_passes_it() -> None:
     turns = Turns(8, 100, 8)
     first, large, small = (Worker(turns, tokens) for tokens in (60, 50, 10))
     assert first.has_it.wait(30)
-    assert not large.has_it.is_set()
-    assert not small.has_it.is_set()
+    assert not large.is_next
+    assert not small.is_next
     first.leave()
     assert large.has_it.wait(30)
     assert small.has_it.wait(30)
@@ -90,7 +96,7 @@ def test_who_outgrows_the_room_waits_for_the_oldest() -> None:
         assert not done.is_set()
     late = Worker(turns, 1)
     assert turns.grow(old.turn, 99)
-    assert not late.has_it.is_set()  # not before who waits amid its answer
+    assert not late.is_next  # not before who waits amid its answer
     old.leave()
     assert done.wait(30)
     assert found == [True]
