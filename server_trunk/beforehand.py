@@ -1,5 +1,5 @@
-"""What is looked at before a server loads anything: its operator's mistakes, and what a crash has left. Imports no transformers:
-the agent of several processes looks too, and loads nothing.
+"""What is looked at before a server loads anything: its operator's mistakes. Imports no transformers: the agent of several
+processes looks too, and loads nothing.
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ from pathlib import Path
 
 import torch
 
-from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
+from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig
 from splitfl.errors import ConfigError, KeyFileError
 from splitfl.protocol.keys import Identity, read_identity, write_identity
 from splitfl.tensors import resolve_device
 
-__all__ = ["check_before", "layer_devices", "run_device", "server_identity"]
+__all__ = ["check_before", "check_new", "layer_devices", "run_device", "server_identity"]
 
 
-def check_before(config: RunConfig, *, resume: bool, device: torch.device | None = None) -> tuple[Path, torch.device]:
-    """Look for mistakes, and mend what a crash has left of the run's checkpoints; returns the file of admitted clients, and the
-    device; ``device``: where that is settled already.
+def check_before(config: RunConfig, *, device: torch.device | None = None) -> tuple[Path, torch.device]:
+    """Look for mistakes; returns the file of admitted clients, and the device; ``device``: where that is settled already.
 
     Raises ConfigError.
     """
-    out = config.out_dir
-    mend_checkpoints(out)
-    if checkpoint_steps(out) and not resume:
+    return _authorized_file(config), device or run_device(config)
+
+
+def check_new(out: Path) -> None:
+    """Raises ConfigError where ``out`` is no place for a new run."""
+    if checkpoint_steps(out):
         raise ConfigError(
             f"{out} holds the checkpoints of an earlier run, which a new one would push out: go on with it by --resume, or "
             "name the new one with --run or --out"
         )
-    return _authorized_file(config), device or run_device(config)
 
 
 def server_identity(config: RunConfig, may_make: bool = True) -> Identity:

@@ -75,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
         run_process(config, place, lambda own, joined: _serve(own, args, joined) if joined.leads else _follow(own, joined))
     if config.mode == "hierarchical" and not config.replicas:
         raise ConfigError("how many replicas? --replicas N starts N of them on this machine, torchrun on several machines")
-    from server_trunk.beforehand import check_before
+    from server_trunk.beforehand import check_before, check_new
     from server_trunk.replicas.launch import launch
 
-    check_before(config, resume=args.resume or args.resume_if_any)
+    if not (args.resume or args.resume_if_any):
+        check_new(config.out_dir)
+    check_before(config)
     return launch(config, _arguments(args))
 
 
@@ -114,21 +116,24 @@ def _arguments(args: argparse.Namespace) -> list[str]:
 def _serve(config: RunConfig, args: argparse.Namespace, joined: Joined | None = None) -> None:
     from server_trunk.replicas.launch import AGENT
     from server_trunk.server import TrunkServer
-    from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
     from splitfl.libraries import quiet_libraries
 
     quiet_libraries()
-    mend_checkpoints(config.out_dir)
     group, shards, watch = (joined.group, joined.shards, joined.watch) if joined is not None else (None, None, None)
     first = joined is None or joined.place.is_first
     if first:
         print(f"loading the trunk of {config.model}", file=sys.stderr)
     # Under a torchrun of the operator's nobody can say whether the group has stood before: each agent counts its own restarts.
     started_again = joined is not None and (joined.place.restarts > 0 or AGENT not in os.environ)
-    resume = args.resume or ((args.resume_if_any or started_again) and bool(checkpoint_steps(config.out_dir)))
-    if group is not None:
-        resume = group.gather(resume)[0]
-    server = TrunkServer(config, resume=resume, echo=sys.stderr if first else None, group=group, shards=shards, watch=watch)
+    server = TrunkServer(
+        config,
+        resume=args.resume,
+        resume_if_any=args.resume_if_any or started_again,
+        echo=sys.stderr if first else None,
+        group=group,
+        shards=shards,
+        watch=watch,
+    )
     server.start()
     if first:
         print(f"# the resolved config, kept as {config.out_dir / 'config.toml'}\n{to_toml(config)}", file=sys.stderr)

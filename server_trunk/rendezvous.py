@@ -54,13 +54,14 @@ def _meeting(store: Any, rank: int, size: int, patience: timedelta = _MEET) -> s
     answered = set()
     deadline = time.monotonic() + patience.total_seconds()
     missing = set(range(1, size))
-    while missing:
+    while True:
         for other in sorted(missing):
             if store.check([f"splitfl/asks/{other}"]) and (asked := store.get(f"splitfl/asks/{other}").decode()) not in answered:
                 answered.add(asked)
                 store.set(f"splitfl/answers/{asked}", name)
         missing = {other for other in missing if not store.check([f"{name}/here/{other}"])}
-        if missing and time.monotonic() >= deadline:
+        if not missing:
+            return name
+        if time.monotonic() >= deadline:
             raise SplitflError(f"the server's processes cannot meet: of {size} these have not come: {sorted(missing)}")
         time.sleep(_LOOK)
-    return name

@@ -13,7 +13,6 @@ import functools
 import socket
 import threading
 from collections.abc import Iterator, Set
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.async_steps import steps_of
 from server_trunk.averaging import Averager
-from server_trunk.beforehand import check_before, server_identity
+from server_trunk.beforehand import check_before, check_new, server_identity
 from server_trunk.building import Trunk, load_run_trunk
 from server_trunk.ends_book import EndsBook
 from server_trunk.gateway import Gateway
@@ -42,6 +41,7 @@ from server_trunk.trunkloop import TrunkLoop
 from server_trunk.watch import Watch
 from splitfl.adapters.layout import part_bytes_for
 from splitfl.channel.server import ServerChannel
+from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, GroupLost, NotWritten, SplitflError
 from splitfl.parts.identity import model_identity
@@ -66,6 +66,7 @@ class TrunkServer:
         config: RunConfig,
         *,
         resume: bool = False,
+        resume_if_any: bool = False,
         echo: Any = None,
         transport: Any = None,
         group: Group | None = None,
@@ -75,7 +76,8 @@ class TrunkServer:
     ) -> None:
         """Load everything, open nothing.
 
-        ``resume``: go on from the newest checkpoint of the run's directory. ``echo``: a text stream for readable log lines.
+        ``resume``: go on from the newest checkpoint of the run's directory; ``resume_if_any``: the same, or begin where it holds
+        none. Of several replicas it is rank 0's that counts. ``echo``: a text stream for readable log lines.
         ``group``: the other replicas of this server, each of which makes one of these; rank 0's keeps the run.
         ``shards``: the ranks that hold the trunk, of which this one leads; the others run ``building.follow_leader``.
         ``watch``: knows whether the processes of all of these live.
@@ -91,9 +93,7 @@ class TrunkServer:
             config = group.place.settle(config)
         self.config = config
         out = config.out_dir
-        listed, self._device = check_before(
-            config, resume=resume or not self._is_first, device=None if shards is None else shards.device
-        )
+        listed, self._device = check_before(config, device=None if shards is None else shards.device)
         with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(out) if self._is_first else None
@@ -101,12 +101,23 @@ class TrunkServer:
         self._transport = transport
         self._channel_options = channel_options
         try:
-            self._set_up(listed, shards, resume, echo)
+            in_turn(group, lambda: mend_checkpoints(out))
+            self._set_up(listed, shards, self._goes_on(resume, resume_if_any), echo)
         except BaseException:
             self._release()
             raise
 
-    def _set_up(self, listed: str | PathLike[str], shards: ShardGroup | None, resume: bool, echo: Any) -> None:
+    def _goes_on(self, resume: bool, if_any: bool) -> bool:
+        """Whether from a checkpoint. Raises ConfigError where a new run would push an earlier one out."""
+        out = self.config.out_dir
+        resume = resume or (if_any and bool(checkpoint_steps(out)))
+        if self._group is not None:
+            resume = self._group.gather(resume)[0]
+        if not resume and self._is_first:
+            check_new(out)
+        return resume
+
+    def _set_up(self, listed: Path, shards: ShardGroup | None, resume: bool, echo: Any) -> None:
         """Load the trunk, and what stands around it."""
         config, group, out = self.config, self._group, self.config.out_dir
         if self._is_first and not resume:

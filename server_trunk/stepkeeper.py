@@ -130,7 +130,7 @@ class StepKeeper:
 
     def forget(self, session: str, client: str) -> None:
         """The session of ``client`` is gone."""
-        self._log_uncounted(client)
+        self.log_uncounted(client)
         self._enrolments.pop(session, None)
         self._stale.pop(session, None)
         self._too_late = [other for other in self._too_late if other != session]
@@ -189,7 +189,7 @@ class StepKeeper:
         self._meter.uncounted(member.client)
         self._outlet.tell(member.session, Fault(RefusalCode.NOT_COUNTED, _UNCOUNTED[member.spoilt], False, back.micro))
 
-    def _log_uncounted(self, client: str | None = None) -> None:
+    def log_uncounted(self, client: str | None = None) -> None:
         """A line for all that a client (or, None, anybody) has sent of the kind in a step, as no client is to fill the log."""
         for key in [key for key in self._uncounted if client in (None, key[0])]:
             (name, step, why), count = key, self._uncounted.pop(key)
@@ -223,7 +223,7 @@ class StepKeeper:
                 self._steps.close()  # hears that the run ends
             return
         for part in self._steps.ended():
-            self._log_uncounted(part.client)
+            self.log_uncounted(part.client)
             self._tell_closed(part, part.step, part.targets, 1)
         ledger = self._steps.close()
         if ledger is not None:
@@ -318,6 +318,7 @@ class StepKeeper:
             step=ledger.step,
             targets=ledger.targets,
             targets_here=ledger.targets_here if ledger.participants_elsewhere else None,
+            met=sum(ledger.met.values()) if ledger.met is not None else None,
             learning_rate=report.learning_rate,
             grad_norm=report.grad_norm,
             skipped=report.skipped or None,
@@ -327,7 +328,7 @@ class StepKeeper:
             busy=round(min(1.0, self._busy / seconds), 3) if seconds > 0 else None,
             parts=self._named(ledger),
         )
-        self._log_uncounted()
+        self.log_uncounted()
         for part in ledger.parts.values():
             if part.dropped and part.why != PAUSED:
                 self._log.write("dropped", client=part.client, step=ledger.step, why=part.why, targets=part.targets)

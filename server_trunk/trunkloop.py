@@ -170,6 +170,7 @@ class TrunkLoop:
             # A failure of the trunk itself ends the run; whoever started the loop looks at `failure`.
             self.failure = error
             self._log.write("failed", error=f"{type(error).__name__}: {error}")
+        self._keeper.log_uncounted()  # of a step that no longer closes
 
     def _turn(self) -> None:
         self._receive()

@@ -243,9 +243,12 @@ def clients_of(run_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
-    """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``). While one
-    of those cannot be read nothing is deleted: nobody knows what it names.
+    """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``), and what
+    interrupted writes left. While one of those cannot be read nothing is deleted: nobody knows what it names.
+
+    Not to be called while another thread writes a checkpoint of the same run.
     """
+    mend_checkpoints(run_dir)
     clients = clients_of(run_dir)
     if not clients:
         return

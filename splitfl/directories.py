@@ -47,10 +47,7 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
         if not target.exists():
             os.replace(temporary, target)
         elif not _exchange(temporary, target):
-            aside = _sibling(target, "old")
-            os.replace(target, aside / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(aside, ignore_errors=True)
+            _change_places(target, temporary)
         _flush_directory(target.parent)
     finally:
         if temporary.exists():
@@ -63,6 +60,21 @@ def restore_set_aside(folder: Path) -> None:
         if not (folder / old.name).exists():
             with suppress(OSError):  # another process may have been quicker
                 os.replace(old, folder / old.name)
+
+
+def _change_places(target: Path, new: Path) -> None:
+    """Give ``new`` the name of ``target``, and delete what had it; where that is refused, all is as before."""
+    aside = _sibling(target, "old")
+    try:
+        os.replace(target, aside / target.name)
+        os.replace(new, target)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(aside / target.name, target)
+        with suppress(OSError):
+            aside.rmdir()  # not what could not be given its name back
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -35,6 +35,13 @@ def tiny_llama(directory: Path, *, seed: int = 0, blocks: int = 4) -> str:
     return str(directory)
 
 
+def set_aside(directory: Path) -> None:
+    """As where a process has died between the two renames that give a name to another directory."""
+    aside = directory.with_name(f".{directory.name}.0123abcd.old")
+    aside.mkdir()
+    directory.rename(aside / directory.name)
+
+
 class World:
     """``clients`` authorised clients of one server, of whom step 0 awaits ``needed`` (default all). ``join_as`` gives a
     client's model.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from server_trunk.run_lock import RunLock
 from server_trunk.server import TrunkServer
+from splitfl.checkpoint import checkpoint_directory, save_checkpoint
 from splitfl.config import build_config
 from splitfl.errors import ConfigError, ConnectError, ModelError, Refused
 from splitfl.protocol.keys import write_identity
-from tests.world import World, running, tiny_llama
+from tests.world import World, running, set_aside, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,25 @@ def test_a_run_is_never_written_over(tmp_path, model):
         split.close()
     with pytest.raises(ConfigError, match="earlier run"):
         TrunkServer(world.server.config)
+
+
+def test_what_a_crash_left_is_mended_by_whoever_holds_the_run_s_lock(tmp_path, monkeypatch):
+    (listed := tmp_path / "clients").write_text("")
+    config = build_config({"model": "none", "out": str(tmp_path), "device": "cpu", "authorized_clients": str(listed)})
+    checkpoint = checkpoint_directory(config.out_dir, 3)
+    save_checkpoint(checkpoint, {}, {})
+    set_aside(checkpoint)
+    monkeypatch.setattr("server_trunk.server.RunLock", functools.partial(RunLock, patience=0.0))
+    config.out_dir.mkdir(exist_ok=True)
+    lock = RunLock(config.out_dir)
+    with pytest.raises(ConfigError, match="another server keeps its run"):
+        TrunkServer(config, resume_if_any=True)
+    assert not checkpoint.exists(), "it may be that server's, under way"
+    lock.release()
+    with pytest.raises(ConfigError, match="earlier run"):
+        TrunkServer(config)
+    assert checkpoint.exists()
+    RunLock(config.out_dir, patience=0.0).release()
 
 
 @pytest.mark.parametrize(

@@ -171,11 +171,11 @@ def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_pa
 
 
 def test_a_server_that_is_started_again_by_something_goes_on_where_it_can(tmp_path, capsys, monkeypatch):
-    class Server:
-        def __init__(self, config, *, resume, **more):
-            raise ConfigError(f"resume: {resume}")
+    def set_up(server, listed, shards, resume, echo):
+        raise ConfigError(f"resume: {resume}")
 
-    monkeypatch.setattr("server_trunk.server.TrunkServer", Server)
+    monkeypatch.setattr(TrunkServer, "_set_up", set_up)
+    (tmp_path / "authorized_clients").write_text("")
     arguments = ["serve", "model", "--out", str(tmp_path), "--resume-if-any"]
     assert main(arguments) == 2
     assert "resume: False" in capsys.readouterr().err

@@ -148,6 +148,18 @@ def test_however_many_gradients_count_for_nothing_the_log_has_a_line_for_a_step(
     assert [event["step"] for event in desk.events("gradient-not-finite")] == [0, 1, 2], "who leaves amid a step is named too"
 
 
+def test_what_has_not_counted_of_a_step_that_never_closes_is_said_at_the_end(model, tmp_path):
+    desk = Desk(model, tmp_path, clients=1)
+    desk.join("a")
+    desk.run(("a", forward(0)))
+    desk.loop.inbox.put(Event("a", backward(0), torch.full((4, HIDDEN), math.nan)))
+    desk.run()
+    assert not desk.events("gradient-not-finite")
+    desk.loop.start()
+    desk.loop.stop()
+    assert [event["micro_batches"] for event in desk.events("gradient-not-finite")] == [1]
+
+
 def test_a_tiny_divisor_harms_nobody(model, tmp_path):
     desk = Desk(model, tmp_path)
     desk.join("a")
