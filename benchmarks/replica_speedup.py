@@ -1,8 +1,8 @@
 """What does another replica bring that has a core or a GPU of its own? N replicas against one, each with as many threads.
 
-Servers stand side by side, one plain and one with N replicas; light clients, as many for each, work now on the one, now on the
-other, so that drift of the machine hits both. The figure is the median over rounds of the ratio of tokens/s. With ``sync = step``
-the cost of the all-reduce at every step is in it, with ``sync = K`` that of one average every K steps.
+Servers stand side by side, one plain and one with N replicas; light clients, as many for each and N at least, work now on the
+one, now on the other, so that drift of the machine hits both. The figure is the median over rounds of the ratio of tokens/s. With
+``sync = step`` the cost of the all-reduce at every step is in it, with ``sync = K`` that of one average every K steps.
 
 How much of it is the machine's doing is measured in the same rounds: N plain servers that know nothing of each other, each with
 its share of the clients, are the most that N replicas could reach on this box, where cores share memory, caches and power.
@@ -20,7 +20,7 @@ from benchmarks.light import light_clients
 from benchmarks.report import median_interval
 from benchmarks.stage import Stage
 
-__all__ = ["hierarchical", "measure_speedup", "name_of", "seconds_a_step", "steps_between_meetings"]
+__all__ = ["dealt", "hierarchical", "measure_speedup", "name_of", "seconds_a_step", "steps_between_meetings"]
 
 
 def hierarchical(replicas: int, sync: str) -> dict[str, Any]:
@@ -36,6 +36,11 @@ def name_of(replicas: int, sync: str) -> str:
 def steps_between_meetings(sync: str) -> int:
     """Steps from one meeting of the replicas to the next."""
     return 1 if sync == "step" else int(sync)
+
+
+def dealt(clients: int, replicas: int) -> list[int]:
+    """How many of the clients each of the replicas has, as even as can be."""
+    return [clients // replicas + (number < clients % replicas) for number in range(replicas)]
 
 
 def seconds_a_step(spans: Sequence[Sequence[float]]) -> float:
@@ -90,12 +95,12 @@ def measure_speedup(
     steps: int,
 ) -> dict[str, Any]:
     """``settings``: those of :func:`hierarchical`; ``common``: of both servers, threads and device among them. ``steps``: of a
-    block, at least.
+    block, at least. Of more replicas than ``sizes`` has clients each has one.
     """
     replicas, sync = settings["replicas"], settings["sync"]
     every = steps_between_meetings(sync)
     steps = -(-steps // every) * every
-    clients, share = sizes["clients"], sizes["clients"] // replicas
+    clients = max(sizes["clients"], replicas)
     with contextlib.ExitStack() as open_sides:
 
         def side(settings: dict[str, Any], clients: int) -> _Side:
@@ -104,7 +109,7 @@ def measure_speedup(
             return made
 
         one, many = [side(common, clients)], [side(common | settings, clients)]
-        apart = [side(common, share) for _ in range(replicas)]
+        apart = [side(common, share) for share in dealt(clients, replicas)]
         kinds = {"one": one, "many": many, "apart": apart}
         for sides in kinds.values():
             _rate(sides, every)
@@ -119,6 +124,7 @@ def measure_speedup(
         "speedup": round(median, 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "pairs": pairs,
+        "clients": clients,
         "unrelated_servers": {"speedup": round(ceiling, 4), "interval_95": [round(ceiling_low, 4), round(ceiling_high, 4)]},
         "share_of_unrelated": round(statistics.median(_ratios(seen["many"], seen["apart"])), 4),
         "one_tokens_per_second": round(statistics.median(seen["one"]), 1),

@@ -4,8 +4,8 @@ weights averaged after every K.
 A small Llama with random weights is trained from scratch by clients that hold different parts of the sample text; their trunk is
 two replicas, processes of their own, that serve half of the clients each. ``loss``: each client's held-out loss on its own text,
 averaged over the clients, the mean over repetitions (each with another order of the rows) with ``loss_least`` and ``loss_most``.
-``mb_between``: what a replica sends the other in the whole run, were they on two machines. No figure depends on how fast the
-machine is.
+``meetings``: how often they met. ``mb_reckoned``: what a replica sends the other for that in the whole run, were they on two
+machines; reckoned, not measured. No figure depends on how fast the machine is.
 
     python -m benchmarks.sync [--clients 4] [--steps 64] [--repeats 3] [--quick] [--json]
 """
@@ -31,6 +31,8 @@ SYNCS = ("step", "1", "4", "16")
 _REPLICAS = 2
 #: Seconds in which a client is there, and in which a run is made, on any machine.
 _JOINS, _ENDS = 300.0, 3600.0
+#: Between two looks at the logs, on the cores that are at work.
+_LOOK = 0.5
 
 
 def measure(work: Path, sync: str, repeat: int, args: argparse.Namespace) -> dict[str, float]:
@@ -74,12 +76,13 @@ def measure(work: Path, sync: str, repeat: int, args: argparse.Namespace) -> dic
         replicas.stop()
     tensors, _, _ = load_checkpoint(newest_checkpoint(own / "server"))
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    meetings = args.steps if sync == "step" else args.steps // int(sync)
+    meetings = sum(event["event"] == "step" and event["met"] is not None for event in _events(own / "server" / "log.jsonl"))
     return {
         "loss_before": statistics.fmean(each.evaluation_before["loss"] for each in made),
         "loss": statistics.fmean(each.evaluation_after["loss"] for each in made),
+        "meetings": meetings,
         # Of a sum over N each sends (N - 1)/N in either half of it.
-        "mb_between": meetings * size * 2 * (_REPLICAS - 1) / _REPLICAS / 1e6,
+        "mb_reckoned": meetings * size * 2 * (_REPLICAS - 1) / _REPLICAS / 1e6,
     }
 
 
@@ -91,12 +94,16 @@ def _await_joined(out: Path, count: int, results: list[Future[Any]]) -> None:
                 each.result()
         if time.monotonic() > give_up:
             raise SplitflError(f"client {count - 1} has not joined within {_JOINS:g} s")
-        threading.Event().wait(0.1)
+        threading.Event().wait(_LOOK)
 
 
 def _joined(out: Path) -> int:
-    lines = (line for log in out.glob("log*.jsonl") for line in log.read_text().splitlines())
-    return sum(json.loads(line)["event"] == "joined" for line in lines if line.endswith("}"))
+    return sum(event["event"] == "joined" for log in out.glob("log*.jsonl") for event in _events(log))
+
+
+def _events(log: Path) -> list[dict[str, Any]]:
+    """What is whole of a log that is being written."""
+    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
 
 
 def main() -> None:
@@ -122,9 +129,10 @@ def main() -> None:
             losses = [run["loss"] for run in runs]
             results[sync] |= {"loss_least": round(min(losses), 4), "loss_most": round(max(losses), 4)}
             made = results[sync]
-            print(f"sync = {sync:<4}  held-out loss {made['loss']:.4f}  between replicas {made['mb_between']:.1f} MB", flush=True)
-    about = {"clients": args.clients, "replicas": _REPLICAS, "steps": args.steps, "repeats": args.repeats}
-    emit(about | {"results": results}, as_json=args.json)
+            about = f"held-out loss {made['loss']:.4f}  between replicas {made['mb_reckoned']:.1f} MB"
+            print(f"sync = {sync:<4}  {about}", flush=True)
+    sizes = {"clients": args.clients, "replicas": _REPLICAS, "steps": args.steps, "repeats": args.repeats}
+    emit(sizes | {"results": results}, as_json=args.json)
 
 
 if __name__ == "__main__":

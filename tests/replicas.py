@@ -61,6 +61,11 @@ class Replicas:
         command = (sys.executable, "-m", *(command or ("splitfl.cli", "serve")), *self.words)
         self._errors = (self.work / "stderr").open("w")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=ENVIRONMENT)
+        self._read_join()
+
+    def _read_join(self) -> None:
+        """From what the process says, which serves once it does."""
+        assert self.process is not None
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.strip().startswith("splitfl://"):
@@ -91,8 +96,12 @@ class Replicas:
 
     def events(self, kind: str, replica: int = 0) -> list[dict[str, Any]]:
         """What a replica logged of a kind."""
+        return [event for event in self.log(replica) if event["event"] == kind]
+
+    def log(self, replica: int = 0) -> list[dict[str, Any]]:
+        """All that it logged."""
         name = f"log-{replica}.jsonl" if replica else "log.jsonl"
-        return [event for event in map(json.loads, (self.out / name).read_text().splitlines()) if event["event"] == kind]
+        return [json.loads(line) for line in (self.out / name).read_text().splitlines()]
 
 
 @contextlib.contextmanager

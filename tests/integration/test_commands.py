@@ -67,6 +67,13 @@ class Run:
             assert self.server.poll() is None
             time.sleep(0.05)
 
+    def end(self, clients: list[Forked], seconds: float = 120) -> None:
+        """All come to their end, and the server by that to its own."""
+        for client in clients:
+            code, _, err = finish(client, seconds)
+            assert code == 0, err
+        assert finish(self.server)[0] == 0
+
     def close(self) -> None:
         if self.server.poll() is None:
             self.server.kill()
@@ -90,10 +97,7 @@ def test_what_was_trained_is_what_merge_gives_to_plain_transformers_and_peft(tmp
 
     run = Run(tmp_path, stories, 1, "--until-done")
     try:
-        options = ("--steps", 6, "--evaluate", 16, "--ends", "lora")
-        code, _, err = finish(run.client(0, text, *options))
-        assert code == 0, err
-        assert finish(run.server)[0] == 0
+        run.end([run.client(0, text, "--steps", 6, "--evaluate", 16, "--ends", "lora")])
     finally:
         run.close()
     for words in (
@@ -141,14 +145,11 @@ def test_one_client_killed_the_other_goes_on_and_a_stopped_server_says_so(tmp_pa
 def test_a_classifier_from_a_table(tmp_path, stories, data):
     run = Run(tmp_path, stories, 1, "--until-done")
     try:
-        code, _, err = finish(
-            run.client(
-                *(0, data / "text" / "sst2" / "dev.tsv", "--columns", "text=sentence,label=label"),
-                *("--task", "sequence-classification", "--steps", 5, "--evaluate", 0.1),
-            )
+        client = run.client(
+            *(0, data / "text" / "sst2" / "dev.tsv", "--columns", "text=sentence,label=label"),
+            *("--task", "sequence-classification", "--steps", 5, "--evaluate", 0.1),
         )
-        assert code == 0, err
-        assert finish(run.server)[0] == 0
+        run.end([client])
     finally:
         run.close()
     evaluations = run.events("ends0", "evaluation")

@@ -57,9 +57,10 @@ class Killed(Run):
         control, data, near_control, near_data = self.ports
         self.link = Link({near_control: control, near_data: data})
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, event: str = "checkpoint") -> None:
+        """Until it is kept, or, by another ``event`` of the log, made."""
         deadline = time.monotonic() + 120
-        while not any(event["step"] >= step for event in self.events("server", "checkpoint")):
+        while not any(each["step"] >= step for each in self.events("server", event)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -84,10 +85,7 @@ def text(tmp_path_factory, data) -> Path:
 def undisturbed(tmp_path_factory, stories, text) -> Path:
     run = Killed(tmp_path_factory.mktemp("undisturbed"), stories, text, "--until-done")
     try:
-        for client in [run.train(index) for index in range(2)]:
-            code, _, err = finish(client)
-            assert code == 0, err
-        assert finish(run.server)[0] == 0
+        run.end([run.train(index) for index in range(2)])
     finally:
         run.close()
     return run.work
@@ -113,17 +111,11 @@ def test_a_server_that_is_killed_before_its_first_checkpoint_begins_anew_and_its
     run = Killed(tmp_path / "run", stories, text, "--on-loss", "wait", "--until-done", "--checkpoint-every", 100)
     try:
         clients = [run.train(index) for index in range(2)]
-        deadline = time.monotonic() + 120
-        while not any(event["step"] >= 4 for event in run.events("server", "step")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        run.wait_for_step(4, "step")
         run.server.kill()
         run.server.communicate()
         run.serve_again("--resume-if-any")
-        for client in clients:
-            code, _, err = finish(client, 180)
-            assert code == 0, err
-        assert finish(run.server)[0] == 0
+        run.end(clients, 180)
     finally:
         run.close()
     assert_as_undisturbed(run.work, undisturbed)
@@ -154,10 +146,7 @@ def test_whatever_is_killed_the_run_ends_as_the_undisturbed_one(tmp_path, storie
                 run.serve_again()
             if what == "link":
                 run.cut()
-        for client in clients:
-            code, _, err = finish(client, 180)
-            assert code == 0, err
-        assert finish(run.server)[0] == 0
+        run.end(clients, 180)
     finally:
         run.close()
     assert_as_undisturbed(run.work, undisturbed)

@@ -39,9 +39,7 @@ class Machines(Replicas):
         self._errors = (self.work / "stderr").open("w")
         self.agents = [self.agent(machine) for machine in range(len(MACHINES))]
         self.process = self.agents[0]
-        assert self.process.stdout is not None
-        self.join = next((line.strip() for line in self.process.stdout if line.strip().startswith("splitfl://")), "")
-        assert self.join, (self.work / "stderr").read_text()
+        self._read_join()
 
     def agent(self, machine: int) -> subprocess.Popen[str]:
         words = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={self._meet}", "--rdzv-id=trial"]
@@ -65,12 +63,23 @@ class Machines(Replicas):
         for agent in self.agents:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
-        codes = [agent.wait(seconds) for agent in self.agents]
-        for agent in self.agents:
-            agent.stdout.close()
-        self._errors.close()
-        # torchrun says that it was ended by a signal, though its process ended well.
-        return 0 if all(code in (0, 1, -signal.SIGTERM) for code in codes) else 1
+        try:
+            for agent in self.agents:
+                agent.wait(seconds)
+        finally:
+            for agent in self.agents:
+                agent.kill()
+                agent.stdout.close()
+            self._errors.close()
+        # torchrun's own code says that it was ended by a signal, and nothing of how its process ended.
+        return 0 if all(self.ended_well(replica) for replica in range(len(MACHINES))) else 1
+
+    def ended_well(self, replica: int) -> bool:
+        """Of the processes that were it one after another, the last."""
+        kinds = [event["event"] for event in self.log(replica)]
+        if "resumed" in kinds:
+            kinds = kinds[-1 - kinds[::-1].index("resumed") :]
+        return "stopped" in kinds and "failed" not in kinds
 
 
 class Accelerated(Replicas):

@@ -46,10 +46,7 @@ def test_whoever_is_killed_all_ends_are_as_in_the_undisturbed_run(tmp_path, stor
 def over_a_link(tmp_path_factory, stories, text) -> Path:
     run = alone.Killed(tmp_path_factory.mktemp("undisturbed"), stories, text, "--until-done", "--round-steps", ROUNDS)
     try:
-        for client in [run.train(index) for index in range(2)]:
-            code, _, err = alone.finish(client)
-            assert code == 0, err
-        assert alone.finish(run.server)[0] == 0
+        run.end([run.train(index) for index in range(2)])
     finally:
         run.close()
     return run.work
@@ -65,10 +62,7 @@ def test_links_that_are_cut_amid_rounds_change_nothing(tmp_path, stories, text, 
             run.wait_for_step(moments.randrange(begin, end))
             time.sleep(moments.uniform(0, 0.1))
             run.cut()
-        for client in clients:
-            code, _, err = alone.finish(client, 180)
-            assert code == 0, err
-        assert alone.finish(run.server)[0] == 0
+        run.end(clients, 180)
     finally:
         run.close()
     alone.assert_as_undisturbed(run.work, over_a_link)

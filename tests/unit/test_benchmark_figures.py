@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from benchmarks.link import round_trip
 from benchmarks.modes import MODES, step_seconds
 from benchmarks.modes_report import advice, gains, plot
-from benchmarks.replica_speedup import seconds_a_step
+from benchmarks.replica_speedup import hierarchical, measure_speedup, seconds_a_step
 from benchmarks.wan import Step
 from splitfl.cli import main
 from splitfl.config import build_config
@@ -76,6 +78,35 @@ def test_seconds_of_a_step_are_those_of_whole_rounds():
     # Every second step ends with an average, which takes three seconds.
     averaged = [0.0, 1.0, 5.0, 6.0, 10.0, 11.0, 15.0]
     assert step_seconds([averaged], 2, 2) == seconds_a_step([averaged]) == 2.5
+
+
+@pytest.mark.parametrize(("replicas", "apart"), [(2, [2, 2]), (3, [2, 1, 1]), (6, [1] * 6)])
+def test_servers_apart_have_as_many_clients_together_as_the_replicas(monkeypatch, replicas, apart):
+    """Also where they do not come out even, and where there are more replicas than clients were asked for."""
+    sides = []
+
+    class Side:
+        """As fast as it has clients."""
+
+        def __init__(self, settings, recording, model_dir, sizes, clients):
+            assert clients
+            sides.append((settings.get("replicas", 1), clients))
+            self.clients, self.stage = clients, contextlib.nullcontext()
+            self.stage.close = lambda: None
+
+        def begin(self, steps):
+            pass
+
+        def tokens_per_second(self):
+            return float(self.clients)
+
+    monkeypatch.setattr("benchmarks.replica_speedup._Side", Side)
+    sizes = {"clients": 4, "rows": 1, "length": 8}
+    settings = hierarchical(replicas, "step")
+    row = measure_speedup(settings, {"threads": 1}, "", "", sizes, pairs=2, steps=1)
+    assert sides == [(1, sum(apart)), (replicas, sum(apart)), *((1, share) for share in apart)]
+    assert row["clients"] == sum(apart)
+    assert row["share_of_unrelated"] == 1.0
 
 
 def _advice(speedups: dict[str, dict[str, dict[str, float]]], *, gpus: int = 0, **rates: dict[str, float]) -> str:
