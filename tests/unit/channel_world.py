@@ -176,6 +176,11 @@ class World:
     def join_string(self) -> JoinString:
         return JoinString(self.server_identity.public, "127.0.0.1", self.transport.control_port, "run")
 
+    @property
+    def ports(self) -> tuple[int, int]:
+        """Of control, of data."""
+        return self.transport.control_port, self.transport.data_port
+
     def client_transport(self) -> Any:
         return MemoryClientTransport(self.network) if self.kind == "memory" else ZmqClientTransport()
 
