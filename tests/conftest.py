@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported anywhere: several processes and threads share few cores, and spinning ones would eat them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +35,23 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands over what it has counted."""
+    from tests.divergences import COUNTED
+
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["divergences"] = (COUNTED.rows, COUNTED.excused)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    from tests.divergences import COUNTED
+
+    rows, excused = getattr(node, "workeroutput", {}).get("divergences", (0, ()))
+    COUNTED.rows += rows
+    COUNTED.excused += excused
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

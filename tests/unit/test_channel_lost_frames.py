@@ -107,7 +107,7 @@ def test_a_client_that_breaks_the_protocol_is_not_forgiven(make: Make) -> None:
     client, _ = in_step(world)
     client.channel._control_queue.append(encode(Enrol()))
     client.channel._transport.wake()
-    wait_until(lambda: client.lost)
+    wait_until(lambda: client.lost and world.handler.closed)
     assert world.handler.closed[0][1].startswith("protocol: ")
     assert not may_pass(client.lost[0])
 
