@@ -20,7 +20,7 @@ from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.protocol.message import MAX_CONTROL_BYTES
 from splitfl.transport import wording
 from splitfl.transport.base import ClientFrame, Endpoint
-from splitfl.transport.readiness import Readiness
+from splitfl.transport.readiness import WRITABLE, Readiness
 from splitfl.transport.zmq_common import (
     BYTES_A_TURN,
     FRAMES_A_TURN,
@@ -135,7 +135,7 @@ class ZmqClientTransport:
             self._receive(self._control, Endpoint.CONTROL, frames)
         if self._data in ready:
             assert self._data is not None
-            if ready[self._data] & zmq.POLLOUT:
+            if ready[self._data] & WRITABLE:
                 self._readiness.want_room(self._data, room=False)
             self._receive(self._data, Endpoint.DATA, frames)
         # Frames first: a server that says why it closes is heard before the closing is.

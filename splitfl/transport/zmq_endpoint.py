@@ -39,6 +39,7 @@ _SLACK = 2 * 2**20
 TOTAL_HELD = 256 * 2**20
 
 _numbers = itertools.count()
+_MORE_COMES = int(zmq.SNDMORE | zmq.NOBLOCK)
 # Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq (4.3.5) tells of a CURVE frame that does not decrypt by it as well, which spoils its
 # own errno: it then takes the frame for one that it has no room for, and never reads or closes that connection again.
 _WATCHED = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_DISCONNECTED
@@ -115,7 +116,7 @@ class ListeningEndpoint:
     def send(self, peer: bytes, frame: Buffer) -> Sent:
         try:
             # The ROUTER judges the peer on the first part: after it the second cannot fail.
-            self.socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            self.socket.send(peer, _MORE_COMES)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
