@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from splitfl.errors import SplitflError
+from splitfl.errors import SplitflError, first_line
 
 __all__ = ["join_world"]
 
@@ -34,7 +34,7 @@ def join_world(backend: str, *, on_one_machine: bool, rank: int = -1, size: int 
         store = dist.PrefixStore(_meeting(store, rank, size), store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_MEET)
     except (RuntimeError, ValueError) as error:
-        raise SplitflError(f"the server's processes cannot meet ({str(error).splitlines()[0][:200]})") from None
+        raise SplitflError(f"the server's processes cannot meet ({first_line(error)})") from None
 
 
 def _meeting(store: Any, rank: int, size: int, patience: timedelta = _MEET) -> str:

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from splitfl.errors import SplitflError
+from splitfl.errors import SplitflError, first_line
 
 __all__ = ["Watch"]
 
@@ -64,7 +64,7 @@ class Watch:
         try:
             talk(peer)
         except RuntimeError as error:
-            self._gone(peer, str(error).splitlines()[0][:200])
+            self._gone(peer, first_line(error))
         else:
             self._left.add(peer)
 

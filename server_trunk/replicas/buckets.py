@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from splitfl.errors import GroupLost
+from splitfl.errors import GroupLost, first_line
 
 __all__ = ["BUCKET_BYTES", "Averages", "Bucket", "buckets_of", "reduce"]
 
@@ -73,7 +73,7 @@ def reduce(tensor: torch.Tensor, group: Any) -> Callable[[], None]:
 
 
 def _gone(error: Exception) -> GroupLost:
-    return GroupLost(f"another replica is gone: {str(error).splitlines()[0]}")
+    return GroupLost(f"another replica is gone: {first_line(error)}")
 
 
 class Averages:

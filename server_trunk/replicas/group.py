@@ -20,7 +20,7 @@ import torch.distributed as dist
 from server_trunk.plain_values import gather_values
 from server_trunk.rendezvous import join_world
 from server_trunk.replicas.place import Place
-from splitfl.errors import ConfigError, SplitflError
+from splitfl.errors import ConfigError, SplitflError, first_line
 
 __all__ = ["Group", "in_turn"]
 
@@ -89,7 +89,7 @@ class Group:
         try:
             return gather_values(value, self._host)
         except RuntimeError as error:
-            raise SplitflError(f"another replica is gone: {str(error).splitlines()[0]}") from error
+            raise SplitflError(f"another replica is gone: {first_line(error)}") from error
 
     def all_reduce_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum tensors in host memory over all replicas, in place: each ends up equal everywhere, to the bit.
@@ -101,7 +101,7 @@ class Group:
             for work in [dist.all_reduce(tensor, group=self._host, async_op=True) for tensor in tensors]:
                 work.wait()
         except RuntimeError as error:
-            raise SplitflError(f"another replica is gone: {str(error).splitlines()[0]}") from error
+            raise SplitflError(f"another replica is gone: {first_line(error)}") from error
 
 
 def in_turn(group: Group | None, work: Callable[[], _T]) -> _T:

@@ -43,7 +43,7 @@ from server_trunk.sharding.engines import LeadingEngine
 from server_trunk.sharding.group import ShardGroup
 from splitfl.checkpoint import checkpoint_steps
 from splitfl.config import RunConfig
-from splitfl.errors import SplitflError
+from splitfl.errors import SplitflError, first_line
 from splitfl.protocol.messages import Redirect
 
 __all__ = ["Replica"]
@@ -242,7 +242,7 @@ class Replica:
 
     def _lost(self, rank: int, error: Exception) -> None:
         if not self._halting and self.failure is None:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            said = first_line(error)
             self.failure = SplitflError(f"replica {rank} is gone ({said[:200]}), so this one ends too")
 
     # --- the end ----------------------------------------------------------------------------------------------------------------

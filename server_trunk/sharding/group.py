@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from server_trunk.plain_values import gather_values
 from server_trunk.rendezvous import join_world
 from splitfl.config import RunConfig
-from splitfl.errors import ConfigError, GroupLost
+from splitfl.errors import ConfigError, GroupLost, first_line
 from splitfl.parts.sharded import MESH_AXES, Sharding
 from splitfl.tensors import DTYPES, dtype_name, resolve_device
 
@@ -139,7 +139,7 @@ def _guarded(work: Callable[[], _T]) -> _T:
     try:
         return work()
     except RuntimeError as error:  # gloo's and NCCL's own
-        said = str(error).splitlines()[0][:200]
+        said = first_line(error)
         raise GroupLost(f"another rank of this trunk is gone or does not answer ({said}): start the group again") from error
 
 
