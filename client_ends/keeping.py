@@ -25,10 +25,10 @@ from splitfl.checkpoint import (
     prune_checkpoints,
     put_aside,
     save_checkpoint,
-    unpack_state,
 )
 from splitfl.config import LoraSettings
 from splitfl.errors import CheckpointError, NotReadable
+from splitfl.packed_state import unpack_state
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import model_identity
 

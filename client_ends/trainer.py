@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 from client_ends.keeping import Place
 from client_ends.objective import Objective, objective_of
 from splitfl.adapters.trainables import copy_into, named_trainables
-from splitfl.checkpoint import load_checkpoint, save_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint, save_checkpoint
 from splitfl.errors import CheckpointError, ConfigError, RunWentBack, StepMissed
+from splitfl.packed_state import unpack_state
 from splitfl.parts.ends import find_ends
 
 __all__ = ["bind_trainer"]

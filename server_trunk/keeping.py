@@ -32,10 +32,10 @@ from splitfl.checkpoint import (
     prune_client_checkpoints,
     put_aside,
     save_checkpoint,
-    unpack_state,
 )
 from splitfl.config import LoraSettings, RunConfig
 from splitfl.errors import CheckpointError, NotReadable, RemoteProtocolError
+from splitfl.packed_state import unpack_state
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare
 from splitfl.runlog import RunLog

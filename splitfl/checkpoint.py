@@ -8,8 +8,8 @@ A run directory holds ``checkpoints/step-00000042/``; where each client has an a
 - ``checkpoint.json``: what the caller wants known (step, model, cut, ...), and size and SHA-256 of every other file;
 - any further files the caller hands over as bytes: optimizer state, random state, data position.
 
-Nothing here is pickled: nested state (an optimizer's, a generator's) travels as one safetensors file whose header
-carries the structure as JSON (:func:`pack_state`), so that loading a checkpoint can never run code.
+Nothing here is pickled: nested state (an optimizer's, a generator's) is one safetensors file too (:mod:`splitfl.packed_state`),
+so that loading a checkpoint can never run code.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors_bytes
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as save_safetensors_bytes
 from torch import Tensor
 
 from splitfl.directories import restore_set_aside, write_directory_atomically
 from splitfl.disk_errors import said_if_unreadable, said_if_unwritable
 from splitfl.errors import CheckpointError, NotReadable
+from splitfl.packed_state import write_state
 from splitfl.shard_files import read_whole
 
 FORMAT = 1
@@ -40,7 +39,6 @@ SHARDS = "trainables"
 DESCRIPTION = "checkpoint.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _CLIENT = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_STRUCTURE = "splitfl.structure"
 
 
 # --- One checkpoint. --------------------------------------------------------------------------------------------------
@@ -60,7 +58,7 @@ def save_checkpoint(
     returns the SHA-256 of each file by its path there.
 
     ``tensors``: any device, any dtype, no two sharing memory. ``meta``: plain JSON values. ``extra``: content by
-    file name; bytes as they are, anything else as :func:`pack_state` has it, but written without a copy in memory.
+    file name; bytes as they are, anything else as :func:`~splitfl.packed_state.write_state` has it.
 
     Raises ``NotWritten`` where the system refuses (the disk is full, say); then nothing of it stays, and what was there stands.
     """
@@ -78,8 +76,7 @@ def save_checkpoint(
             if isinstance(content, bytes):
                 (temporary / name).write_bytes(content)
             else:
-                tensors_of_state, structure = _take_apart(content)
-                save_file(tensors_of_state, temporary / name, metadata=structure)
+                write_state(temporary / name, content)
         digests |= {file.name: file_digest(file) for file in temporary.iterdir() if file.is_file()}
         files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(digests.items())}
         description = {"format": FORMAT, "meta": meta, "files": files, "meta_sha256": _text_digest(text)}
@@ -267,7 +264,7 @@ def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-# --- Tensors and nested state without pickle. -------------------------------------------------------------------------
+# --- Files. -----------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -282,91 +279,6 @@ def load_tensors(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}): the file is missing or damaged.") from error
-
-
-def pack_state(state: Any) -> bytes:
-    """Nested state, such as an optimizer's ``state_dict``, as safetensors bytes.
-
-    It may hold dict, list, tuple, tensor, str, int, float, bool and None; floats keep their bits, dictionary keys their
-    type (str or int). Raises ``TypeError`` on anything else.
-    """
-    tensors, structure = _take_apart(state)
-    return save_safetensors_bytes(tensors, metadata=structure)
-
-
-def unpack_state(content: bytes) -> Any:
-    """What :func:`pack_state` was given; tensors on the CPU. Raises ``CheckpointError`` on anything else."""
-    try:
-        begin = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:begin])
-        structure = header.pop("__metadata__")[_STRUCTURE]
-        return _unflatten(json.loads(structure), _tensors_of(header, memoryview(content)[begin:]))
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"A saved state is damaged ({error}): use another checkpoint.") from error
-
-
-def _tensors_of(header: Mapping[str, Any], data: memoryview) -> dict[str, Tensor]:
-    """As safetensors has them, one by one: it holds the GIL while it copies, of an optimizer's state for a minute and more, in
-    which this process would give no sign of life.
-    """
-    tensors: dict[str, Tensor] = {}
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if begin != position or not begin <= end <= len(data):
-            raise ValueError("its tensors do not lie end to end")
-        alone = json.dumps({name: {**entry, "data_offsets": [0, end - begin]}}).encode()
-        tensors |= load_safetensors_bytes(b"".join([len(alone).to_bytes(8, "little"), alone, data[begin:end]]))
-        position = end
-    if position != len(data):
-        raise ValueError("it is longer than its tensors")
-    return tensors
-
-
-def _take_apart(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_flatten(state, tensors), allow_nan=True)
-    memories: set[int] = set()
-    for name, value in tensors.items():
-        memory = value.untyped_storage().data_ptr()
-        if memory in memories:  # two entries of a state may share memory, which safetensors refuses
-            tensors[name] = value.clone()
-        memories.add(memory)
-    return tensors, {_STRUCTURE: structure}
-
-
-def _flatten(state: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``state``: containers become ``[tag, content]``, tensors go to ``tensors`` and leave their number."""
-    if isinstance(state, Tensor):
-        name = str(len(tensors))
-        tensors[name] = state.detach().cpu().contiguous()
-        return ["tensor", name]
-    if isinstance(state, dict):
-        for key in state:
-            if type(key) not in (str, int):
-                raise TypeError(f"state keys are str or int, not {type(key).__name__}")
-        return ["dict", [[key, _flatten(value, tensors)] for key, value in state.items()]]
-    if isinstance(state, (list, tuple)):
-        return [type(state).__name__, [_flatten(value, tensors) for value in state]]
-    if state is None or type(state) in (str, int, float, bool):
-        return state
-    raise TypeError(f"a {type(state).__name__} cannot be part of a saved state")
-
-
-def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(node, list):
-        return node
-    tag, content = node
-    if tag == "tensor":
-        return tensors[content]
-    if tag == "dict":
-        return {key: _unflatten(value, tensors) for key, value in content}
-    values = [_unflatten(value, tensors) for value in content]
-    if tag == "list":
-        return values
-    if tag == "tuple":
-        return tuple(values)
-    raise ValueError(f"unknown tag {tag!r}")
 
 
 def file_digest(file: str | os.PathLike[str]) -> str:
@@ -392,11 +304,9 @@ __all__ = [
     "load_tensors",
     "mend_checkpoints",
     "newest_checkpoint",
-    "pack_state",
     "prune_checkpoints",
     "prune_client_checkpoints",
     "put_aside",
     "save_checkpoint",
     "save_tensors",
-    "unpack_state",
 ]

@@ -23,9 +23,10 @@ from server_trunk.pieces import is_out_of_memory
 from server_trunk.sharding.engines import follow
 from server_trunk.sharding.group import ShardGroup, join_shards
 from server_trunk.sharding.training import whole_optimizer
-from splitfl.checkpoint import load_checkpoint, save_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint, save_checkpoint
 from splitfl.config import build_config
 from splitfl.errors import SplitflError
+from splitfl.packed_state import unpack_state
 from splitfl.parts.cached_attention import KeptSequence
 from splitfl.protocol.data import NO_PARENT
 from splitfl.protocol.messages import Backward, Forward

@@ -11,8 +11,9 @@ from typing import Any
 from server_trunk.adapter_book import AdapterBook
 from server_trunk.client_adapters import ClientTraining
 from server_trunk.replicas.group import Group
-from splitfl.checkpoint import checkpoint_directory, client_directory, load_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_directory, client_directory, load_checkpoint
 from splitfl.config import RunConfig
+from splitfl.packed_state import unpack_state
 
 __all__ = ["SpreadTraining"]
 

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.relay import free_port
 from server_trunk.run_ledger import RunLedger
-from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint
+from splitfl.packed_state import unpack_state
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import read_identity
 from tests.faults import relay as relays

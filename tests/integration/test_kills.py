@@ -16,7 +16,8 @@ import torch
 from benchmarks.link import Link
 from benchmarks.relay import free_port
 from server_trunk.run_ledger import RunLedger
-from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint, newest_checkpoint
+from splitfl.packed_state import unpack_state
 from tests.forks import Forked, splitfl
 from tests.integration.test_commands import Run, finish
 

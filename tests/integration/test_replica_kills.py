@@ -16,7 +16,8 @@ import torch
 
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import load_run_trunk
-from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_steps, load_checkpoint, newest_checkpoint
+from splitfl.packed_state import unpack_state
 from tests.forks import Forked, splitfl
 from tests.integration.test_commands import finish
 from tests.integration.test_equality import TRUNK, assert_equal, fraction_of, snapshot, story_batches, train_central

@@ -18,8 +18,9 @@ from client_ends.train import train as train_ends
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import load_run_trunk
 from splitfl.adapters import named_trainables
-from splitfl.checkpoint import checkpoint_directory, load_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_directory, load_checkpoint
 from splitfl.config import LoraSettings
+from splitfl.packed_state import unpack_state
 from splitfl.parts.loading import load_ends
 from tests.integration.test_equality import TRUNK, Outcome, assert_equal, story_batches, train_central
 from tests.replicas import Replicas, serving

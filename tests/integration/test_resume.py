@@ -18,11 +18,11 @@ from splitfl.checkpoint import (
     clients_of,
     load_checkpoint,
     newest_checkpoint,
-    unpack_state,
 )
 from splitfl.cli import main
 from splitfl.config import LoraSettings
 from splitfl.errors import CheckpointError, ConfigError, NotReadable
+from splitfl.packed_state import unpack_state
 from splitfl.transport.memory import MemoryNetwork, MemoryServerTransport
 from tests.integration.test_client_adapters import SETTINGS, train, weights
 from tests.integration.test_equality import story_batches

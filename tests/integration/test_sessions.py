@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from client_ends import SplitModelForCausalLM, SplitModelForSequenceClassification
-from splitfl.checkpoint import load_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint
 from splitfl.errors import SessionLost, UserError
+from splitfl.packed_state import unpack_state
 from splitfl.protocol.keys import write_identity
 from splitfl.protocol.messages import Backward, Forward
 from tests.world import World, running, side_by_side, tiny_llama

@@ -20,8 +20,9 @@ from server_trunk.ledger import Ledger
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import TrunkServer
 from splitfl.channel.timing import Timing
-from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import checkpoint_directory, checkpoint_steps, load_checkpoint, newest_checkpoint
 from splitfl.errors import CheckpointError, ConfigError, NotWritten, SessionLost
+from splitfl.packed_state import unpack_state
 from splitfl.protocol.keys import read_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
 from tests.integration.test_lost import wait_for

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from server_trunk.run_ledger import RunLedger
-from splitfl.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint, newest_checkpoint
+from splitfl.packed_state import unpack_state
 from tests.soak.site import CLIENTS, Life, Site
 from tests.soak.slope import Slope, slope
 from tests.soak.soak import Record

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load as load_bytes
 
-from splitfl.checkpoint import load_checkpoint, pack_state, save_checkpoint, unpack_state
+from splitfl.checkpoint import load_checkpoint, save_checkpoint
 from splitfl.errors import CheckpointError
+from splitfl.packed_state import pack_state, unpack_state
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -83,7 +84,7 @@ def test_a_state_is_unpacked_one_tensor_at_a_time(monkeypatch):
         sizes.append(len(content))
         return load_bytes(content)
 
-    monkeypatch.setattr("splitfl.checkpoint.load_safetensors_bytes", load)
+    monkeypatch.setattr("splitfl.packed_state.load_safetensors_bytes", load)
     loaded = unpack_state(packed)
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
     assert len(sizes) == 6

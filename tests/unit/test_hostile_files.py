@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splitfl.checkpoint import DESCRIPTION, load_checkpoint, load_meta, pack_state, save_checkpoint, unpack_state
+from splitfl.checkpoint import DESCRIPTION, load_checkpoint, load_meta, save_checkpoint
 from splitfl.config import build_config, read_toml, to_toml
 from splitfl.errors import CheckpointError, ConfigError, KeyFileError
+from splitfl.packed_state import pack_state, unpack_state
 from splitfl.protocol.keys import AuthorizedClients, Identity, PublicKey, read_identity, write_identity
 from splitfl.settings import SETTINGS_BY_KEY
 

@@ -9,9 +9,10 @@ import torch
 
 from server_trunk.adapter_book import AdapterBook, AdapterSettings
 from server_trunk.client_adapters import ClientTraining
-from splitfl.checkpoint import client_directory, clients_of, pack_state, prune_client_checkpoints, save_checkpoint, unpack_state
+from splitfl.checkpoint import client_directory, clients_of, prune_client_checkpoints, save_checkpoint
 from splitfl.config import build_config
 from splitfl.errors import CheckpointError, KeyFileError, Refused
+from splitfl.packed_state import pack_state, unpack_state
 from splitfl.parts.loading import load_trunk
 from splitfl.protocol.keys import Identity, parse_line
 from tests.world import tiny_llama

@@ -4,8 +4,8 @@ import pytest
 
 from server_trunk.ledger import Ledger, Part
 from server_trunk.run_ledger import RunLedger
-from splitfl.checkpoint import pack_state, unpack_state
 from splitfl.errors import CheckpointError
+from splitfl.packed_state import pack_state, unpack_state
 
 
 def made(step: int, **targets: int) -> Ledger:
