@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,7 @@ class Tracking:
         kind = LOGGER_TYPE_TO_CLASS[name]
         project = os.environ.get("WANDB_PROJECT", "splitfl")
         if name == "tensorboard":
+            _leave_word_to_callers()
             # It hides what stands there at this step or later, so that no step is there twice.
             tracker = kind("tensorboard", self._out, purge_step=made + 1 if made else 0)
         elif name == "wandb":
@@ -155,6 +158,20 @@ class Tracking:
         self._out.mkdir(parents=True, exist_ok=True)
         file.write_text(identity, encoding="utf-8")
         return identity
+
+
+@functools.cache
+def _leave_word_to_callers() -> None:
+    """What TensorBoard's own thread fails with, on a full disk say, is raised once more by the next call that writes, and said
+    then; from the thread it would come as a traceback.
+    """
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            before(failed)
+
+    threading.excepthook = hook
 
 
 def _said(error: Exception) -> str:

@@ -60,8 +60,8 @@ class RunLedger:
 
     def state(self) -> dict[str, Any]:
         """For :func:`splitfl.checkpoint.save_checkpoint`."""
-        arrays = {name: torch.tensor(column.tolist(), dtype=_DTYPES[_COLUMNS[name]]) for name, column in self._columns.items()}
-        return {"names": list(self._names), **arrays}
+        arrays = {name: _padded(column, _DTYPES[_COLUMNS[name]]) for name, column in self._columns.items()}
+        return {"names": list(self._names), "made": len(self._columns["steps"]), **arrays}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RunLedger:
@@ -69,8 +69,22 @@ class RunLedger:
         made = cls()
         try:
             made._names = {str(name): index for index, name in enumerate(state["names"])}
-            made._columns = {name: array(code, state[name].tolist()) for name, code in _COLUMNS.items()}
+            steps = int(state["made"])
+            parts = int(state["parts"][:steps].sum())
+            lengths = {"steps": steps, "parts": steps, "clients": parts, "targets": parts}
+            if any(not 0 <= length <= len(state[name]) for name, length in lengths.items()):
+                raise ValueError("it is shorter than it says")
+            made._columns = {name: array(code, state[name][: lengths[name]].tolist()) for name, code in _COLUMNS.items()}
             made.entries()
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"the ledger of a checkpoint is damaged ({error}): use another checkpoint") from None
         return made
+
+
+def _padded(column: array[int], dtype: torch.dtype) -> torch.Tensor:
+    """With zeros to a power of two: for each length of a tensor that it ever wrote, safetensors keeps a type in memory (0.8, by
+    numpy's ``ctypeslib.as_array``), and a ledger would have another at each checkpoint.
+    """
+    tensor = torch.zeros(1 << max(0, len(column) - 1).bit_length(), dtype=dtype)
+    tensor[: len(column)] = torch.tensor(column, dtype=dtype)
+    return tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from client_ends.tracking import Tracking, trackers_of
+from client_ends.tracking import Tracking, _leave_word_to_callers, trackers_of
 from splitfl.errors import ConfigError
 
 
@@ -132,3 +134,36 @@ def test_what_was_told_of_undone_steps_is_hidden(tmp_path: Path) -> None:
             mine.log(made, {"train/loss": loss})
         mine.end()
     assert scalars(tmp_path / "tensorboard") == {"train/loss": [(1, 3.0), (2, 3.0), (3, 2.0), (4, 2.0)]}
+
+
+def test_a_disk_that_is_full_is_said_in_a_line_and_not_by_the_trackers_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    _leave_word_to_callers.cache_clear()
+    notes: list[str] = []
+    board = Tracking(("tensorboard",), tmp_path, "run", {}, is_asked=False, note=notes.append)
+    board.begin(0)
+
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        for step in range(1000):
+            if notes:
+                break
+            board.log(step, {"loss": 1.0})
+            time.sleep(0.01)
+        board.end()
+    assert notes == ["tensorboard tracks no more: OSError: [Errno 28] No space left on device"]
+    assert not heard
+
+    def fail() -> None:
+        raise RuntimeError("of another thread")
+
+    other = threading.Thread(target=fail)
+    other.start()
+    other.join()
+    assert [str(each.exc_value) for each in heard] == ["of another thread"]
