@@ -20,7 +20,7 @@ from benchmarks.light import light_clients
 from benchmarks.report import median_interval
 from benchmarks.stage import Stage
 
-__all__ = ["dealt", "hierarchical", "measure_speedup", "name_of", "seconds_a_step", "steps_between_meetings"]
+__all__ = ["hierarchical", "measure_speedup", "name_of", "seconds_a_step", "steps_between_meetings"]
 
 
 def hierarchical(replicas: int, sync: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def steps_between_meetings(sync: str) -> int:
     return 1 if sync == "step" else int(sync)
 
 
-def dealt(clients: int, replicas: int) -> list[int]:
+def _dealt(clients: int, replicas: int) -> list[int]:
     """How many of the clients each of the replicas has, as even as can be."""
     return [clients // replicas + (number < clients % replicas) for number in range(replicas)]
 
@@ -109,7 +109,7 @@ def measure_speedup(
             return made
 
         one, many = [side(common, clients)], [side(common | settings, clients)]
-        apart = [side(common, share) for share in dealt(clients, replicas)]
+        apart = [side(common, share) for share in _dealt(clients, replicas)]
         kinds = {"one": one, "many": many, "apart": apart}
         for sides in kinds.values():
             _rate(sides, every)

@@ -105,7 +105,7 @@ def _serve(args: argparse.Namespace, bound: Any, key: str | None, template: str 
     from client_ends.proxy.serving import serve, url_of
 
     with joined(args, SplitModelForCausalLM) as (model, tokenizer):
-        if template:
+        if template is not None:
             tokenizer.chat_template = template
         session = model.trunk.session
         name = args.name or args.model or session.terms["model"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from splitfl.errors import ConfigError, first_line
+from splitfl.errors import ConfigError, kind_and_line
 
 __all__ = ["Tracking", "settings_to_track", "trackers_of"]
 
@@ -100,7 +100,7 @@ class Tracking:
                     tracker.store_init_configuration(self._settings)
             except Exception as error:  # whatever a library of others raises
                 if self._must_start:
-                    raise ConfigError(f"--report-to {name}: {_said(error)}") from None
+                    raise ConfigError(f"--report-to {name}: {kind_and_line(error)}") from None
                 self._do_without(name, error)
         self._must_start = False
 
@@ -123,7 +123,7 @@ class Tracking:
     def _do_without(self, name: str, error: Exception) -> None:
         self._names.remove(name)
         self._open.pop(name, None)
-        self._note(f"{name} tracks no more: {_said(error)}")
+        self._note(f"{name} tracks no more: {kind_and_line(error)}")
 
     def _start(self, name: str, made: int) -> Any:
         from accelerate import PartialState
@@ -172,7 +172,3 @@ def _leave_word_to_callers() -> None:
             before(failed)
 
     threading.excepthook = hook
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"

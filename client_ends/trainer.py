@@ -213,6 +213,8 @@ class _Bound(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._session.leave()
+        if state.global_step >= state.max_steps:  # else it was stopped, and may be resumed
+            shutil.rmtree(self._start, ignore_errors=True)
 
     # --- a step that goes on without this client --------------------------------------------------------------------------------
 

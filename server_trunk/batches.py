@@ -24,6 +24,7 @@ from server_trunk.stepkeeper import StepKeeper
 from server_trunk.steps import Steps
 from server_trunk.transfers import Landing, Mailer
 from server_trunk.underway import Underway
+from splitfl.errors import kind_and_line
 from splitfl.protocol.messages import Grad, Hidden
 from splitfl.runlog import RunLog
 
@@ -204,9 +205,9 @@ class Batches:
         (member,) = batch.members
         if batch.has_backward:
             self._scheduler.ran(batch)
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = kind_and_line(error)
         self._log.write("forward-failed", client=self._names.get(member.session), error=said)
-        text = f"the trunk cannot run this batch ({said[:300]}); use a smaller batch, or ask the operator to look at the log"
+        text = f"the trunk cannot run this batch ({said}); use a smaller batch, or ask the operator to look at the log"
         self._end(member.session, "batch", text)
 
     def _backward_ran(self, batch: BackwardBatch, underway: Underway[Landing], began: float) -> None:
@@ -238,13 +239,13 @@ class Batches:
         self._engine.discard(batch.number)
         if is_out_of_memory(error):
             self._engine.make_room()  # for others: what it was to start from is used up
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = kind_and_line(error)
         for member in batch.members:
             if member.backward is not None:
                 self._steps.backward_failed(member.session, member.backward.step, member.ordinal)
         for session in {member.session for member in batch.members if member.backward is not None}:
             self._log.write("backward-failed", client=self._names.get(session), error=said)
             if session in self._names:
-                self._end(session, "batch", f"the trunk cannot run this batch backwards ({said[:300]}); use a smaller batch")
+                self._end(session, "batch", f"the trunk cannot run this batch backwards ({said}); use a smaller batch")
             else:
                 self._steps.lose(session, time.monotonic())  # when it vanished, its part was still to be whole

@@ -23,6 +23,7 @@ from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
 from server_trunk.pieces import is_out_of_memory
 from server_trunk.transfers import Landing, Mailer
+from splitfl.errors import kind_and_line
 from splitfl.parts.cached_attention import KeptSequence
 from splitfl.protocol.messages import Fault, Forward, Hidden, RefusalCode
 
@@ -247,10 +248,10 @@ class Decoder:
                     self._run([run for run in runs if run.of is each])
             return
         (each,) = members
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = kind_and_line(error)
         self._drop(each)
         self._log("forward-failed", client=each.client, error=said)
-        text = f"the trunk cannot decode this ({said[:300]}); use fewer or shorter rows, or ask the operator to look at the log"
+        text = f"the trunk cannot decode this ({said}); use fewer or shorter rows, or ask the operator to look at the log"
         self._end(each.session, "batch", text)
 
 

@@ -22,7 +22,7 @@ __all__ = ["Gathering"]
 _NEWEST = 0.25
 #: Seconds after which whoever comes has paused, which says nothing of its next token.
 _PAUSE = 1.0
-#: Answers of one session after which something is expected.
+#: Of one session: the most answers behind which something is expected.
 _MOST = 256
 
 
@@ -38,7 +38,7 @@ class Gathering:
     def came(self, session: str, sequences: Iterable[int], at: float, *, is_prompt: bool = False) -> None:
         """A forward of the session about these sequences has come. Of a prompt nothing is learnt."""
         self._since = max(self._since, at)
-        answers = self._forgotten(session, sequences)
+        answers = self._take_answers(session, sequences)
         gap = max(at - max(answers), 0.0) if answers else math.inf
         if gap < _PAUSE and not is_prompt:
             self._gaps[session] = _smoothed(self._gaps.get(session), gap)
@@ -53,7 +53,7 @@ class Gathering:
 
     def release(self, session: str, sequences: Iterable[int]) -> None:
         """Nothing will come behind these."""
-        self._forgotten(session, sequences)
+        self._take_answers(session, sequences)
 
     def took(self, seconds: float) -> None:
         """A batch of next tokens has run. From any thread."""
@@ -76,7 +76,7 @@ class Gathering:
         limit = self._since + self._batch / (2 if crowded else waiting + 1)
         return limit if crowded or any(clock <= limit for clock in expected) else -math.inf
 
-    def _forgotten(self, session: str, sequences: Iterable[int]) -> list[float]:
+    def _take_answers(self, session: str, sequences: Iterable[int]) -> list[float]:
         """The clocks of answers behind which nothing is expected any more."""
         own = self._answered.get(session, {})
         return [own.pop(sequence) for sequence in sequences if sequence in own]

@@ -69,7 +69,7 @@ class RunLedger:
         made = cls()
         try:
             made._names = {str(name): index for index, name in enumerate(state["names"])}
-            steps = int(state["made"])
+            steps = int(state.get("made", len(state["steps"])))  # none in earlier ones, which are as long as they say
             parts = int(state["parts"][:steps].sum())
             lengths = {"steps": steps, "parts": steps, "clients": parts, "targets": parts}
             if any(not 0 <= length <= len(state[name]) for name, length in lengths.items()):

@@ -177,8 +177,12 @@ def mend_checkpoints(run_dir: str | os.PathLike[str]) -> None:
     """Undo what a crash has interrupted: a checkpoint that was being written anew is as it was. To be called at the start, before
     anybody asks which checkpoints there are, and while nobody writes any.
     """
-    for folder in (Path(run_dir) / "checkpoints", *(Path(run_dir) / "clients").glob("*/checkpoints")):
+    for folder in (Path(run_dir) / "checkpoints", *_folders_of_clients(run_dir)):
         restore_set_aside(folder)
+
+
+def _folders_of_clients(run_dir: str | os.PathLike[str]) -> list[Path]:
+    return sorted((Path(run_dir) / "clients").glob("*/checkpoints"))
 
 
 def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
@@ -241,11 +245,12 @@ def clients_of(run_dir: str | os.PathLike[str]) -> list[str]:
 
 def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
     """Delete those checkpoints of clients that none of the run's own names any more (in ``clients`` of its ``meta``), and what
-    interrupted writes left. While one of those cannot be read nothing is deleted: nobody knows what it names.
+    interrupted writes left beside them. While one of those cannot be read nothing is deleted: nobody knows what it names.
 
     Not to be called while another thread writes a checkpoint of the same run.
     """
-    mend_checkpoints(run_dir)
+    for folder in _folders_of_clients(run_dir):
+        restore_set_aside(folder)
     clients = clients_of(run_dir)
     if not clients:
         return

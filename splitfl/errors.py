@@ -138,3 +138,9 @@ class RunWentBack(ChannelError):
 def first_line(error: BaseException) -> str:
     """What an error says first, as a part of a sentence, at most 300 characters; its kind where it says nothing."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def kind_and_line(error: BaseException) -> str:
+    """An error's kind and what it says first, ``ValueError: too large``; the kind alone where it says nothing."""
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"

@@ -61,8 +61,8 @@ class Writer:
         self._tokenizer, self._keeps_caches, self._lookup = tokenizer, keeps_caches, lookup
         self._positions = "position_ids" in inspect.signature(type(self._model).forward).parameters
         own = self._model.generation_config.eos_token_id
-        ends = own if isinstance(own, list) else [own]
-        self._ends = frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)
+        known = own if isinstance(own, list) else [own]
+        self._ends = frozenset(end for end in (*known, tokenizer.eos_token_id) if end is not None)
         self._pad = pad_token(tokenizer)
 
     @torch.no_grad()

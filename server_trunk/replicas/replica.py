@@ -242,8 +242,7 @@ class Replica:
 
     def _lost(self, rank: int, error: Exception) -> None:
         if not self._halting and self.failure is None:
-            said = first_line(error)
-            self.failure = SplitflError(f"replica {rank} is gone ({said[:200]}), so this one ends too")
+            self.failure = SplitflError(f"replica {rank} is gone ({first_line(error)}), so this one ends too")
 
     # --- the end ----------------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from server_trunk.sharding.training import ShardedTraining
 from server_trunk.training import StepReport
 from server_trunk.transfers import Landing
 from server_trunk.underway import Underway
-from splitfl.errors import GroupLost, first_line
+from splitfl.errors import GroupLost, kind_and_line
 from splitfl.parts.sharded import forget_run
 from splitfl.parts.trunk import find_trunk
 
@@ -188,7 +188,7 @@ def _settle(group: ShardGroup, trunk: Any, what: str, own: Exception | None, ato
         return None
     forget_run(trunk)  # on those too for whom it went well: what FSDP gathers ahead follows from what it has run
     failed = next(rank for rank, vote in enumerate(votes) if vote != _WELL)
-    said = f" ({type(own).__name__}: {first_line(own)})" if own is not None and str(own) else ""
+    said = f" ({kind_and_line(own)})" if own is not None else ""
     text = f"rank {failed} of this trunk could not run a {what}{said}"
     if what in ("forward", "decode") or (what == "backward" and atomic and _WELL not in votes):
         return own or (torch.OutOfMemoryError if _NO_MEMORY in votes else RuntimeError)(text)

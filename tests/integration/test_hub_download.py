@@ -161,7 +161,7 @@ def expected_shards(directory: Path, *, trunk: bool, blocks: range) -> set[str]:
     return {shard for name, shard in index.items() if in_trunk(name) == trunk}
 
 
-@pytest.mark.parametrize("part", ["load_ends", "load_trunk"])
+@pytest.mark.parametrize("part", [pytest.param("load_ends", marks=pytest.mark.slow), "load_trunk"])
 def test_only_the_shards_that_hold_the_part_are_requested(hub: Hub, tmp_path: Path, part: str) -> None:
     trunk = part == "load_trunk"
     mine = expected_shards(hub.directory, trunk=trunk, blocks=range(1, 4))

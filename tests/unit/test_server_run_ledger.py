@@ -41,3 +41,11 @@ def test_its_arrays_have_few_lengths():
         lengths |= {value.numel() for value in ledger.state().values() if hasattr(value, "numel")}
     assert len(lengths) < 12
     assert RunLedger.from_state(ledger.state()).entries() == ledger.entries()
+
+
+def test_one_of_an_earlier_checkpoint_is_as_long_as_its_arrays():
+    ledger = RunLedger()
+    ledger.enter(made(3, a=1, b=2))
+    state = ledger.state()
+    del state["made"]
+    assert RunLedger.from_state(state).entries() == [(3, {"a": 1, "b": 2})]
