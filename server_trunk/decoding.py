@@ -214,27 +214,28 @@ class Decoder:
             run.of.ran[run.segment] += run.length
             if not run.of.left and run.of not in done:
                 done.append(run.of)
+        self._waiting = [each for each in self._waiting if each not in done]
+        # Before everything else: its clients wait for it.
+        self._mailer.send(landing, functools.partial(self._leave, runs, done, began, landing))
         for each in done:
-            self._waiting.remove(each)
             self._book.done(each.session, each.forward)
             self._outlet.credit(each.session, each.forward.payload_bytes)
             self._gathering.answered(each.session, min(number for number, _ in each.forward.sequences), time.monotonic())
-        self._mailer.send(landing, functools.partial(self._leave, runs, done, began, landing))
 
     def _leave(self, runs: list[Run], done: list[Decoding], began: float, landing: Landing) -> None:
         """Put away what has landed, and send the answers that it makes whole; batches land in order."""
         for run, rows in zip(runs, landing.tensors, strict=True):
             run.of.out[run.segment].append(rows)
-        if all(run.length <= _FEW for run in runs):
-            self._gathering.took(landing.took())
-        if done:
-            self._meter.ran("forward", done, began=began, seconds=landing.took())
         for each in done:
             forward = each.forward
             parts = [part for own in each.out for part in own]
             answer = parts[0] if len(parts) == 1 else torch.cat(parts)
             reply = Hidden(forward.step, forward.micro, forward.rows, forward.hidden, forward.dtype, forward.codec)
             self._outlet.send(each.session, reply, self._payload_of(answer))
+        if all(run.length <= _FEW for run in runs):
+            self._gathering.took(landing.took())
+        if done:
+            self._meter.ran("forward", done, began=began, seconds=landing.took())
 
     def _fail(self, runs: list[Run], error: Exception) -> None:
         """A batch the trunk cannot run: its forwards are tried alone, and whoever fails alone loses its session."""
