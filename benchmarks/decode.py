@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="threads of the server (1, the best for one token at a time here)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the server (1)")
     parser.add_argument("--round-trip", type=float, default=80.0, help="milliseconds")
     parser.add_argument("--quick", action="store_true", help="few pairs, small model: shows that it runs, not how fast")
     parser.add_argument("--json", action="store_true")

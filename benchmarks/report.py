@@ -21,7 +21,7 @@ __all__ = ["emit", "machine", "median_interval"]
 def machine() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     ).stdout.strip()
     return {
         "cpu": _cpu_name(),

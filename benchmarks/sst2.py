@@ -3,8 +3,8 @@
 From a pretrained model (stories260K) each client fine-tunes its ends and a fresh classification head on its own sentences, whose
 labels are shared out by a Dirichlet distribution (Hsu et al., arXiv 1909.06335); the trunk trains on all of them, and the ends
 are averaged after each round (FedAvg, arXiv 1602.05629). The reference is the same algorithm in one process: one trunk, N sets of
-ends, averaged as plainly as it can be written. Both see the same batches. ``accuracy``: of the averaged model on the official
-development set, percent.
+ends, averaged as plainly as it can be written. Both see the same batches. Accuracy (percent) and loss are of the averaged
+model on the official development set.
 
     python -m benchmarks.sst2 [--clients 3] [--seeds 3] [--steps 300] [--data DIR] [--quick] [--json]
 """
@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
@@ -62,6 +62,13 @@ def deal_by_label(labels: Sequence[int], clients: int, concentration: float, see
             return dealt
 
 
+class Score(NamedTuple):
+    """Of the development set: percent that are right; loss a sentence."""
+
+    accuracy: float
+    loss: float
+
+
 @dataclasses.dataclass
 class Task:
     """One seed's data and settings. ``shares``: rows a client; ``held_out``: the development set."""
@@ -82,21 +89,22 @@ class Task:
         while True:
             yield from batches
 
-    def accuracy(self, model: Any) -> float:
-        """Percent of the development set."""
+    def score(self, model: Any) -> Score:
+        """On the development set."""
         model.config.pad_token_id = self.pad
         batches = Batches(self.held_out, 64, seed=0, pad_token_id=self.pad, shuffle=False)
-        return 100 * evaluate(model, batches, _DEVICE)["accuracy"]
+        found = evaluate(model, batches, _DEVICE)
+        return Score(100 * found["accuracy"], found["loss"])
 
 
-def split(task: Task, work: Path) -> float:
-    """Accuracy of a run with a server and its clients, their messages sealed."""
+def split(task: Task, work: Path) -> Score:
+    """The score of a run with a server and its clients, their messages sealed."""
     config = task.config
     keys = [work / f"client-{client}.key" for client in range(config.clients)]
     (work / "authorized_clients").write_text("".join(f"{write_identity(key).public} {key.stem}\n" for key in keys))
     network = MemoryNetwork()
     server = TrunkServer(config, transport=MemoryServerTransport(network, write_identity(work / "server.key")))
-    found: dict[int, float] = {}
+    found: dict[int, Score] = {}
     failures: list[BaseException] = []
 
     def train(client: int) -> None:
@@ -119,7 +127,7 @@ def split(task: Task, work: Path) -> float:
     return found[0]
 
 
-def _client(task: Task, client: int, join: str, key: Path, network: MemoryNetwork) -> float:
+def _client(task: Task, client: int, join: str, key: Path, network: MemoryNetwork) -> Score:
     """One client's training, as a user writes it."""
     options = {"transport": MemoryClientTransport(network)}
     model = SplitModelForSequenceClassification.from_pretrained(
@@ -136,13 +144,13 @@ def _client(task: Task, client: int, join: str, key: Path, network: MemoryNetwor
         optimizer.step()
         optimizer.zero_grad()
     model.wait_step()
-    accuracy = task.accuracy(model) if client == 0 else 0.0
+    score = task.score(model) if client == 0 else Score(0.0, 0.0)
     model.close()
-    return accuracy
+    return score
 
 
-def one_process(task: Task) -> float:
-    """Accuracy of the reference."""
+def one_process(task: Task) -> Score:
+    """The score of the reference."""
     config = task.config
     parts = []
     for _ in range(config.clients):
@@ -161,7 +169,7 @@ def one_process(task: Task) -> float:
             _average([named_trainables(part) for part in parts], counted)
             counted = [0] * config.clients
     attach_trunk(parts[0], trunk.eval())
-    return task.accuracy(parts[0])
+    return task.score(parts[0])
 
 
 def _average(ends: Sequence[Mapping[str, torch.nn.Parameter]], weights: Sequence[int]) -> None:
@@ -231,7 +239,9 @@ def main() -> None:
                 {"rows": len(share), "positive": round(statistics.fmean(row["labels"] for row in share), 3)}
                 for share in task.shares
             ]
-            row = {"seed": seed, "shares": shares, "split": split(task, Path(directory)), "one_process": one_process(task)}
+            ours, reference = split(task, Path(directory)), one_process(task)
+            row = {"seed": seed, "shares": shares, "split": ours.accuracy, "one_process": reference.accuracy}
+            row["losses"] = {"split": ours.loss, "one_process": reference.loss}
         results.append(row)
         print(
             f"seed {seed}: positive shares {', '.join(format(share['positive'], '.0%') for share in shares)}; accuracy "

@@ -64,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
     from client_ends.train import FACES
     from splitfl.parts.ends import find_ends
 
+    if args.ends:
+        args.ends = kept_directory(args.ends)  # one checkpoint, whatever a training writes meanwhile
     extra: dict[str, Any] = {}
     if args.task == "sequence-classification":
-        args.num_labels, args.label_names = _classes(args, kept_meta(kept_directory(args.ends)) if args.ends else None)
+        args.num_labels, args.label_names = _classes(args, kept_meta(args.ends) if args.ends else None)
         extra = {"num_labels": args.num_labels, "seed": 0}
     with joined(args, FACES[args.task], **extra) as (used, tokenizer):
         made_anew = sorted(find_ends(used).made_anew)

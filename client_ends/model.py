@@ -217,45 +217,6 @@ class _SplitModel:
         """The remote trunk; ``trunk.session`` counts bytes and steps, ``trunk.adapter_on = False`` runs the base model."""
         return self._remote
 
-    def make_cache(self) -> SplitCache:
-        """An empty key-value cache, to be passed as ``past_key_values``: to go on from what ``generate()`` has made, say. It
-        makes its own where none is given.
-
-        Raises:
-            ModelError: the trunk keeps none in this run.
-        """
-        session, layout, cut = self._remote.session, self.layout, self.cut  # type: ignore[attr-defined]
-        if not session.terms["cache_tokens"]:
-            raise ModelError("the trunk keeps no key-value caches in this run: pass use_cache=False to generate()")
-        config: Any = self.config  # type: ignore[attr-defined]
-        return SplitCache(config, cut.trunk_range(layout.count), session, self._remote.takes_adapter)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Hugging Face's hook: ``generate()`` asks for the cache it decodes with. Raises ModelError where that is to be of a kind
-        of its own, or where it wants one and there is none.
-        """
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self._remote.session.terms["cache_tokens"]:
-            raise ModelError(
-                "the trunk keeps no key-value caches in this run, and speculation needs one: leave prompt_lookup_num_tokens and "
-                "assistant_model out, or ask the operator for a run with cache_tokens"
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            asked = generation_config.cache_implementation
-            if asked not in (None, "dynamic", self.generation_config.cache_implementation):  # type: ignore[attr-defined]
-                raise ModelError(
-                    f"cache_implementation={asked!r} is for a model whose blocks are all here, and the trunk keeps its part of a "
-                    "cache in its own way: leave it out"
-                )
-            model_kwargs["past_key_values"] = self.make_cache()
-        else:
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, generation_mode, *args, **kwargs
-            )
-        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"].activate_past_recording()
-
     def step(self, then: str = "continue") -> None:
         """End this client's part of the optimizer step. Called for you when an optimizer of the ends steps.
 
@@ -327,6 +288,45 @@ class SplitModelForCausalLM(_SplitModel):
 
     _task = "causal-lm"
     _per_token = True
+
+    def make_cache(self) -> SplitCache:
+        """An empty key-value cache, to be passed as ``past_key_values``: to go on from what ``generate()`` has made, say. It
+        makes its own where none is given.
+
+        Raises:
+            ModelError: the trunk keeps none in this run.
+        """
+        session, layout, cut = self._remote.session, self.layout, self.cut  # type: ignore[attr-defined]
+        if not session.terms["cache_tokens"]:
+            raise ModelError("the trunk keeps no key-value caches in this run: pass use_cache=False to generate()")
+        config: Any = self.config  # type: ignore[attr-defined]
+        return SplitCache(config, cut.trunk_range(layout.count), session, self._remote.takes_adapter)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's hook: ``generate()`` asks for the cache it decodes with. Raises ModelError where that is to be of a kind
+        of its own, or where it wants one and there is none.
+        """
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and not self._remote.session.terms["cache_tokens"]:
+            raise ModelError(
+                "the trunk keeps no key-value caches in this run, and speculation needs one: leave prompt_lookup_num_tokens and "
+                "assistant_model out, or ask the operator for a run with cache_tokens"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            asked = generation_config.cache_implementation
+            if asked not in (None, "dynamic", self.generation_config.cache_implementation):  # type: ignore[attr-defined]
+                raise ModelError(
+                    f"cache_implementation={asked!r} is for a model whose blocks are all here, and the trunk keeps its part of a "
+                    "cache in its own way: leave it out"
+                )
+            model_kwargs["past_key_values"] = self.make_cache()
+        else:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
+            )
+        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"].activate_past_recording()
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any

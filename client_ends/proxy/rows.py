@@ -55,7 +55,6 @@ class Rows(StoppingCriteria):
         tokenizer: Any,
         prompts: Sequence[Sequence[int]],
         *,
-        tokens: int,
         stops: Sequence[str],
         ends: frozenset[int],
         most: int,
@@ -64,12 +63,12 @@ class Rows(StoppingCriteria):
         drawing: Drawing,
         scorer: Scorer | None,
     ) -> None:
-        """``tokens``: of all prompts; ``ends``: those that end an answer; ``most``: of one answer. ``on_step(tokens)`` hears how
-        many all rows have, with their prompts, and says whether to go on; it may wait.
+        """``ends``: tokens that end an answer; ``most``: of one answer. ``on_step(tokens)`` hears how many all rows have, with
+        their prompts, and says whether to go on; it may wait.
         """
         self._rows = [_Row(tokenizer, prompt, stops) for prompt in prompts]
         self._width = self._seen = max(map(len, prompts))
-        self._prompts = tokens
+        self._prompts = sum(map(len, prompts))
         self._ends, self._most, self._tell, self._on_step = ends, most, tell, on_step
         self._drawing, self._scorer = drawing, scorer
 

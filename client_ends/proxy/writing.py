@@ -116,7 +116,6 @@ class Writer:
         rows = Rows(
             self._tokenizer,
             prompts,
-            tokens=order.tokens,
             stops=request.stop,
             ends=self._ends,
             most=order.max_tokens,

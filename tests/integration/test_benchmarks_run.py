@@ -138,5 +138,6 @@ def test_sst2(data):
     (seed,) = result["results"]
     assert len(seed["shares"]) == 3
     assert sum(share["rows"] for share in seed["shares"]) == 67349
-    assert abs(seed["split"] - seed["one_process"]) < 2
+    # Of so few steps the accuracy says nothing, the loss does.
+    assert seed["losses"]["split"] == pytest.approx(seed["losses"]["one_process"], rel=1e-4)
     assert result["difference"] == pytest.approx(seed["split"] - seed["one_process"])

@@ -5,7 +5,6 @@ opened anew.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ import torch
 from benchmarks.memory import peak_bytes, reset_peak
 from splitfl.channel.timing import Timing
 from splitfl.errors import ConfigError, SplitflError
-from tests.unit.channel_world import MIB, Client, Make, World, forward, inverted, make_worlds, wait_until
+from tests.unit.channel_world import MIB, Client, Make, World, forward, inverted, linux, make_worlds, wait_until
 from tests.unit.raw_transport import RawTransport
 from tests.world import World as TrunkWorld
 from tests.world import running, tiny_llama
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
 
 
 @pytest.fixture

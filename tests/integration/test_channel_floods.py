@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,8 @@ from splitfl.transport.base import Endpoint
 from splitfl.transport.door import Door
 from splitfl.transport.zmq_common import curve_client, plain_client
 from splitfl.transport.zmq_endpoint import ListeningEndpoint
-from tests.unit.channel_world import MIB, Make, inverted, make_worlds, wait_until
+from tests.unit.channel_world import MIB, Make, inverted, linux, make_worlds, wait_until
 from tests.unit.raw_transport import RawTransport
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
 
 
 @pytest.fixture

@@ -183,8 +183,9 @@ def test_prompts_come_in_chunks(llama: Any) -> None:
 
 def test_what_cannot_generate_does_not_look_as_if_it_could() -> None:
     """Transformers warns of a class that has the hooks and no `generate()`."""
-    assert hasattr(SplitModelForCausalLM, "prepare_inputs_for_generation")
-    assert not hasattr(SplitModelForSequenceClassification, "prepare_inputs_for_generation")
+    for hook in ("prepare_inputs_for_generation", "_prepare_cache_for_generation", "make_cache"):
+        assert hasattr(SplitModelForCausalLM, hook)
+        assert hook not in {name for kind in SplitModelForSequenceClassification.__mro__[:-1] for name in vars(kind)}
 
 
 def test_several_answers_to_one_prompt(llama: Any) -> None:

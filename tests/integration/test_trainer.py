@@ -174,6 +174,32 @@ def test_resumed_on_both_sides_is_as_undisturbed(tmp_path, model):
     assert_same(trainer, reference)
 
 
+@pytest.mark.parametrize(
+    ("every", "stop"),
+    [
+        pytest.param(4, STEPS, id="training ended"),
+        pytest.param(1, 3, id="the run can no longer go back to before its checkpoints"),
+    ],
+)
+def test_the_start_is_kept_for_as_long_as_the_run_may_begin_anew(tmp_path, model, every, stop):
+    saving = {"save_strategy": "steps", "save_steps": 500}
+    with running(World(tmp_path, model, 1, checkpoint_every=every, checkpoint_keep=2, **RUN)) as world:
+        split = world.join_as(0)
+        trainer = bind_trainer(trainer_of(split, tmp_path / "split", [StopAfter(stop)], **saving))
+        there = []
+
+        class Look(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                there.append((tmp_path / "split" / "_trunk-start").is_dir())
+
+        trainer.add_callback(Look())
+        trainer.train()
+        split.close()
+    assert all(there), "a step ends before it is saved"
+    kept = sorted(path.name for path in (tmp_path / "split").iterdir())
+    assert kept == [f"checkpoint-{step}" for step in range(every, stop + 1, every)]
+
+
 @pytest.mark.slow
 def test_the_newest_checkpoint_that_both_hold_is_gone_on_from(tmp_path, model):
     """The server's newest are lost, as after a crash, and one of the trainer's is half written."""

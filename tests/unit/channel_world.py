@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
 
 from splitfl.channel.client import ClientChannel
 from splitfl.channel.handler import Peer, SessionInfo
@@ -31,6 +34,7 @@ from splitfl.transport.zmq_client import ZmqClientTransport
 from splitfl.transport.zmq_server import ZmqServerTransport
 
 MIB = 2**20
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
 MODEL = {"config": "abc", "shards": ["0" * 64]}
 QUICK = Timing(heartbeat=0.1, silence=1.0, flush=5.0, linger=0.5)
 

@@ -137,11 +137,12 @@ def test_what_was_told_of_undone_steps_is_hidden(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_said_in_a_line_and_not_by_the_trackers_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     heard: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", heard.append)
     _leave_word_to_callers.cache_clear()
+    request.addfinalizer(_leave_word_to_callers.cache_clear)  # its hook goes with the patch
     notes: list[str] = []
     board = Tracking(("tensorboard",), tmp_path, "run", {}, is_asked=False, note=notes.append)
     board.begin(0)

@@ -16,7 +16,7 @@ from splitfl.transport.connections import Connections
 from splitfl.transport.door import Door, excess, network_of
 from splitfl.transport.refusals import RefusalLog
 from splitfl.transport.zmq_server import ZmqServerTransport
-from tests.unit.channel_world import wait_until
+from tests.unit.channel_world import linux, wait_until
 
 
 class Clock:
@@ -164,7 +164,7 @@ def test_the_kernel_keeps_an_address_away_and_lets_go_what_stands() -> None:
         assert shut_out(listener, [])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
+@linux
 def test_what_has_been_read_of_a_connection_and_its_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname()[:2])
@@ -194,7 +194,7 @@ def test_what_has_been_read_of_a_connection_and_its_end() -> None:
         client.close()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's account of a connection is Linux's")
+@linux
 def test_what_arrives_amid_a_look_is_not_taken_for_read(monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
