@@ -18,7 +18,7 @@ from server_trunk.kvcache import CacheBook
 from server_trunk.members import BackwardBatch, ForwardBatch, Member
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
-from server_trunk.pieces import is_out_of_memory
+from server_trunk.pieces import is_out_of_memory, let_go
 from server_trunk.scheduler import Scheduler
 from server_trunk.stepkeeper import StepKeeper
 from server_trunk.steps import Steps
@@ -195,6 +195,7 @@ class Batches:
         alone, and whoever fails alone loses its session.
         """
         self._engine.discard(batch.number)
+        let_go(error)  # else it would be held while others run in its place
         if is_out_of_memory(error) and self._engine.make_room():
             self._forward_ran(batch, self._engine.begin_forward(batch), time.monotonic())
             return
@@ -237,6 +238,7 @@ class Batches:
     def _fail_backward(self, batch: BackwardBatch, error: Exception) -> None:
         """A backward that cannot run: nothing of it has counted, and its members lose their sessions, nobody else."""
         self._engine.discard(batch.number)
+        let_go(error)
         if is_out_of_memory(error):
             self._engine.make_room()  # for others: what it was to start from is used up
         said = kind_and_line(error)

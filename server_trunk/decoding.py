@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from server_trunk.gathering import Gathering
-from server_trunk.kvcache import CacheBook, CacheFull, Evicted, named
+from server_trunk.kvcache import CacheBook, CacheFull, Evicted
 from server_trunk.meter import Meter
 from server_trunk.outlet import Outlet
-from server_trunk.pieces import is_out_of_memory
+from server_trunk.pieces import is_out_of_memory, let_go
 from server_trunk.transfers import Landing, Mailer
 from splitfl.errors import kind_and_line
 from splitfl.parts.cached_attention import KeptSequence
@@ -119,10 +119,10 @@ class Decoder:
 
     def take(self, session: str, client: str, forward: Forward, hidden: Any, now: float) -> None:
         """Raises RemoteProtocolError where it is about a sequence that another forward is about."""
-        self._book.expect(session, forward)
+        about = self._book.expect(session, forward)
         each = Decoding(session, client, forward, hidden, now)
         self._waiting.append(each)
-        self._gathering.came(session, named(forward), now, is_prompt=each.is_prompt)
+        self._gathering.came(session, about, now, is_prompt=each.is_prompt)
 
     def release(self, session: str, numbers: tuple[int, ...]) -> None:
         self._book.release(session, numbers)
@@ -239,6 +239,7 @@ class Decoder:
 
     def _fail(self, runs: list[Run], error: Exception) -> None:
         """A batch the trunk cannot run: its forwards are tried alone, and whoever fails alone loses its session."""
+        let_go(error)  # else it would be held while others run in its place
         if is_out_of_memory(error) and self._book.evict_idle():
             self._run(runs)
             return

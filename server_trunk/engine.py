@@ -24,7 +24,7 @@ from peft import PeftModel
 from server_trunk.decoding import Decoding, Run
 from server_trunk.gradients import GradientSum, is_usable, summed, unscaled
 from server_trunk.members import NOT_FINITE, BackwardBatch, ForwardBatch, Member
-from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, places_of, results_of, scatter
+from server_trunk.pieces import Lanes, Piece, Place, cut, gather, is_out_of_memory, let_go, places_of, results_of, scatter
 from server_trunk.training import Early, StepReport, Training
 from server_trunk.transfers import CudaTransfers, Landing, Transfers
 from server_trunk.underway import Underway, done, failed
@@ -164,6 +164,7 @@ class Engine:
         except Exception as error:
             if not self._may_try_smaller(error) or (batch.has_backward and not self._may_recompute):
                 raise
+            let_go(error)
             # What fills a device is graphs, so this one is not kept either.
             keep = False
             pieces, out = self._in_smaller_pieces(members, pieces, lambda piece: self._run(piece, grad=False))
@@ -250,6 +251,7 @@ class Engine:
             except Exception as error:
                 if not self._may_try_smaller(error) or self._in_place:
                     raise
+                let_go(error)
                 if batch.kept and pieces:
                     # Only the pieces still hold what went in.
                     rows = _by_member(pieces, [piece.hidden.detach() for piece in pieces], members)

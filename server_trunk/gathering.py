@@ -14,7 +14,7 @@ trunk. Then what counts is how many it serves at a time: it waits for half a bat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = ["Gathering"]
 
@@ -65,16 +65,23 @@ class Gathering:
 
     def until(self, waiting: int, now: float) -> float:
         """Until when a batch of so many forwards should wait, should none come: ``-inf`` where it should not."""
-        expected = [
-            answered + gap
-            for session, gap in self._gaps.items()
-            for answered in self._answered.get(session, {}).values()
-            # What is late by as much again is not to come.
-            if now < answered + 2 * gap
-        ]
-        crowded = sum(clock <= self._since + self._batch for clock in expected) > waiting
+        soon, first = 0, math.inf
+        for clock in self._expected(now):
+            soon += clock <= self._since + self._batch
+            first = min(first, clock)
+        crowded = soon > waiting
         limit = self._since + self._batch / (2 if crowded else waiting + 1)
-        return limit if crowded or any(clock <= limit for clock in expected) else -math.inf
+        return limit if crowded or first <= limit else -math.inf
+
+    def _expected(self, now: float) -> Iterator[float]:
+        """When each comes that is expected. What says nothing of that any more is dropped on the way."""
+        for session, own in self._answered.items():
+            gap = self._gaps.get(session, 0.0)
+            # Nothing is learnt from it any more, nor will be expected behind it, the oldest: what is learnt is less than a pause.
+            while own and now >= own[oldest := next(iter(own))] + 2 * max(gap, _PAUSE):
+                del own[oldest]
+            # What is late by as much again is not to come.
+            yield from (answered + gap for answered in own.values() if now < answered + 2 * gap)
 
     def _take_answers(self, session: str, sequences: Iterable[int]) -> list[float]:
         """The clocks of answers behind which nothing is expected any more."""

@@ -72,8 +72,8 @@ class CacheBook:
     def held_by(self, client: str) -> int:
         return self._accounts[client].tokens if client in self._accounts else 0
 
-    def expect(self, session: str, forward: Forward) -> None:
-        """A forward has come, to begin later.
+    def expect(self, session: str, forward: Forward) -> set[int]:
+        """A forward has come, to begin later. Returns the sequences that it reads or writes.
 
         Raises:
             RemoteProtocolError: it names a sequence that another forward of the session is about.
@@ -87,6 +87,7 @@ class CacheBook:
         if len(own) + sum(number not in own for number in itertools.chain(about, expected)) > MAX_SEQUENCES:
             raise RemoteProtocolError(f"more than {MAX_SEQUENCES} sequences")
         expected |= about
+        return about
 
     def begin(self, session: str, client: str, forward: Forward) -> list[KeptSequence] | None:
         """Reserve room; returns what each segment follows, to be written behind. None: there is no room until others are done.

@@ -17,7 +17,7 @@ from server_trunk.members import Member
 from splitfl.parts.packing_rule import split_balanced
 from splitfl.parts.rows import Rows
 
-__all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "results_of", "scatter"]
+__all__ = ["Lanes", "Piece", "Place", "cut", "gather", "is_out_of_memory", "let_go", "results_of", "scatter"]
 
 T = TypeVar("T")
 
@@ -177,8 +177,20 @@ def results_of(futures: Sequence[Future[Any]]) -> list[Any]:
     """What they return; the first error is raised once all have ended."""
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
+        for error in errors[1:]:  # nobody will see them
+            let_go(error)
         raise errors[0]
     return [future.result() for future in futures]
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free what a failed attempt had computed, which the frames of its traceback hold for as long as anybody holds the error, or
+    until Python looks for cycles.
+    """
+    # To clear the frames would not do: they go on holding their functions, those what they close over, and their callers' frames.
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -94,9 +94,11 @@ class TrunkServer:
         self.config = config
         out = config.out_dir
         listed, self._device = check_before(config, device=None if shards is None else shards.device)
+        self._held = contextlib.ExitStack()  # until another server may have the run
         with _writing_to(out):
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(out) if self._is_first else None
+            if self._is_first:
+                self._held.callback(RunLock(out).release)
         self._channel: ServerChannel | None = None
         self._transport = transport
         self._channel_options = channel_options
@@ -104,16 +106,16 @@ class TrunkServer:
             in_turn(group, lambda: mend_checkpoints(out))
             self._set_up(listed, shards, self._goes_on(resume, resume_if_any), echo)
         except BaseException:
-            self._release()
+            self._held.close()
             raise
 
     def _goes_on(self, resume: bool, if_any: bool) -> bool:
         """Whether from a checkpoint. Raises ConfigError where a new run would push an earlier one out."""
         out = self.config.out_dir
-        resume = resume or (if_any and bool(checkpoint_steps(out)))
+        resume = resume or (if_any and self._is_first and bool(checkpoint_steps(out)))
         if self._group is not None:
             resume = self._group.gather(resume)[0]
-        if not resume and self._is_first:
+        if not resume and not if_any and self._is_first:
             check_new(out)
         return resume
 
@@ -127,6 +129,7 @@ class TrunkServer:
         self.identity = in_turn(group, lambda: server_identity(config, self._is_first))
         self.authorized = AuthorizedClients(listed)
         self._log = RunLog(out / ("log.jsonl" if group is None else group.place.log_name), echo=echo)
+        self._held.callback(self._log.close)
         self._model_identity = model_identity(config.model, revision=config.revision)
         self._book = AdapterBook(config)
         self._replica = Replica(config, group, shards) if group is not None else None
@@ -166,11 +169,6 @@ class TrunkServer:
         """Whether this process keeps the run: the only one, or rank 0 of the replicas."""
         return self._group is None or self._group.is_first
 
-    def _release(self) -> None:
-        """Let another server have the run."""
-        if self._lock is not None:
-            self._lock.release()
-
     def _write_config(self) -> None:
         out = self.config.out_dir
         with _writing_to(out):
@@ -185,11 +183,26 @@ class TrunkServer:
         return RoundKeeper(rounds, averager, self._ends, self, self._log)
 
     def start(self) -> None:
-        """Open the endpoints and start both threads; :attr:`join` is what clients need.
+        """Open the endpoints and start both threads; :attr:`join` is what clients need. Where that fails, the run is another
+        server's to have.
 
         Raises:
             ConfigError: an address cannot be bound.
         """
+        try:
+            self._start()
+        except BaseException:
+            if self._channel is not None:
+                self._channel.stop("the server has failed", back=True)
+                self._channel = None
+            if self._rounds is not None:
+                self._rounds.close()
+            self._live.stop()
+            self._engine.close()
+            self._held.close()
+            raise
+
+    def _start(self) -> None:
         config = self.config
         scheduler = Scheduler(
             config.batch_tokens,
@@ -257,11 +270,7 @@ class TrunkServer:
 
     def _serve(self, channel: ServerChannel) -> tuple[str, int]:
         """Open the endpoints; returns where clients reach the control endpoint. Raises ConfigError."""
-        try:
-            channel.start()
-        except BaseException:
-            self._live.stop()
-            raise
+        channel.start()
         self._channel = channel
         host, _ = self.config.address
         # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
@@ -344,7 +353,7 @@ class TrunkServer:
         to its end.
         """
         if self._channel is None:
-            self._release()
+            self._held.close()
             return
         replica, whole = self._replica, True
         if replica is not None:
@@ -376,8 +385,7 @@ class TrunkServer:
             self._channel = None
             self._live.stop()
             self._log.write("stopped", why=text)
-            self._log.close()
-            self._release()
+            self._held.close()
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
 

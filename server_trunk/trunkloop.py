@@ -25,7 +25,7 @@ from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.scheduler import Scheduler
 from server_trunk.stepkeeper import NotKept, Run, StepKeeper
 from server_trunk.steps import Steps
-from splitfl.errors import CheckpointError, RemoteProtocolError
+from splitfl.errors import CheckpointError, RemoteProtocolError, kind_and_line
 from splitfl.protocol.messages import (
     AskNorm,
     Backward,
@@ -169,7 +169,7 @@ class TrunkLoop:
         except BaseException as error:
             # A failure of the trunk itself ends the run; whoever started the loop looks at `failure`.
             self.failure = error
-            self._log.write("failed", error=f"{type(error).__name__}: {error}")
+            self._log.write("failed", error=kind_and_line(error))
         self._keeper.log_uncounted()  # of a step that no longer closes
 
     def _turn(self) -> None:

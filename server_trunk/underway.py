@@ -24,7 +24,9 @@ class Underway(Generic[T]):
 
     def result(self) -> T:
         """Its results, once all of it has run. To be asked for once. Raises what it failed with."""
-        return self._finish()
+        finish = self._finish
+        del self._finish, self._pieces  # they hold what it has computed, and this may be held for longer
+        return finish()
 
 
 def done(result: T) -> Future[T]:

@@ -249,10 +249,8 @@ def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
 
     Not to be called while another thread writes a checkpoint of the same run.
     """
-    for folder in _folders_of_clients(run_dir):
-        restore_set_aside(folder)
-    clients = clients_of(run_dir)
-    if not clients:
+    folders = _folders_of_clients(run_dir)
+    if not folders:
         return
     named: set[tuple[str, int]] = set()
     try:
@@ -260,12 +258,13 @@ def prune_client_checkpoints(run_dir: str | os.PathLike[str]) -> None:
             named |= set((load_meta(checkpoint_directory(run_dir, step)).get("clients") or {}).items())
     except CheckpointError:
         return
-    for client in clients:
-        folder = client_directory(run_dir, client)
-        for step in checkpoint_steps(folder):
-            if (client, step) not in named:
-                shutil.rmtree(checkpoint_directory(folder, step))
-        for leftover in (folder / "checkpoints").glob(".step-*"):
+    for folder in folders:
+        restore_set_aside(folder)
+        own = folder.parent
+        for step in checkpoint_steps(own):
+            if (own.name, step) not in named:
+                shutil.rmtree(checkpoint_directory(own, step))
+        for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

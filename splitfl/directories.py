@@ -47,7 +47,7 @@ def write_directory_atomically(path: str | os.PathLike[str], *, overwrite: bool 
         if not target.exists():
             os.replace(temporary, target)
         elif not _exchange(temporary, target):
-            _change_places(target, temporary)
+            _put_in_place(temporary, target)
         _flush_directory(target.parent)
     finally:
         if temporary.exists():
@@ -62,7 +62,7 @@ def restore_set_aside(folder: Path) -> None:
                 os.replace(old, folder / old.name)
 
 
-def _change_places(target: Path, new: Path) -> None:
+def _put_in_place(new: Path, target: Path) -> None:
     """Give ``new`` the name of ``target``, and delete what had it; where that is refused, all is as before."""
     aside = _sibling(target, "old")
     try:

@@ -135,12 +135,23 @@ class RunWentBack(ChannelError):
 # --- What others raise. ---------------------------------------------------------------------------------------------------------
 
 
+def in_one_line(error: BaseException) -> str:
+    """All that an error says, as a part of a sentence, at most 300 characters; its kind where it says nothing. For what says the
+    reason in a line of its own, as a config of transformers' that is not valid.
+    """
+    return _short(str(error), error)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, as a part of a sentence, at most 300 characters; its kind where it says nothing."""
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return _short(str(error).strip().partition("\n")[0], error)
 
 
 def kind_and_line(error: BaseException) -> str:
     """An error's kind and what it says first, ``ValueError: too large``; the kind alone where it says nothing."""
     kind, said = type(error).__name__, first_line(error)
     return kind if said == kind else f"{kind}: {said}"
+
+
+def _short(said: str, error: BaseException) -> str:
+    return " ".join(said.split())[:300] or type(error).__name__

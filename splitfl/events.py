@@ -24,7 +24,10 @@ class Event:
     routine: bool = False
 
 
-_STEP = ("step", "targets", "targets_here", "met", "learning_rate", "grad_norm", "skipped", "tokens", "seconds")
+_STEP = (
+    *("step", "targets", "targets_here", "met", "learning_rate", "grad_norm", "skipped"),
+    *("tokens", "seconds", "tokens_per_second", "busy", "parts"),
+)
 _ROUND = ("round", "step", "targets", "members", "left_out", "bytes_received", "bytes_sent", "seconds")
 
 EVENTS: dict[str, Event] = {
@@ -53,7 +56,7 @@ EVENTS: dict[str, Event] = {
     "adapter-unreadable": Event(("client", "error"), "the adapter of {client} cannot be read: {error}"),
     # The run.
     "serving": Event(("join",), "serving at {join}"),
-    "step": Event((*_STEP, "tokens_per_second", "busy", "parts"), "step {step}: {targets} targets in {seconds} s", routine=True),
+    "step": Event(_STEP, "step {step}: {targets} targets in {seconds} s", routine=True),
     "round": Event(_ROUND, "round {round}: the ends of {members} averaged", routine=True),
     "checkpoint": Event(("step", "directory"), "kept step {step} in {directory}", routine=True),
     "checkpoint-damaged": Event(("step", "error", "kept_as"), "the checkpoint of step {step} is damaged: {error}"),

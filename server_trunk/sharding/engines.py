@@ -19,7 +19,7 @@ import torch
 from server_trunk.decoding import Run
 from server_trunk.engine import Engine
 from server_trunk.members import BackwardBatch, ForwardBatch
-from server_trunk.pieces import Lanes, Piece, is_out_of_memory
+from server_trunk.pieces import Lanes, Piece, is_out_of_memory, let_go
 from server_trunk.sharding.commands import (
     describe_backward,
     describe_decode,
@@ -186,6 +186,7 @@ def _settle(group: ShardGroup, trunk: Any, what: str, own: Exception | None, ato
     votes = group.vote(_WELL if own is None else _NO_MEMORY if is_out_of_memory(own) else _FAILED)
     if min(votes) == _WELL:
         return None
+    let_go(own)
     forget_run(trunk)  # on those too for whom it went well: what FSDP gathers ahead follows from what it has run
     failed = next(rank for rank, vote in enumerate(votes) if vote != _WELL)
     said = f" ({kind_and_line(own)})" if own is not None else ""

@@ -73,7 +73,7 @@ class Entrance:
         """
         if self._leaving.is_gone(frame.endpoint, frame.peer):
             return None
-        # Charged before the list is asked for: whoever floods is to cost as little as can be.
+        # Charged first: what comes after a no is counted, and not looked up.
         allowance = self._allowances.get(frame.user)
         if allowance is None:
             allowance = self._allowances[frame.user] = Allowance({}, self._clock)
@@ -114,7 +114,7 @@ class Entrance:
     def _turn_out(self, frame: ServerFrame, peer: Peer, text: str) -> None:
         self._leaving.cut(frame.endpoint, frame.peer)
         # Apart from what is answered: five of those would hide it.
-        self._refusals.refused(f"{frame.user}, cut", peer.who, RefusalCode.PROTOCOL, f"{text}: the connection is cut")
+        self._refusals.refused(frame.user, peer.who, RefusalCode.PROTOCOL, f"{text}: the connection is cut", kind="cut")
 
     def admit(self, link: Link, message: Open, others: Sequence[str]) -> tuple[str, int] | Redirect:
         """Whether this client may have a session beside ``others``, its own that are open: its cipher and the step that the run

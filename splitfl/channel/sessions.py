@@ -321,7 +321,7 @@ class Sessions:
         if not link.attached:
             text = f"gone before its session was open: {reason}"
             # Apart from what is answered, as what is cut is.
-            self._refusals.refused(f"{link.peer.public_key}, lost", link.peer.who, "lost", text)
+            self._refusals.refused(str(link.peer.public_key), link.peer.who, "lost", text, kind="lost")
             return
         try:
             self._handler.on_closed(link.id, reason, lost=lost)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitfl.errors import first_line
 from splitfl.parts.cached_attention import KeptSequence
 from splitfl.parts.packed import run_segments, short_windows
 from splitfl.parts.rows import Rows
@@ -47,7 +48,7 @@ def why_not_cached(model: nn.Module) -> str | None:
         if not difference <= math.sqrt(torch.finfo(trunk.dtype).eps):  # NaN too
             return f"{name} does not go on from what it kept of a sequence (relative difference {difference:.1e})"
     except Exception as error:  # whatever the model's own code raises
-        return f"{name} keeps no caches: {' '.join(str(error).split())[:200]}"
+        return f"{name} keeps no caches: {first_line(error)}"
     finally:
         trunk.train(training)
     return None

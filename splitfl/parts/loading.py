@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, in_one_line
 from splitfl.parts.blocks import Layout
 from splitfl.parts.cut import Cut
 from splitfl.parts.ends import attach_trunk, ends_class
@@ -165,7 +165,7 @@ def find_model(
                 f"{path} comes with code of its own, which is not run unasked: read it, then say --trust-remote-code "
                 "(trust_remote_code=True)"
             ) from error
-        raise ModelError(f"the config of {path} cannot be read: {_sentence(error)}") from error
+        raise ModelError(f"the config of {path} cannot be read: {in_one_line(error)}") from error
     return checkpoint, config, _class_of(config, task, source, checkpoint.commit, trust_remote_code)
 
 
@@ -231,13 +231,9 @@ def _load(
         try:
             loaded: Any = part.from_pretrained(directory, output_loading_info=True, **options)
         except (ImportError, ValueError, OSError, SafetensorError) as error:
-            raise ModelError(f"{checkpoint.path} cannot be loaded: {_sentence(error)}") from error
+            raise ModelError(f"{checkpoint.path} cannot be loaded: {in_one_line(error)}") from error
     # The view is gone; PEFT and the model card name the model by where it came from.
     model: Any = loaded[0]
     model.name_or_path = model.config.name_or_path = checkpoint.path
     model.made_anew = frozenset(loaded[1]["missing_keys"])
     return cast(PreTrainedModel, model)
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
+from splitfl.errors import first_line
 from splitfl.parts.dropout import KeyedDropout, keyed_run
 from splitfl.parts.rows import Rows, running_on
 from splitfl.parts.segment_attention import install_segment_attention, remove_segment_attention
@@ -77,7 +78,7 @@ def why_not_packed(model: nn.Module) -> str | None:
             if not found <= limit:  # NaN too
                 reason = f"{name} does not keep packed sequences apart (relative difference {found:.1e})"
     except Exception as error:  # whatever the model's own code raises
-        reason = f"{name} does not run on packed rows: {' '.join(str(error).split())[:200]}"
+        reason = f"{name} does not run on packed rows: {first_line(error)}"
     finally:
         trunk.train(training)
     if reason is not None:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, kind_and_line
 from splitfl.parts.arguments import channel_between_blocks, contains, first_difference, keeps_apart
 from splitfl.parts.blocks import Layout, StandIn, find_blocks, hidden_argument
 from splitfl.parts.cut import Cut
@@ -112,7 +112,7 @@ def skeleton(full: type[PreTrainedModel], config: Any, count: int | None = None)
         with torch.device("meta"), _quiet():
             model: PreTrainedModel = build(config)
     except Exception as error:
-        raise ModelError(f"{full.__name__} cannot be built from this config ({_short(error)})") from error
+        raise ModelError(f"{full.__name__} cannot be built from this config ({kind_and_line(error)})") from error
     path = find_blocks(model, count)
     backbone, parameters = _find_backbone(full.__name__, model, path)
     layout = Layout(
@@ -220,7 +220,7 @@ def _run_full(
     except ModelError as error:
         raise ModelError(f"{name} cannot be split: {error}") from error
     except Exception as error:
-        raise ModelError(f"{name} cannot be split: without its blocks it does not run ({_short(error)})") from error
+        raise ModelError(f"{name} cannot be split: without its blocks it does not run ({kind_and_line(error)})") from error
     if len(calls) != layout.count:
         raise ModelError(f"{name} cannot be split: {layout.blocks} has {layout.count} blocks, but {len(calls)} are run")
     for index, call in enumerate(calls):
@@ -275,7 +275,9 @@ def _check_ends(full: type[PreTrainedModel], layout: Layout, cut: Cut, model: Pr
             with suppress(_ReachedError), torch.no_grad():
                 ends(**arguments)
         except Exception as error:
-            raise ModelError(f"{full.__name__} cannot be split: it does not run with a trunk slot ({_short(error)})") from error
+            raise ModelError(
+                f"{full.__name__} cannot be split: it does not run with a trunk slot ({kind_and_line(error)})"
+            ) from error
         reached, counted = seen.pop() if seen else (None, positions)
         # Some heads take no positions and drop them unread: the unsplit model then runs without them as well.
         if first_difference(mask, reached, "mask") or (counted is not None and first_difference(positions, counted, "positions")):
@@ -304,7 +306,9 @@ def _check_trunk(
         with torch.no_grad():
             y = trunk.trunk_forward(h, mask, positions)
     except Exception as error:
-        raise ModelError(f"{name} cannot be split: its trunk does not run from a hidden state ({_short(error)})") from error
+        raise ModelError(
+            f"{name} cannot be split: its trunk does not run from a hidden state ({kind_and_line(error)})"
+        ) from error
     if len(own) != len(held):
         raise ModelError(f"{name} cannot be split: of the trunk's {len(held)} blocks {len(own)} are run")
     for index, call in zip(held, own, strict=True):
@@ -346,11 +350,6 @@ def _give_storage(backbone: nn.Module, blocks: nn.ModuleList) -> None:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
 
 
 @contextmanager

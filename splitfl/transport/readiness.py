@@ -13,7 +13,7 @@ from splitfl.transport.zmq_common import Wake
 
 __all__ = ["READABLE", "WRITABLE", "Readiness"]
 
-#: As ``zmq.POLLIN`` and ``zmq.POLLOUT``, with which arithmetic takes a hundred times as long: they are of Python's enum.
+#: As ``zmq.POLLIN`` and ``zmq.POLLOUT``, with which arithmetic takes far longer: they are of Python's enum.
 READABLE, WRITABLE = int(zmq.POLLIN), int(zmq.POLLOUT)
 
 

@@ -29,19 +29,22 @@ class RefusalLog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._report, self._burst, self._seconds, self._limit, self._clock = report, burst, seconds, addresses, clock
-        self._seen: dict[str, tuple[float, int]] = {}  # address -> (start of its interval, refusals since)
+        # By address, kind, and whether once is enough: the start of the interval, refusals since.
+        self._seen: dict[tuple[str, str, bool], tuple[float, int]] = {}
 
-    def refused(self, address: str, who: str, code: str, text: str, *, once: bool = False) -> None:
-        """One refusal. ``once``: of this kind one line an interval is enough."""
+    def refused(self, address: str, who: str, code: str, text: str, *, kind: str = "", once: bool = False) -> None:
+        """One refusal. ``kind``: those of one kind are counted apart from the address's others. ``once``: one line an interval is
+        enough; counted apart too.
+        """
         now, burst = self._clock(), 1 if once else self._burst
-        address = network_of(address) + " once" * once
-        start, count = self._seen.get(address, (now, 0))
+        key = network_of(address), kind, once
+        start, count = self._seen.get(key, (now, 0))
         left_out = 0
         if now - start >= self._seconds:
             left_out = max(0, count - burst)
             start, count = now, 0
-        if address not in self._seen and len(self._seen) >= self._limit:
+        if key not in self._seen and len(self._seen) >= self._limit:
             del self._seen[next(iter(self._seen))]
-        self._seen[address] = start, count + 1
+        self._seen[key] = start, count + 1
         if count < burst:
             self._report(who, code, f"{text} ({left_out} more refusals not shown)" if left_out else text)

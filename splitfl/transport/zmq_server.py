@@ -212,7 +212,7 @@ class ZmqServerTransport:
 
     def _flood(self, whose: str, who: str, text: str) -> None:
         # Apart from its refused keys: five of those would hide it.
-        self._refusals.refused(f"{whose}, {text}", who, "flood", text)
+        self._refusals.refused(whose, who, "flood", text, kind=text)
 
     def _watch(self, endpoint: ListeningEndpoint) -> None:
         """Handshakes that fail before ZAP is asked: the server's key in the client's join string is not ours."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import socket
+import threading
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from splitfl.checkpoint import checkpoint_directory, save_checkpoint
 from splitfl.config import build_config
 from splitfl.errors import ConfigError, ConnectError, ModelError, Refused
 from splitfl.protocol.keys import write_identity
+from splitfl.runlog import RunLog
 from tests.world import World, running, set_aside, tiny_llama
 
 
@@ -68,6 +73,44 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing_behind(tmp_path,
     with pytest.raises(ConfigError, match=words):
         TrunkServer(build_config(values))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("taken", ["bind", "metrics"])
+def test_a_server_whose_address_is_taken_lets_another_have_the_run(tmp_path, model, monkeypatch, taken):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        world = World(tmp_path, model, 1, memory=False, status_every=60.0, **{"bind": "127.0.0.1:0"} | {taken: address})
+        threads = set(threading.enumerate())
+        with pytest.raises(ConfigError, match="choose another"):
+            world.server.start()
+    assert set(threading.enumerate()) <= threads
+    monkeypatch.setattr("server_trunk.server.RunLock", functools.partial(RunLock, patience=0.0))
+    again = TrunkServer(dataclasses.replace(world.server.config, bind="127.0.0.1:0", metrics=""))
+    world.server.stop()  # as whoever has started it may do
+    again.start()
+    again.stop()
+    said = (world.server.config.out_dir / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in said][-2:] == ["serving", "stopped"]
+
+
+def test_a_server_that_cannot_be_made_closes_its_log_and_lets_the_run_go(tmp_path, model, monkeypatch):
+    logs = []
+
+    class Kept(RunLog):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            logs.append(self)
+
+    def broken(*_, **__):
+        raise ModelError("no trunk (injected)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server_trunk.server.RunLog", Kept)
+        patch.setattr("server_trunk.server.Trunk", broken)
+        with pytest.raises(ModelError):
+            World(tmp_path, model, 1)
+    assert [log._file for log in logs] == [None]
+    RunLock(tmp_path / "server", patience=0.0).release()
 
 
 def test_a_device_this_client_does_not_have(tmp_path, model):

@@ -270,6 +270,13 @@ def test_what_was_set_aside_of_a_client_is_not_pruned(tmp_path):
     assert os.listdir(directory.parent) == [directory.name]
 
 
+def test_what_interrupted_writes_left_of_a_client_without_a_checkpoint_is_pruned(tmp_path):
+    leftover = client_directory(tmp_path, "a") / "checkpoints" / ".step-00000001.1234.tmp"
+    leftover.mkdir(parents=True)
+    prune_client_checkpoints(tmp_path)
+    assert not leftover.exists()
+
+
 def refuse(code):
     def refused(*_, **__):
         raise OSError(code, os.strerror(code))

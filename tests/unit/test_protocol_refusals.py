@@ -22,3 +22,12 @@ def test_memory_is_bounded() -> None:
     for number in range(1000):
         log.refused(str(number), "", "", "")
     assert len(log._seen) == 100
+
+
+def test_each_kind_is_counted_apart() -> None:
+    lines = list[str]()
+    log = RefusalLog(lambda who, code, text: lines.append(text), clock=lambda: 0.0)
+    for _ in range(20):
+        for kind in ("", "cut", "lost"):
+            log.refused("key", "who", "code", kind or "told", kind=kind)
+    assert [lines.count(text) for text in ("told", "cut", "lost")] == [5, 5, 5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -125,6 +126,34 @@ def test_no_room_for_the_gradients_of_a_backward_is_that_batch_s_end(model, tmp_
     desk.run(("a", forward(0)))
     desk.run(*honest("a"))
     assert desk.outlet.closed()
+
+
+@pytest.mark.parametrize("clients", ["a", "ab"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_what_a_batch_had_computed_is_free_before_it_runs_again(model, tmp_path, clients, lanes):
+    """Whole, as what is kept for later has made room, or member by member; be it a piece that failed or one that ran."""
+    desk = Desk(model, tmp_path, clients=2, lanes=lanes)
+    desk.engine._may_shrink = False
+    desk.engine.make_room = lambda: len(clients) == 1
+    desk.join("a", "b")
+    run, outs, was_free = desk.engine._run, [], []
+
+    def full_at_last(piece, *, grad):
+        first = len(outs) < lanes
+        if not first:
+            was_free.append(all(out() is None for out in outs))
+        found = run(piece, grad=grad)
+        if first:
+            outs.append(weakref.ref(piece.out))
+            if len(outs) == lanes:
+                raise torch.OutOfMemoryError("no memory (injected)")
+        return found
+
+    desk.engine._run = full_at_last
+    desk.run(*((client, forward(0, *TWO)) for client in clients))
+    assert was_free
+    assert all(was_free)
+    assert [session for session, _, _ in desk.outlet.sent] == list(clients)
 
 
 def test_a_batch_of_one_piece_takes_the_lane_that_is_free_and_holds_no_answer_back(model, tmp_path):

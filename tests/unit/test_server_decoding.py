@@ -13,7 +13,7 @@ from server_trunk.kvcache import CacheBook
 from splitfl.parts.packed import run_segments
 from splitfl.parts.rows import Rows
 from splitfl.protocol.messages import Fault, Forward, Hidden, Release
-from tests.unit.trunkloop_world import HIDDEN, Desk, Event, backward, forward, honest
+from tests.unit.trunkloop_world import HIDDEN, Desk, Event, FullOnce, backward, forward, honest
 from tests.world import tiny_llama
 
 
@@ -190,17 +190,10 @@ def test_of_two_forwards_that_cannot_run_the_first_ends_their_session(desk):
 def test_a_full_device_drops_what_nobody_is_at_work_on(desk):
     put(desk, "a", following(0, (0, -1, 0, 3)), rows(3, 0))
     run(desk)
-    decode, failed = desk.engine.decode, []
-
-    def failing(runs):
-        if not failed:
-            failed.append(True)
-            raise torch.OutOfMemoryError("full")
-        return decode(runs)
-
-    desk.engine.decode = failing
+    desk.engine.decode = full = FullOnce(desk.engine.decode)
     put(desk, "b", following(0, (0, -1, 0, 3)), rows(3, 1))
     run(desk)
+    assert full.was_free == [True]
     assert torch.allclose(answers(desk, "b")[0], whole(desk, rows(3, 1)), atol=1e-5)
     assert desk.loop._batches.decoder._book.held_by("a") == 0
     assert not desk.outlet.ended

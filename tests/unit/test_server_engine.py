@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -95,12 +96,15 @@ class ShortOfMemory:
 
     def __init__(self, engine: Engine, tokens: int, bare: int = 1) -> None:
         self.tokens, self.bare, self.sizes = tokens, bare, []
+        self.computed = []  # by those for which there was no room
         self._run = engine._trunk.trunk_forward
         engine._trunk.trunk_forward = self
 
     def __call__(self, hidden, mask, positions):
         size = hidden.shape[0] * hidden.shape[1]
         if size > self.tokens * (1 if torch.is_grad_enabled() else self.bare):
+            computed = hidden.clone()
+            self.computed.append(weakref.ref(computed))
             raise torch.OutOfMemoryError("no memory (injected)")
         self.sizes.append(size)
         return self._run(hidden, mask, positions)
@@ -131,6 +135,17 @@ def test_out_of_memory_in_the_backward_alone_counts_once(model):
     short = ShortOfMemory(engine, 13, bare=100)
     assert_same(both_ways(engine, keep=False), both_ways(engine_of(model)))
     assert max(short.sizes[1:]) <= 13
+
+
+@pytest.mark.parametrize("bare", [1, 100])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_what_an_attempt_without_room_had_computed_is_free_before_the_next(model, lanes, bare):
+    engine = engine_of(model, lanes=lanes)
+    short, were_held = ShortOfMemory(engine, 12, bare), []
+    engine._free = lambda: were_held.extend(computed() is not None for computed in short.computed)
+    assert_same(both_ways(engine, keep=False), both_ways(engine_of(model)))
+    assert were_held
+    assert not any(were_held)
 
 
 def test_what_is_kept_for_later_goes_before_batches_get_smaller(model):

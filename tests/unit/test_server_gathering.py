@@ -126,3 +126,13 @@ def test_what_is_kept_in_mind_of_a_session_is_bounded(gathering):
     for sequence in range(1000):
         gathering.answered("b", sequence, sequence / 1000)
     assert list(gathering._answered["b"]) == list(range(744, 1000))
+
+
+def test_what_is_neither_awaited_nor_learnt_from_is_kept_in_mind_no_more(gathering):
+    clock = decode(gathering, "idle", 0.004)
+    gathering.answered("new", 0, clock)
+    gathering.answered("new", 1, clock + 1.0)
+    gathering.until(1, clock + 1.9)
+    assert [list(own) for own in gathering._answered.values()] == [[0], [0, 1]]
+    gathering.until(1, clock + 2.0)
+    assert [list(own) for own in gathering._answered.values()] == [[], [1]]

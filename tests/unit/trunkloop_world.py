@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import torch
 
@@ -107,6 +108,24 @@ class Desk:
 
     def events(self, kind: str) -> list[dict]:
         return [event for event in map(json.loads, self.log.read_text().splitlines()) if event["event"] == kind]
+
+
+class FullOnce:
+    """``work``, which the first time has computed something when it finds no memory. ``was_free``: whether that was gone by each
+    time after it.
+    """
+
+    def __init__(self, work) -> None:
+        self._work, self._computed = work, None
+        self.was_free: list[bool] = []
+
+    def __call__(self, *args, **options):
+        if self._computed is None:
+            computed = torch.ones(1000)
+            self._computed = weakref.ref(computed)
+            raise torch.OutOfMemoryError("no memory (injected)")
+        self.was_free.append(self._computed() is None)
+        return self._work(*args, **options)
 
 
 def forward(micro: int, *segments: tuple[int, int], step: int = 0, grad: bool = True) -> Forward:
