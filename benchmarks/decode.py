@@ -1,12 +1,13 @@
 """How fast does a split model generate, against Hugging Face's ``generate()`` of the whole model on the same cores?
 
 Greedy, with key-value caches, from a prompt of random tokens, fp32, over loopback, sealed. One client against one local process,
-in turns, so that drift of the machine hits both; the local one runs the way that is fastest for it, with one thread or two. Then
+in turns, so that drift of the machine hits both; the local one runs the way that is fastest for it, with one thread or two. Both
+run the same model: bare, or with ``--trainables lora`` with an adapter on the trunk's blocks, on either side through PEFT. Then
 all clients at once against one of them alone. Then one client behind a link with a round trip, with and without speculation
 (prompt lookup: what stood in the text before is proposed). How much that finds depends on the text: a model of random weights
 repeats itself sooner than a real one; ``tokens_a_round_trip`` says what it found here.
 
-    python -m benchmarks.decode [--clients 8] [--pairs 8] [--tokens 128] [--quick] [--json]
+    python -m benchmarks.decode [--clients 8] [--pairs 8] [--tokens 128] [--trainables none|lora] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -38,14 +39,23 @@ def _generate(model: Any, tokens: int, lookup: int, seed: int) -> float:
     return time.perf_counter() - began
 
 
-def run_local(pipe: Connection, model_dir: str) -> None:
-    """Worker: the whole model. Commands: (threads, tokens) -> seconds."""
+def run_local(pipe: Connection, model_dir: str, adapted: list[int]) -> None:
+    """Worker: the whole model, with a LoRA on the blocks ``adapted``. Commands: (threads, tokens) -> seconds."""
     import torch
     import transformers
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from splitfl.config import LoraSettings
+
     transformers.utils.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    if adapted:
+        rank, alpha = LoraSettings().rank, LoraSettings().alpha
+        model = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", layers_to_transform=adapted)
+        )
+    model.eval()
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         threads, tokens = command
@@ -91,9 +101,10 @@ def _together(pipes: list[Connection], threads: int, tokens: int, lookup: int = 
 
 def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     """One client against the whole model, and all clients against one."""
-    settings = {"clients": 1, "threads": args.threads}
+    settings = {"clients": 1, "threads": args.threads, "trainables": args.trainables}
     with Stage(settings, clients=args.clients, hidden=args.hidden, blocks=args.blocks) as stage:
-        local = stage.start(run_local, stage.model_dir, role="local")
+        adapted = list(range(1, args.blocks - 1)) if args.trainables == "lora" else []
+        local = stage.start(run_local, stage.model_dir, adapted, role="local")
         local.recv()
         pipes = _clients(stage)
 
@@ -101,8 +112,8 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
             local.send((threads, args.tokens))
             return float(local.recv())
 
-        best = min((1, 2), key=lambda threads: min(alone(threads) for _ in range(2)))
-        own = min((1, 2), key=lambda threads: min(_together(pipes[:1], threads, args.tokens)[0] for _ in range(2)))
+        best = min((1, 2), key=lambda threads: min(alone(threads) for _ in range(3)))
+        own = min((1, 2), key=lambda threads: min(_together(pipes[:1], threads, args.tokens)[0] for _ in range(3)))
         _together(pipes, 1, args.tokens)
         ratios, times, seconds = [], [], {"local": [], "one": [], "all": []}  # type: ignore[var-annotated]
         for pair in range(args.pairs):
@@ -134,7 +145,7 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_speculation(args: argparse.Namespace) -> dict[str, Any]:
     """One client behind a round trip, with prompt lookup and without."""
-    settings = {"clients": 1, "threads": args.threads}
+    settings = {"clients": 1, "threads": args.threads, "trainables": args.trainables}
     with Stage(settings, clients=1, hidden=args.hidden, blocks=args.blocks, links=True) as stage:
         pipes = _clients(stage)
         assert stage.link is not None
@@ -163,6 +174,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="threads of the server (1)")
+    parser.add_argument("--trainables", choices=("none", "lora"), default="none", help="what the trunk has beside its weights")
     parser.add_argument("--round-trip", type=float, default=80.0, help="milliseconds")
     parser.add_argument("--quick", action="store_true", help="few pairs, small model: shows that it runs, not how fast")
     parser.add_argument("--json", action="store_true")
@@ -171,7 +183,7 @@ def main() -> None:
         args.pairs, args.hidden, args.blocks = 2, 64, 8
     quiet()
     result = measure_speed(args)
-    emit(result | {"speculation": measure_speculation(args)}, as_json=args.json)
+    emit({"trainables": args.trainables} | result | {"speculation": measure_speculation(args)}, as_json=args.json)
 
 
 if __name__ == "__main__":
