@@ -51,10 +51,10 @@ def run_local(pipe: Connection, model_dir: str, adapted: list[int]) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     if adapted:
-        rank, alpha = LoraSettings().rank, LoraSettings().alpha
-        model = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", layers_to_transform=adapted)
-        )
+        parts = model.model.layers.named_modules()
+        linears = {name.rpartition(".")[2] for name, part in parts if isinstance(part, torch.nn.Linear)}
+        lora = LoraConfig(r=LoraSettings().rank, target_modules=sorted(linears), layers_to_transform=adapted)
+        model = get_peft_model(model, lora)
     model.eval()
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
