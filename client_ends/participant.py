@@ -121,6 +121,17 @@ class Participant(Linked):
             if self._opened < stood and self._has_barrier:
                 raise RunWentBack(self._opened)
 
+    def _begin_in_step(self) -> None:
+        """Take part in a step in which the next forward can leave now. The lock is held."""
+        self._check_missed()
+        while True:
+            self._take_part()
+            self._await_link()
+            self._check_missed()
+            # Else the word that the step was over came while this waited, before anything of its part had been sent.
+            if self._enrolled:
+                return
+
     def _await_opened(self, step: int) -> None:
         """Wait until this client has heard that ``step`` is open: a data message may overtake that word. Raises StepMissed."""
 

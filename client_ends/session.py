@@ -142,18 +142,17 @@ class TrunkSession(Reconnecting):
         afterwards. ``sequences``: what each segment follows, as :class:`Forward` has it; then the answer may be CacheLost.
         """
         self._check()
-        if grad:
-            self._check_missed()
-            self._take_part()
         host = flat.detach().to("cpu").contiguous()
         rows, hidden = host.shape
         dtype = dtype_name(host.dtype)
         # What is kept and what is sent must not come apart: who connects again sends what was kept.
         with self._lock:
-            self._await_link(steps=grad)
+            if grad:
+                self._begin_in_step()
+            else:
+                self._await_link(steps=False)
             ordinal = self._forwards if grad else 0
             if grad:
-                self._check_missed()
                 self._forwards += 1
             # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
             train = train and self._enrolled

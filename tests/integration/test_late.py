@@ -90,6 +90,40 @@ def test_a_silent_participant_loses_nothing(tmp_path, model):
     assert_equals_reference(world, [[STEADY[0]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
 
 
+def test_who_hears_that_a_step_is_over_just_before_its_first_forward_leaves_takes_part_in_the_next(tmp_path, model, monkeypatch):
+    world = late_world(tmp_path, model)
+    losses: list[float] = []
+    with running(world):
+        steady, late = join(world, 0), join(world, 1)
+        enrol(steady, late)
+        session, first = late.trunk.session, threading.Event()
+        take_part = session._take_part
+
+        def and_hear() -> None:
+            take_part()
+            if not first.is_set():
+                first.set()
+                with session._lock:
+                    assert session._lock.wait_for(lambda: session._dropped is not None, timeout=20.0)
+
+        monkeypatch.setattr(session, "_take_part", and_hear)
+        found: list[torch.Tensor] = []
+        forward = threading.Thread(target=lambda: found.append(late(**FLIGHTY[2][0]).loss))
+        forward.start()
+        wait_for(first.is_set)
+        losses += step(steady, STEADY[0])
+        wait_for(lambda: is_open(world, 1) and len(world.server._loop._steps._enrolled) == 2)
+        losses += step(steady, STEADY[1])
+        forward.join()
+        found[0].backward()
+        for one in FLIGHTY[2][1:]:
+            late(**one).loss.backward()
+        late.step()
+        losses += step(steady, STEADY[2])
+        steady.wait_step()
+    assert_equals_reference(world, [[STEADY[0]], [STEADY[1]], [STEADY[2], *FLIGHTY[2]]], losses)
+
+
 @pytest.mark.parametrize("heard", [False, True])
 def test_the_end_of_a_part_that_had_counted_is_not_missed_however_late(tmp_path, model, heard):
     world = late_world(tmp_path, model)
