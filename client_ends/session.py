@@ -147,13 +147,12 @@ class TrunkSession(Reconnecting):
         dtype = dtype_name(host.dtype)
         # What is kept and what is sent must not come apart: who connects again sends what was kept.
         with self._lock:
+            ordinal = 0
             if grad:
                 self._begin_in_step()
+                ordinal, self._forwards = self._forwards, self._forwards + 1
             else:
                 self._await_link(steps=False)
-            ordinal = self._forwards if grad else 0
-            if grad:
-                self._forwards += 1
             # A trunk in training mode belongs to a step; without one (``no_grad`` before the first) it runs in evaluation mode.
             train = train and self._enrolled
             number, self._next_micro = self._next_micro, self._next_micro + 1

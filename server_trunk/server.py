@@ -183,8 +183,7 @@ class TrunkServer:
         return RoundKeeper(rounds, averager, self._ends, self, self._log)
 
     def start(self) -> None:
-        """Open the endpoints and start both threads; :attr:`join` is what clients need. Where that fails, the run is another
-        server's to have.
+        """Open the endpoints and start both threads; :attr:`join` is what clients need. A run that cannot start is let go.
 
         Raises:
             ConfigError: an address cannot be bound.
