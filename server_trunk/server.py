@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import socket
 import threading
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -23,6 +22,7 @@ from server_trunk.async_steps import steps_of
 from server_trunk.averaging import Averager
 from server_trunk.beforehand import check_before, check_new, server_identity
 from server_trunk.building import Trunk, load_run_trunk
+from server_trunk.endpoints import Endpoints
 from server_trunk.ends_book import EndsBook
 from server_trunk.gateway import Gateway
 from server_trunk.keeping import RunKeeper
@@ -40,7 +40,6 @@ from server_trunk.sharding.group import ShardGroup
 from server_trunk.trunkloop import TrunkLoop
 from server_trunk.watch import Watch
 from splitfl.adapters.layout import part_bytes_for
-from splitfl.channel.server import ServerChannel
 from splitfl.checkpoint import checkpoint_steps, mend_checkpoints
 from splitfl.config import RunConfig, to_toml
 from splitfl.errors import ConfigError, GroupLost, NotWritten, SplitflError
@@ -50,7 +49,6 @@ from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import AuthorizedClients
 from splitfl.runlog import RunLog
 from splitfl.tensors import byte_view
-from splitfl.transport.zmq_server import ZmqServerTransport
 
 __all__ = ["TrunkServer", "load_run_trunk"]
 
@@ -99,12 +97,13 @@ class TrunkServer:
             out.mkdir(parents=True, exist_ok=True)
             if self._is_first:
                 self._held.callback(RunLock(out).release)
-        self._channel: ServerChannel | None = None
-        self._transport = transport
-        self._channel_options = channel_options
         try:
             in_turn(group, lambda: mend_checkpoints(out))
-            self._set_up(listed, shards, self._goes_on(resume, resume_if_any), echo)
+            resume = self._goes_on(resume, resume_if_any)
+            self.identity = in_turn(group, lambda: server_identity(config, self._is_first))
+            self.authorized = AuthorizedClients(listed)
+            self.endpoints = Endpoints(config, self.identity, self.authorized, transport, **channel_options)
+            self._set_up(shards, resume, echo)
         except BaseException:
             self._held.close()
             raise
@@ -119,15 +118,13 @@ class TrunkServer:
             check_new(out)
         return resume
 
-    def _set_up(self, listed: Path, shards: ShardGroup | None, resume: bool, echo: Any) -> None:
+    def _set_up(self, shards: ShardGroup | None, resume: bool, echo: Any) -> None:
         """Load the trunk, and what stands around it."""
         config, group, out = self.config, self._group, self.config.out_dir
         if self._is_first and not resume:
             self._write_config()
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.identity = in_turn(group, lambda: server_identity(config, self._is_first))
-        self.authorized = AuthorizedClients(listed)
         self._log = RunLog(out / ("log.jsonl" if group is None else group.place.log_name), echo=echo)
         self._held.callback(self._log.close)
         self._model_identity = model_identity(config.model, revision=config.revision)
@@ -162,7 +159,6 @@ class TrunkServer:
                 self._write_config()  # what cannot go on leaves the run's own as it is
         self._done = threading.Event()
         self._hurried = False
-        self.join: JoinString | None = None
 
     @property
     def _is_first(self) -> bool:
@@ -175,12 +171,14 @@ class TrunkServer:
             (out / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
 
     def _make_rounds(self) -> RoundKeeper:
-        averager = Averager(self.config.out_dir, credit=self.credit, tell=lambda: self._loop.wake(), replicas=self._group)
+        averager = Averager(
+            self.config.out_dir, credit=self.endpoints.credit, tell=lambda: self._loop.wake(), replicas=self._group
+        )
         config = self.config
         rounds = Rounds(
             steps=config.round_steps, deadline=config.step_deadline, on_loss=config.on_loss, alone=self._group is None
         )
-        return RoundKeeper(rounds, averager, self._ends, self, self._log)
+        return RoundKeeper(rounds, averager, self._ends, self.endpoints, self._log)
 
     def start(self) -> None:
         """Open the endpoints and start both threads; :attr:`join` is what clients need. A run that cannot start is let go.
@@ -191,14 +189,8 @@ class TrunkServer:
         try:
             self._start()
         except BaseException:
-            if self._channel is not None:
-                self._channel.stop("the server has failed", back=True)
-                self._channel = None
-            if self._rounds is not None:
-                self._rounds.close()
-            self._live.stop()
             self._engine.close()
-            self._held.close()
+            self._let_go("the server has failed", back=True)
             raise
 
     def _start(self) -> None:
@@ -214,7 +206,7 @@ class TrunkServer:
             self._engine,
             self._replica.steps_of(self._engine, first=self._first) if self._replica else steps_of(config, first=self._first),
             scheduler,
-            self,
+            self.endpoints,
             self._log,
             client_tokens=config.client_tokens,
             payload_of=byte_view,
@@ -240,61 +232,25 @@ class TrunkServer:
             stands=lambda: self._loop.step,
             elsewhere=self._replica.redirect if self._replica else lambda client: None,
         )
-        host, port = config.address
-        self._transport = self._transport or ZmqServerTransport(
-            self.identity, host=host, port=port, data_port=config.data_port, advertise=config.advertise or None
-        )
-        channel = ServerChannel(
-            self._transport,
-            gateway,
-            authorized=self.authorized,
-            window=config.window,
-            max_message=config.window,
-            bulk=config.bulk,
-            **self._channel_options,
-        )
         self.meter.watch(
             waiting=lambda: scheduler.waiting_tokens,
             graphs=lambda: scheduler.kept_graph_tokens,
             kept=scheduler.kept_tokens,
-            traffic=channel.traffic,
+            traffic=self.endpoints.traffic,
         )
         self._live.start()
         if self._replica is not None:
-            self._replica.meet(functools.partial(self._serve, channel), wake=self._loop.wake, loads=self.meter.loads)
+            serve = functools.partial(self.endpoints.open, gateway)
+            self._replica.meet(serve, wake=self._loop.wake, loads=self.meter.loads)
         else:
-            self._serve(channel)
+            self.endpoints.open(gateway)
         self._loop.start()
         self._log.write("serving", quiet=True, join=str(self.join))
 
-    def _serve(self, channel: ServerChannel) -> tuple[str, int]:
-        """Open the endpoints; returns where clients reach the control endpoint. Raises ConfigError."""
-        channel.start()
-        self._channel = channel
-        host, _ = self.config.address
-        # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
-        reached = self.config.host or (socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host)
-        self.join = JoinString(self.identity.public, reached, self._transport.control_port, self.config.run)
-        return reached, self._transport.control_port
-
-    # --- the outlet of the trunk's thread ---------------------------------------------------------------------------------------
-
     @property
-    def _open_channel(self) -> ServerChannel:
-        assert self._channel is not None
-        return self._channel
-
-    def send(self, session: str, message: Any, payload: Any) -> None:
-        self._open_channel.send(session, message, payload)
-
-    def tell(self, session: str, message: Any) -> None:
-        self._open_channel.tell(session, message)
-
-    def credit(self, session: str, n: int) -> None:
-        self._open_channel.credit(session, n)
-
-    def end(self, session: str, fault: Any) -> None:
-        self._open_channel.end(session, fault)
+    def join(self) -> JoinString | None:
+        """What clients need to come here; None until :meth:`start`."""
+        return self.endpoints.join
 
     # --- the run's life ---------------------------------------------------------------------------------------------------------
 
@@ -325,8 +281,8 @@ class TrunkServer:
             if self._loop.failure is not None:
                 raise SplitflError(f"the trunk failed: {self._loop.failure}") from self._loop.failure
             # Nobody could come any more: better an end, after which the server is started again.
-            if self._channel is not None and self._channel.failure is not None:
-                raise SplitflError(f"the channel failed: {self._channel.failure}") from self._channel.failure
+            if self.endpoints.failure is not None:
+                raise SplitflError(f"the channel failed: {self.endpoints.failure}") from self.endpoints.failure
         return False
 
     @property
@@ -351,7 +307,7 @@ class TrunkServer:
         ``back``: the server means to start again, so that clients wait for it. ``patience``: seconds that the open step may take
         to its end.
         """
-        if self._channel is None:
+        if not self.endpoints.are_open:
             self._held.close()
             return
         replica, whole = self._replica, True
@@ -378,15 +334,18 @@ class TrunkServer:
                 replica.halt()
             if isinstance(self._engine, LeadingEngine) and whole:
                 self._engine.stop()
-            if self._rounds is not None:
-                self._rounds.close()
-            self._channel.stop(text if whole else "the server is starting again", back=back or not whole)
-            self._channel = None
-            self._live.stop()
-            self._log.write("stopped", why=text)
-            self._held.close()
+            self._held.callback(self._log.write, "stopped", why=text)
+            self._let_go(text if whole else "the server is starting again", back=back or not whole)
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
+
+    def _let_go(self, text: str, *, back: bool) -> None:
+        """Of all that a run holds while it is open. The trunk's thread has ended, or waits for a process that is gone."""
+        if self._rounds is not None:
+            self._rounds.close()
+        self.endpoints.close(text, back=back)
+        self._live.stop()
+        self._held.close()
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def losses_of_a_run(work: Path, *, flooded: bool) -> list[float]:
         for step in range(5):
             loss = model(input_ids=ids, labels=ids).loss
             if flooded and step == 2:
-                data = run.server._transport._data
+                data = run.server.endpoints._transport._data
                 data.total = -1
                 wait_until(lambda: run.events("left"))
                 data.total = 256 * MIB
@@ -200,7 +200,7 @@ def test_training_goes_on_by_itself_when_the_endpoint_is_opened_anew(tmp_path: P
 def test_a_server_whose_endpoint_cannot_be_opened_anew_ends_and_says_why(tmp_path: Path) -> None:
     run = TrunkWorld(tmp_path, tiny_llama(tmp_path / "model"), 1, memory=False, run="taken")
     with running(run):
-        transport = run.server._transport
+        transport = run.server.endpoints._transport
 
         def taken(*_: Any, **__: Any) -> None:
             raise ConfigError("cannot listen at 127.0.0.1: another process has the port")

@@ -110,7 +110,7 @@ def test_who_leaves_while_it_is_sent_elsewhere_says_so_there(tmp_path, model, mo
         step(split, STEADY[0])
         split.wait_step()
         moved = split.trunk.session.channel
-        world.server.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
+        world.server.endpoints.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
         wait_for(lambda: moved.ended_by == "moved")
         split.close()
         wait_for(lambda: len(world.events("left")) == 2)
@@ -127,7 +127,7 @@ def test_who_is_sent_elsewhere_and_takes_part_in_no_further_step_says_so_there(t
         moved, keeper = split.trunk.session.channel, world.server._loop._keeper
         withdrawn: list[str] = []
         monkeypatch.setattr(keeper, "withdraw", withdrawn.append)
-        world.server.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
+        world.server.endpoints.end(moved.opened.session, Fault(RefusalCode.MOVED, "elsewhere", True, None))
         wait_for(lambda: split.trunk.session.channel is not moved)
         wait_for(lambda: withdrawn == [split.trunk.session.channel.opened.session])
         split.close()
@@ -279,8 +279,8 @@ def test_an_asynchronous_part_whose_end_was_not_heard_is_not_waited_for(tmp_path
     world = World(tmp_path, model, 1, trainables="full", timing=QUICK, mode="async", **TRUNK)
     with running(world):
         split = join(world, 0)
-        tell = world.server.tell
-        world.server.tell = lambda session, message: None if isinstance(message, StepClosed) else tell(session, message)
+        tell = world.server.endpoints.tell
+        world.server.endpoints.tell = lambda session, message: None if isinstance(message, StepClosed) else tell(session, message)
         for one in FLIGHTY[0]:
             split(**one).loss.backward()
         split.step("leave")

@@ -171,7 +171,7 @@ def test_the_command_says_what_to_do_where_there_is_nothing_to_go_on_from(tmp_pa
 
 
 def test_a_server_that_is_started_again_by_something_goes_on_where_it_can(tmp_path, capsys, monkeypatch):
-    def set_up(server, listed, shards, resume, echo):
+    def set_up(server, shards, resume, echo):
         raise ConfigError(f"resume: {resume}")
 
     monkeypatch.setattr(TrunkServer, "_set_up", set_up)

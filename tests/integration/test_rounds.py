@@ -237,7 +237,7 @@ def test_a_late_upload_is_gone_on_without_and_its_rest_is_dropped(tmp_path: Path
 
 
 def links(world: World) -> list[Any]:
-    return list(world.server._open_channel._sessions._sessions.values())
+    return list(world.server.endpoints.channel._sessions._sessions.values())
 
 
 def test_ends_that_are_trained_otherwise_are_refused_in_one_sentence(tmp_path: Path, model: str) -> None:

@@ -71,10 +71,11 @@ def test_no_secret_is_written_down(
         model.train()
         model(**BATCH).loss.backward()
         model.step()
-        objects = [world.server, world.server._open_channel, world.server._open_channel._sessions, model.trunk.session]
-        objects += list(world.server._open_channel._sessions._links.values())
+        endpoints = world.server.endpoints
+        sessions = endpoints.channel._sessions
+        objects = [world.server, endpoints, endpoints.channel, sessions, model.trunk.session, *sessions._links.values()]
         printed = "\n".join(text for thing in objects for text in shown(thing))
-        printed += "\n".join(repr(link.__dict__) for link in world.server._open_channel._sessions._links.values() if link.id)
+        printed += "\n".join(repr(link.__dict__) for link in sessions._links.values() if link.id)
         model.close()
     keys = [tmp_path / "server.key", *world.keys]
     secrets += [read_identity(key).secret for key in keys]
