@@ -41,7 +41,7 @@ class Leaving:
 
     def add(self, endpoint: Endpoint, peer: bytes) -> None:
         """This connection is to go."""
-        # A peer may choose its routing id, and come again under one that was cut.
+        # One that was cut has had its last word: what still comes of it was queued.
         linger = 0.0 if (endpoint, peer) in self._gone else self._linger
         self._due.setdefault((endpoint, peer), _Due(self._clock() + linger))
 

@@ -98,6 +98,7 @@ class ListeningEndpoint:
                 raise ConfigError(
                     f"cannot listen at {host}:{port}: {error.strerror.lower()}; choose another port or host"
                 ) from None
+        _give_out_ids(self.socket)
         endpoint: bytes = self.socket.getsockopt(zmq.LAST_ENDPOINT)  # type: ignore[assignment]
         self._host, self.port = host, int(endpoint.rstrip(b"\0").rpartition(b":")[2])
 
@@ -292,6 +293,17 @@ class ListeningEndpoint:
 def _without_scope(address: str) -> str:
     """As Python names a connection's other end: ZeroMQ adds the interface to link-local addresses of IPv6."""
     return address.partition("%")[0]
+
+
+def _give_out_ids(sock: zmq.Socket[bytes]) -> None:
+    """Every peer of a ROUTER that listens is known by an id that libzmq counts, also one that says an id of its own.
+
+    By itself libzmq lets peers choose, and where it counts up to an id that one holds, it fails an assertion, which ends the
+    process. It begins at a number that is the same in every process (4.3.5 draws it without a seed), so two connections would do.
+    Set once the socket is bound, ROUTER_RAW only says who chooses ids: what listens has its options by then, and speaks ZMTP.
+    From now on an empty frame would end the connection that it is sent to, and a second part go nowhere; we send neither.
+    """
+    sock.setsockopt(zmq.ROUTER_RAW, 1)
 
 
 def _monitor(sock: zmq.Socket[bytes]) -> zmq.Socket[bytes]:

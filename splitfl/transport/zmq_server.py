@@ -173,10 +173,8 @@ class ZmqServerTransport:
     def _router(self, domain: bytes, *, affinity: int, max_frame: int, curve: bool) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.ROUTER)
         common_options(sock, max_frame=max_frame, ipv6=":" in self._host)
-        # MANDATORY: a ROUTER otherwise drops in silence what it cannot deliver. HANDOVER off: nobody takes over
-        # another's id.
+        # MANDATORY: a ROUTER otherwise drops in silence what it cannot deliver.
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        sock.setsockopt(zmq.ROUTER_HANDOVER, 0)
         sock.setsockopt(zmq.ZAP_DOMAIN, domain)
         sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         sock.setsockopt(zmq.AFFINITY, affinity)
