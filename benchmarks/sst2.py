@@ -2,9 +2,10 @@
 
 From a pretrained model (stories260K) each client fine-tunes its ends and a fresh classification head on its own sentences, whose
 labels are shared out by a Dirichlet distribution (Hsu et al., arXiv 1909.06335); the trunk trains on all of them, and the ends
-are averaged after each round (FedAvg, arXiv 1602.05629). The reference is the same algorithm in one process: one trunk, N sets of
-ends, averaged as plainly as it can be written. Both see the same batches. Accuracy (percent) and loss are of the averaged
-model on the official development set.
+are averaged after each round, weighted by what each has trained on (FedAvg, arXiv 1602.05629). A client's batch is the larger the
+more sentences it has, so that none is read more often than another's: else a client with few of one label alone would decide as
+much as all others. The reference is the same algorithm in one process: one trunk, N sets of ends, averaged as plainly as it can
+be written. Both see the same batches. Accuracy (percent) and loss are of the averaged model on the official development set.
 
     python -m benchmarks.sst2 [--clients 3] [--seeds 3] [--steps 300] [--data DIR] [--quick] [--json]
 """
@@ -38,7 +39,7 @@ from splitfl.parts.loading import attach_trunk, load_ends
 from splitfl.protocol.keys import write_identity
 from splitfl.transport.memory import MemoryClientTransport, MemoryNetwork, MemoryServerTransport
 
-__all__ = ["Task", "deal_by_label", "one_process", "split"]
+__all__ = ["Task", "deal_batch", "deal_by_label", "one_process", "split"]
 
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 _DEVICE = torch.device("cpu")
@@ -62,6 +63,11 @@ def deal_by_label(labels: Sequence[int], clients: int, concentration: float, see
             return dealt
 
 
+def deal_batch(rows: Sequence[int], batch: int) -> list[int]:
+    """Of ``batch`` rows a step, how many each client has: in proportion to its rows, one at least."""
+    return [max(1, round(batch * own / sum(rows))) for own in rows]
+
+
 class Score(NamedTuple):
     """Of the development set: percent that are right; loss a sentence."""
 
@@ -71,12 +77,12 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass
 class Task:
-    """One seed's data and settings. ``shares``: rows a client; ``held_out``: the development set."""
+    """One seed's data and settings. ``shares``: rows a client, ``batch_sizes`` a step. ``held_out``: the development set."""
 
     config: RunConfig
     shares: list[list[Any]]
+    batch_sizes: list[int]
     held_out: Any
-    batch_size: int
     pad: int
 
     @property
@@ -85,7 +91,7 @@ class Task:
 
     def stream(self, client: int) -> Iterator[Batch]:
         """The client's batches, without end."""
-        batches = Batches(self.shares[client], self.batch_size, seed=self.config.seed + client, pad_token_id=self.pad)
+        batches = Batches(self.shares[client], self.batch_sizes[client], seed=self.config.seed + client, pad_token_id=self.pad)
         while True:
             yield from batches
 
@@ -208,7 +214,8 @@ def make_task(data: Path, model: Path, work: Path, seed: int, args: argparse.Nam
         "optimizer.steps": args.steps,
     }
     shares = [[rows[row] for row in share] for share in dealt]
-    return Task(build_config(settings), shares, held_out, args.batch_size, pad_token(tokenizer))
+    batch_sizes = deal_batch(list(map(len, shares)), args.batch_size)
+    return Task(build_config(settings), shares, batch_sizes, held_out, pad_token(tokenizer))
 
 
 def main() -> None:
@@ -218,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--round-steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=48, help="of all clients together (48)")
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--concentration", type=float, default=0.3)
@@ -226,7 +233,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.steps, args.batch_size = 1, 20, 4
+        args.seeds, args.steps, args.batch_size = 1, 20, 12
     data, model = args.data / "text" / "sst2", args.data / "models" / "stories260K"
     if not data.is_dir() or not model.is_dir():
         raise DataError(f"{args.data} holds no SST-2 and no stories260K: say where they are with --data")
@@ -236,8 +243,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             task = make_task(data, model, Path(directory), seed, args)
             shares = [
-                {"rows": len(share), "positive": round(statistics.fmean(row["labels"] for row in share), 3)}
-                for share in task.shares
+                {"rows": len(share), "positive": round(statistics.fmean(row["labels"] for row in share), 3), "batch": batch}
+                for share, batch in zip(task.shares, task.batch_sizes, strict=True)
             ]
             ours, reference = split(task, Path(directory)), one_process(task)
             row = {"seed": seed, "shares": shares, "split": ours.accuracy, "one_process": reference.accuracy}

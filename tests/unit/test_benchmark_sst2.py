@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.sst2 import deal_by_label
+from benchmarks.sst2 import deal_batch, deal_by_label
 
 
 def shares(concentration: float, seed: int = 0) -> list[float]:
@@ -32,3 +32,8 @@ def test_a_seed_deals_alike() -> None:
     labels = [row % 2 for row in range(1000)]
     assert deal_by_label(labels, 3, 0.3, 1) == deal_by_label(labels, 3, 0.3, 1)
     assert deal_by_label(labels, 3, 0.3, 1) != deal_by_label(labels, 3, 0.3, 2)
+
+
+def test_a_batch_is_dealt_out_as_the_rows_are_and_nobody_has_none() -> None:
+    assert deal_batch([300, 100, 200], 48) == [24, 8, 16]
+    assert deal_batch([64000, 1800, 400], 48) == [46, 1, 1]
