@@ -76,6 +76,11 @@ class RoundKeeper:
         """The session takes no part in the next step."""
         self._rounds.withdraw(session)
 
+    def departs(self, session: str) -> None:
+        """The session ends, as its client goes to another replica: there it is given the average."""
+        self._present.pop(session, None)
+        self._asked.pop(session, None)
+
     def step_closed(self, ledger: Ledger) -> None:
         """A step has closed; where it was the last of a round, that is open now."""
         self._rounds.count(ledger, self.names)

@@ -233,11 +233,7 @@ class StepKeeper:
         if self.ending and not (self._steps.is_open and isinstance(self._steps, Steps)):
             self._answer_stale()
             return
-        for session in self._steps.departures():
-            client = self._names[session]
-            self._log.write("moved", client=client, session=session[:8], after=self._steps.number - 1)
-            self._outlet.end(session, Fault(RefusalCode.MOVED, "this client goes to another replica", True, None))
-            self.absent.lost(client, time.monotonic())  # until it is seen there
+        self._depart()
         self._go_back()
         was_open, now = self._steps.is_open, time.monotonic()
         for session, step in self._steps.openings(now):
@@ -248,6 +244,16 @@ class StepKeeper:
             # Says which Enrol it answers: a Pause and an Enrol may wait in the inbox, and the channel drops what they overtook.
             self._outlet.tell(session, StepOpened(step, self._enrolments[session]))
         self._answer_stale()
+
+    def _depart(self) -> None:
+        """End the sessions of clients that go to another replica."""
+        for session in self._steps.departures():
+            client = self._names[session]
+            self._log.write("moved", client=client, session=session[:8], after=self._steps.number - 1)
+            self._outlet.end(session, Fault(RefusalCode.MOVED, "this client goes to another replica", True, None))
+            self.absent.lost(client, time.monotonic())  # until it is seen there
+            if self._rounds is not None:
+                self._rounds.departs(session)
 
     def _tell_norm(self) -> None:
         """Answer whoever waits for the norm of the step's gradient before it clips its own."""
@@ -359,6 +365,7 @@ class StepKeeper:
             for part in ledger.parts.values():
                 norm = report.of(part.client).grad_norm
                 self._tell_closed(part, ledger.step, ledger.targets, ledger.participants, norm, kept=kept)
+        self._depart()
         if self._rounds is not None:
             self._rounds.tell()
         self._too_late += self._steps.dismiss()

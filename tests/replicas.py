@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,21 @@ def serving(replicas: Replicas) -> Iterator[Replicas]:
     finally:
         code = replicas.stop()
     assert code == 0, (replicas.work / "stderr").read_text()
+
+
+class UntilMoved:
+    """The steps that so many clients make together, a thread each: until replica 0 has let one of them go, and five more."""
+
+    def __init__(self, replicas: Replicas, clients: int, *, most: int = 300) -> None:
+        self._replicas, self._barrier, self._most = replicas, threading.Barrier(clients), most
+        self._last = most
+
+    def steps(self, client: int) -> Iterator[int]:
+        for step in itertools.count():
+            self._barrier.wait(100)
+            if client == 0 and step and self._last == self._most and self._replicas.events("moved"):
+                self._last = step + 5
+            self._barrier.wait(100)
+            if step >= self._last:
+                return
+            yield step

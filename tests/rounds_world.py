@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ def batches_of(clients: int, steps: int) -> list[list[Batch]]:
 
 
 class Reference:
-    """One trunk and N sets of ends in one process. ``part_of``: by step, which clients take part."""
+    """One trunk and N sets of ends in one process. ``batch(client, step)``: what they train on."""
 
-    def __init__(self, world: Any, ends: str = "lora") -> None:
-        config = world.config
+    def __init__(self, world: Any, ends: str = "lora", batch: Callable[[int, int], Batch] = batch) -> None:
+        config, self._batch = world.config, batch
         self.rounds = config.round_steps
         self.trunk = load_run_trunk(config, torch.device("cpu"))
         parts = [prepare_ends(load_ends(world.model, config.cut), ends, LoraSettings(), seed=0) for _ in world.keys]
@@ -48,7 +49,7 @@ class Reference:
     def step(self, number: int, clients: list[int]) -> list[float]:
         self.central.ends = [self.ends[client] for client in clients]
         self.central._ends_sides = [self.sides[client] for client in clients]
-        batches = [batch(client, number) for client in clients]
+        batches = [self._batch(client, number) for client in clients]
         losses = self.central.step(batches)
         for client, one in zip(clients, batches, strict=True):
             self.counted[client] += count_targets(one)

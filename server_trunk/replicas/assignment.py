@@ -34,10 +34,12 @@ class Assignment:
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
         self._coming: dict[str, _Coming] = {}
         self._since: dict[str, int] = {}  # by client: the step after which it was moved, or could first have been
+        self._direct: set[str] = set()  # clients that were never sent anywhere: they would dial the same replica again
 
     def hear(self, rank: int, tokens: Mapping[str, float]) -> None:
         """Who is at a replica, and the tokens a step of each; 0 where it has not trained yet."""
         # Who has moved on may still be reported from where it was; whoever is there by itself has no other place.
+        self._direct |= tokens.keys() - self.places.keys()
         here = {client: each for client, each in tokens.items() if self.places.setdefault(client, rank) == rank}
         # After a move a client is counted anew.
         self._present[rank] = {client: each or self._expected(client) for client, each in here.items()}
@@ -54,13 +56,14 @@ class Assignment:
         if client not in self.places:
             loads = self._loads(now)
             self.places[client] = loads.index(min(loads))
+        self._direct.discard(client)
         if all(client not in tokens for tokens in self._present):
             self._coming[client] = _Coming(self._expected(client), now)
         return self.places[client]
 
-    def rebalance(self, step: int, movable: Sequence[Sequence[str]], now: float = 0.0) -> Move | None:
+    def rebalance(self, step: int, movable: Sequence[Sequence[str]], now: float = 0.0, *, at_once: bool = True) -> Move | None:
         """Who of the ``movable`` clients of each replica is to go from the most to the least loaded one after ``step``, if that
-        is worth it; from now on it belongs there.
+        is worth it. ``at_once``: from now on it belongs there; else once it :meth:`goes`.
         """
         for client in (each for clients in movable for each in clients):
             self._since.setdefault(client, step)
@@ -70,15 +73,25 @@ class Assignment:
         worth = [
             (max(loads[origin] - present[client], loads[target] + present[client]), client)
             for client in movable[origin]
-            if present.get(client) and step - self._since[client] >= REST
+            if present.get(client) and client not in self._direct and step - self._since[client] >= REST
         ]
         lowest, client = min(worth, default=(loads[origin], ""))
         if origin == target or lowest > (1 - WORTH) * loads[origin]:
             return None
-        self._present[origin] = {other: each for other, each in present.items() if other != client}
-        self.places[client], self._since[client] = target, step
-        self._coming[client] = _Coming(present[client], now)
-        return Move(client, origin, target)
+        self._since[client] = step
+        move = Move(client, origin, target)
+        if at_once:
+            self.goes(move, now)
+        return move
+
+    def goes(self, move: Move, now: float = 0.0) -> None:
+        """From now on the client belongs where it moves to."""
+        if self.places[move.client] == move.target:
+            return
+        present = dict(self._present[move.origin])
+        tokens = present.pop(move.client, 0.0)
+        self._present[move.origin], self.places[move.client] = present, move.target
+        self._coming[move.client] = _Coming(tokens, now)
 
     def _loads(self, now: float) -> list[float]:
         known = [each for tokens in self._present for each in tokens.values() if each]

@@ -128,6 +128,7 @@ class Replica:
             deadline=config.step_deadline,
             on_whole=partial(on_all_ranks, "begin") if isinstance(training, ReducedTraining) else lambda targets: None,
             on_stop=on_stop,
+            on_move=self._moves if self.group.is_first else lambda move: None,
             foresees=isinstance(training, ReducedTraining) and self._shards is None and training.leaves_early,
         )
         return self._steps
@@ -168,13 +169,18 @@ class Replica:
         return Redirect("" if machine == self.group.place.machine else host, port)
 
     def _choose(self, step: int, movable: Sequence[Sequence[str]]) -> Move | None:
-        """At rank 0: who goes to another replica after ``step``. An adapter of its own moves along where it was just kept; what a
-        client's ends have counted since a round would stay behind.
-        """
+        """At rank 0: who goes to another replica after ``step``. An adapter of its own moves along where it was just kept."""
         config = self._config
-        if config.round_steps or (config.adapters == "per-client" and not self._run.is_due(step)):
+        if config.adapters == "per-client" and not self._run.is_due(step):
             return None
-        return self._assignment.rebalance(step, movable, time.monotonic())
+        # Until a round is over, a member that loses its link has to find the replica that waits for its ends.
+        ends_round = bool(config.round_steps) and (step + 1) % config.round_steps == 0
+        return self._assignment.rebalance(step, movable, time.monotonic(), at_once=not ends_round)
+
+    def _moves(self, move: Move) -> None:
+        """At rank 0, from the trunk's thread: nothing holds the client any more that is to move."""
+        with self._lock:
+            self._assignment.goes(move, time.monotonic())
 
     def present(self, here: Set[str], awaited: Set[str], trained: bool) -> None:
         """Who is here now, and whose return is waited for; from the trunk's thread."""

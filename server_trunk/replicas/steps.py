@@ -36,15 +36,17 @@ class ReplicaSteps(Steps):
         deadline: float = 0.0,
         on_whole: Callable[[int], None] = lambda targets: None,
         on_stop: Callable[[bool], None] = lambda back: None,
+        on_move: Callable[[Move], None] = lambda move: None,
         foresees: bool = False,
     ) -> None:
         """``say``: sends a report to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
-        closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again. ``foresees``:
-        whether it is worth knowing with which gradients a step is likely to end here.
+        closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again.
+        ``on_move(move)``: a client goes elsewhere now. ``foresees``: whether it is worth knowing with which gradients a step is
+        likely to end here.
         """
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
-        self._on_whole, self._on_stop = on_whole, on_stop
+        self._on_whole, self._on_stop, self._on_move = on_whole, on_stop, on_move
         self._rank, self._foresees = rank, foresees
         self._usual: dict[str, tuple[int, int]] = {}  # by client: the gradients of its last two parts
         self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays] = deque()
@@ -55,7 +57,9 @@ class ReplicaSteps(Steps):
         self._back: int | None = None  # the step that rank 0 wants to go back to
         self._said = State(0, Phase.OUT, first)
         self._moves: set[str] = set()  # sessions whose clients would go on elsewhere
-        self._leaving: list[str] = []  # sessions that end now, as their clients go elsewhere
+        self._sessions: dict[str, str] = {}  # clients by session that has taken part or wants to
+        self._move: Move | None = None  # to be made before the next step opens
+        self._elsewhere: dict[str, int] = {}  # by client that was moved: the replica where it belongs
         self._arrivals: list[str] = []  # clients that come from elsewhere, for whom the next step will be held
         self._left: dict[str, Part] = {}  # parts of the round whose replica was left before anything counted here, for the ledger
 
@@ -87,42 +91,51 @@ class ReplicaSteps(Steps):
 
     def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
         super().enrol(session, client, held)
+        self._sessions[session] = self._enrolled[session]
         if moves:
             self._moves.add(session)
 
     def pause(self, session: str, client: str = "") -> int | None:
         self._forget_coming(client)  # it has come, and takes no part
+        if client in self._elsewhere:  # it was on its way here before it was moved
+            self._say(Stays(client, self._elsewhere[client]))
         return super().pause(session, client)
 
     def lose(self, session: str, now: float = 0.0) -> None:
         super().lose(session, now)
         self._moves.discard(session)
+        self._sessions.pop(session, None)
 
     def departures(self) -> list[str]:
-        leaving, self._leaving = self._leaving, []
+        """Also of who was on its way here before it was moved, or paused then: nobody but its new replica waits for it."""
+        move, self._move = self._move, None
+        if move is not None:
+            self._let_go(move)
+        leaving = [one for one, client in self._enrolled.items() if client in self._elsewhere and one in self._moves]
+        for session in leaving:
+            del self._enrolled[session]
+            self._ahead.pop(session, None)
         return leaving
 
     def _movable(self) -> tuple[str, ...]:
-        clients = Counter([*self._enrolled.values(), *self._awaited.values()])
+        clients = Counter([*self._sessions.values(), *self._awaited.values()])
         return tuple(
             sorted(client for session, client in self._enrolled.items() if session in self._moves and clients[client] == 1)
         )
 
-    def _move(self, move: Move) -> None:
-        """Between two steps. Whoever was to go and is in no position to will not come there, unless it is awaited."""
-        if move.target == self._rank:
-            self._arrivals = [move.client]
-        elif move.origin == self._rank:
-            found = [session for session, client in self._enrolled.items() if client == move.client]
-            lost = [session for session, client in self._awaited.items() if client == move.client]
-            for session in found:
-                del self._enrolled[session]
-                self._ahead.pop(session, None)
-            for session in lost:
-                del self._awaited[session], self._awaited_since[session]
-            self._leaving = found
-            if not found and not lost:
-                self._say(Stays(move.client, move.target))
+    def _let_go(self, move: Move) -> None:
+        """The client goes now; a round of the ends that it was a member of is over."""
+        self._on_move(move)
+        if move.target != self._rank:
+            self._elsewhere[move.client] = move.target
+        if move.origin != self._rank:
+            return
+        found = [session for session, client in self._enrolled.items() if client == move.client and session in self._moves]
+        lost = [session for session, client in self._awaited.items() if client == move.client]
+        for session in lost:
+            del self._awaited[session], self._awaited_since[session]
+        if not found and not lost:
+            self._say(Stays(move.client, move.target))  # it is in no position to go, so it will not come there now
 
     def _forget_coming(self, client: str) -> None:
         name = _coming(client)
@@ -241,8 +254,10 @@ class ReplicaSteps(Steps):
         self._holders = {}
         self.number = word.step + 1
         self._phase = Phase.IN if word.opens else Phase.OUT
-        if word.move is not None:
-            self._move(word.move)
+        self._move = word.move
+        if word.move is not None and word.move.target == self._rank:
+            self._elsewhere.pop(word.move.client, None)
+            self._arrivals = [word.move.client]
         if word.opens:
             self._said = self._state()  # as rank 0 knows
         return ledger

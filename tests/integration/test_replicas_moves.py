@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
-
 import pytest
 import torch
 
@@ -20,7 +17,7 @@ from tests.integration.test_equality import (
     train_central,
 )
 from tests.integration.test_replicas_adapters import kept
-from tests.replicas import Replicas, serving
+from tests.replicas import Replicas, UntilMoved, serving
 from tests.trainer import Trainer
 from tests.world import World, running, side_by_side
 
@@ -42,19 +39,11 @@ def uneven_batches(data):
 def test_heavy_clients_on_one_replica_are_spread_and_the_training_is_the_same(tmp_path, data, stories, on_loss):
     batches = uneven_batches(data)
     replicas = Replicas(tmp_path, stories, 2, CLIENTS, on_loss=on_loss, **TRUNK)
-    last = [MOST]
-    barrier = threading.Barrier(CLIENTS)
+    until = UntilMoved(replicas, CLIENTS)
 
     def client(index: int):
-        trainer, losses = trainers[index], []
-        for step in itertools.count():
-            barrier.wait(100)
-            if index == 0 and step and last[0] == MOST and replicas.events("moved"):
-                last[0] = step + 5
-            barrier.wait(100)
-            if step >= last[0]:
-                break
-            losses.append(trainer.step(batches[step % len(batches)][index]))
+        trainer = trainers[index]
+        losses = [trainer.step(batches[step % len(batches)][index]) for step in until.steps(index)]
         trainer.end()
         return losses, trainer.weights
 
@@ -81,17 +70,11 @@ def test_an_adapter_moves_along_with_its_client(tmp_path, data, stories):
     settings = SETTINGS | {"optimizer.steps": MOST}
     many = Replicas(tmp_path / "many", stories, 2, CLIENTS, checkpoint_every=3, **settings)
     one = World(tmp_path / "one", stories, CLIENTS, **settings)
-    barrier, until = threading.Barrier(CLIENTS), [MOST]
+    until, mine = UntilMoved(many, CLIENTS), []
 
-    def train(split, index: int, *, moved: bool):
+    def train(split, index: int, steps):
         losses = []
-        for step in itertools.count():
-            barrier.wait(100)
-            if moved and index == 0 and step and until[0] == MOST and many.events("moved"):
-                until[0] = step + 5
-            barrier.wait(100)
-            if step >= until[0]:
-                break
+        for step in steps:
             loss = split.train()(**batches[step % len(batches)][index]).loss
             loss.backward()
             split.step()
@@ -100,13 +83,14 @@ def test_an_adapter_moves_along_with_its_client(tmp_path, data, stories):
         split.close()
         return losses
 
-    for server, moved in ((many, True), (one, False)):
-        with serving(many) if moved else running(one):
+    for server in (many, one):
+        with serving(many) if server is many else running(one):
             splits = {index: server.join_as(index, adapter=ASKED[index % 3]) for index in ORDER}
             for split in splits.values():
                 split.requires_grad_(False)
-            found = side_by_side(CLIENTS, lambda index, s=splits, m=moved: train(s[index], index, moved=m))
-        if moved:
+            steps = [until.steps(index) if server is many else range(len(mine[index])) for index in range(CLIENTS)]
+            found = side_by_side(CLIENTS, lambda index, s=splits, n=steps: train(s[index], index, n[index]))
+        if server is many:
             mine = found
     assert len(many.events("moved")) == 1
     assert many.events("moved")[0]["after"] % 3 == 2

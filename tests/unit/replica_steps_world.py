@@ -15,43 +15,50 @@ TARGETS = 10
 
 
 class Client:
-    """A session that trains ``parts`` steps at one replica, each of one micro-batch, and may pause in between."""
+    """A client that trains ``parts`` steps, each of one micro-batch, in one session after another; it may pause in between."""
 
     def __init__(self, world: World, name: str, rank: int, parts: int) -> None:
         self.world, self.name, self.rank, self.left = world, name, rank, parts
         self.step: int | None = None  # the one it is in
         self.stage = "away"
-        self.session, self.moves = name, 0
+        self.session, self.sessions = name, 0
 
     @property
     def steps(self) -> ReplicaSteps:
         return self.world.steps[self.rank]
 
-    def move(self, rank: int) -> None:
-        """Its session has ended; it will come to another replica."""
+    def lose(self) -> None:
+        """Its session has ended; it dials at once, and comes when it likes to where it is then sent."""
         self.steps.lose(self.session)
-        self.moves += 1
-        self.session, self.rank, self.stage = f"{self.name}-{self.moves}", rank, "away"
+        self.world.rounds.lose(self)
+        self.sessions += 1
+        self.session, self.rank, self.stage = f"{self.name}-{self.sessions}", self.world.places.get(self.name, self.rank), "away"
 
     def act(self, draw: random.Random) -> None:
         """Do one of the things a client can do now; each through the trunk's thread of its replica."""
         steps = self.steps
-        if self.stage == "away" and self.left:
+        if self.world.rounds.awaits(self):
+            if draw.random() < 0.2:
+                self.lose()
+            else:
+                self.world.rounds.upload(self)
+        elif self.stage == "away" and self.left:
             steps.enrol(self.session, self.name, moves=True)
+            self.world.rounds.returns(self)
             self.stage = "enrolled"
         elif self.stage == "enrolled" and draw.random() < 0.1:
-            steps.pause(self.session)
+            steps.pause(self.session, self.name)
             self.stage = "away"
         elif self.stage == "in":
             assert self.step is not None
             if draw.random() < 0.1:
-                steps.pause(self.session)
+                steps.pause(self.session, self.name)
                 self.stage = "away"
                 return
             steps.take_forward(self.session, self.step)
             steps.forward_ran(self.session, self.step, 0)
             if draw.random() < 0.1:
-                self.move(self.rank)  # it is lost, and comes again
+                self.lose()
                 return
             steps.backward_arrived(self.session, self.step, 0)
             steps.backward_ran(self.session, self.step, 0, TARGETS)
@@ -63,12 +70,73 @@ class Client:
         self.world.turn(self.rank)
 
 
+class Rounds:
+    """Rounds of the ends, each over everywhere once all replicas have the ends of all their members. ``steps``: of a round; 0:
+    there are none. ``waits``: for members that are lost and were to go on.
+    """
+
+    def __init__(self, size: int, steps: int, *, waits: bool) -> None:
+        self.steps, self._waits = steps, waits
+        self._awaited: list[dict[str, str] | None] = [None] * size  # by replica: clients by session; None: no round is open
+        self._gathered = [0] * size  # rounds
+
+    def end_with(self, step: int) -> bool:
+        return bool(self.steps) and (step + 1) % self.steps == 0
+
+    def open(self, rank: int, members: dict[str, str]) -> None:
+        self._awaited[rank] = members
+        self._gathered[rank] += not members
+
+    def is_open(self, rank: int) -> bool:
+        return self._awaited[rank] is not None
+
+    def is_over(self, rank: int) -> bool:
+        if self._awaited[rank] == {} and min(self._gathered) == self._gathered[rank]:
+            self._awaited[rank] = None
+        return self._awaited[rank] is None
+
+    def awaits(self, client: Client) -> bool:
+        return client.session in (self._awaited[client.rank] or {})
+
+    def upload(self, client: Client) -> None:
+        self._forget(client.rank, client.session)
+
+    def lose(self, client: Client) -> None:
+        if self.awaits(client):
+            if self._waits and client.stage == "enrolled":
+                self._awaited[client.rank]["lost"] = client.name
+            self._forget(client.rank, client.session)
+
+    def returns(self, client: Client) -> None:
+        awaited = self._awaited[client.rank] or {}
+        lost = next((each for each, name in awaited.items() if name == client.name), None)
+        if lost is not None:
+            awaited[client.session] = awaited.pop(lost)
+
+    def _forget(self, rank: int, session: str) -> None:
+        awaited = self._awaited[rank]
+        assert awaited is not None
+        del awaited[session]
+        self._gathered[rank] += not awaited
+
+
 class World:
     """A coordinator and replicas; words wait in one queue for each direction of each replica until they are delivered."""
 
-    def __init__(self, size: int, *, clients: int = 1, every: int = 1, last: int = 0, mover: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        clients: int = 1,
+        every: int = 1,
+        last: int = 0,
+        mover: random.Random | None = None,
+        rounds: int = 0,
+        on_loss: str = "drop",
+    ) -> None:
         self.meetings = Meetings(every, last)
-        self.places: dict[str, int] = {}
+        self.rounds = Rounds(size, rounds, waits=on_loss == "wait")
+        self.places: dict[str, int] = {}  # where rank 0 sends who dials
         self.mover = mover
         self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings, choose=self._choose)
         self.up: list[deque[State | Stays]] = [deque() for _ in range(size)]
@@ -76,7 +144,12 @@ class World:
         self.whole: list[int] = [0] * size
         self.steps = [
             ReplicaSteps(
-                self.up[rank].append, meetings=self.meetings, rank=rank, on_whole=lambda targets, rank=rank: self._is_whole(rank)
+                self.up[rank].append,
+                meetings=self.meetings,
+                rank=rank,
+                on_loss=on_loss,
+                on_whole=lambda targets, rank=rank: self._is_whole(rank),
+                on_move=lambda move, rank=rank: self._moves(rank, move),
             )
             for rank in range(size)
         ]
@@ -92,20 +165,32 @@ class World:
         if rank == other or not movable[rank]:
             return None
         move = Move(self.mover.choice(movable[rank]), rank, other)
-        self.places[move.client] = other
+        if not self.rounds.end_with(step):
+            self.places[move.client] = other
         return move
+
+    def _moves(self, rank: int, move: Move) -> None:
+        if rank == 0:
+            self.places[move.client] = move.target
 
     def _is_whole(self, rank: int) -> None:
         self.whole[rank] += 1
 
     def turn(self, rank: int) -> None:
         """One turn of a replica's trunk thread."""
+        if not self.rounds.is_over(rank):
+            return
         ledger = self.steps[rank].close()
         if ledger is not None:
             self.closed[rank].append(ledger)
+            if self.rounds.end_with(ledger.step):
+                present = {client.session for client in self.clients}
+                ended = [part for part in ledger.parts.values() if part.done is not None and part.session in present]
+                self.rounds.open(rank, {part.session: part.client for part in ended})
+                if not self.rounds.is_over(rank):
+                    return
         for session in self.steps[rank].departures():
-            client = next(client for client in self.clients if client.session == session)
-            client.move(self.places[client.name])
+            next(client for client in self.clients if client.session == session).lose()
         for session, step in self.steps[rank].openings():
             client = next(client for client in self.clients if client.session == session)
             assert client.stage == "enrolled"
@@ -132,6 +217,8 @@ class World:
         while underway := self.underway():
             rank, up = underway[0]
             self.deliver(rank, up=up)
+            for other in range(len(self.steps)):
+                self.turn(other)  # a round may be over
 
     def add(self, name: str, rank: int, parts: int = 1) -> Client:
         self.clients.append(Client(self, name, rank, parts))

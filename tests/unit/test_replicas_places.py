@@ -74,6 +74,30 @@ def test_a_client_moves_where_that_spreads_the_load_and_rests_then():
     assert assignment.rebalance(5 * REST, ["acd", "b"]) is None  # not worth it
 
 
+def test_until_a_round_is_over_who_moves_belongs_where_its_ends_are_awaited():
+    assignment = Assignment(2)
+    for client in "ab":
+        assignment.places[client] = 0
+    assignment.hear(0, {"a": 100.0, "b": 100.0})
+    assert assignment.rebalance(0, ["ab", ""]) is None
+    move = assignment.rebalance(REST, ["ab", ""], at_once=False)
+    assert move == Move("a", 0, 1)
+    assert assignment.place("a") == 0
+    assignment.goes(move)
+    assignment.goes(move)  # said again, it changes nothing
+    assert assignment.place("a") == 1
+    assert assignment.rebalance(2 * REST, ["b", ""]) is None  # what it brings counts there already
+
+
+def test_who_dialled_its_replica_by_itself_is_not_moved_as_it_would_come_back():
+    assignment = Assignment(2)
+    assignment.hear(1, {"a": 100.0, "b": 90.0})
+    for step in (0, REST):
+        assert assignment.rebalance(step, ["", "ab"]) is None
+    assert assignment.place("b") == 1  # now it has come by rank 0
+    assert assignment.rebalance(REST, ["", "ab"]) == Move("b", 1, 0)
+
+
 def test_a_client_that_never_comes_weighs_nothing_after_a_while():
     assignment = Assignment(2)
     assignment.hear(0, {"a": 10.0})

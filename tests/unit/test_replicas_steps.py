@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.steps import ARRIVAL, ReplicaSteps
-from server_trunk.replicas.words import Close, GoBack, Grant, Move, Phase
+from server_trunk.replicas.words import Close, GoBack, Grant, Move, Phase, Stays
 from splitfl.protocol.messages import StepDone
 from tests.unit.replica_steps_world import STEADY, TARGETS, World
 
@@ -138,17 +138,23 @@ def test_who_leaves_amid_a_round_holds_nobody_up():
     people=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=6),
     last=st.sampled_from([0, 0, 4]),
     moves=st.booleans(),
+    rounds=st.sampled_from([0, 1, 3]),
+    on_loss=st.sampled_from(["drop", "wait"]),
 )
-def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed, every, people, last, moves):
+def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed, every, people, last, moves, rounds, on_loss):
     draw = random.Random(seed)
     mover = random.Random(seed) if moves else None
-    world = World(size, clients=draw.randint(1, len(people)), every=every, last=last, mover=mover)
+    # Replicas meet where a round ends.
+    world = World(
+        size, clients=draw.randint(1, len(people)), every=every, last=last, mover=mover, rounds=every * rounds, on_loss=on_loss
+    )
     for number, (rank, parts) in enumerate(people):
         world.add(f"client{number}", rank % size, parts)
     quiet = 0
     while quiet < 600:
-        busy = [client for client in world.clients if client.stage != "away" or client.left]
+        busy = [client for client in world.clients if client.stage != "away" or client.left or world.rounds.awaits(client)]
         choices = [(world.deliver, each) for each in world.underway()] + [(client.act, draw) for client in busy]
+        choices += [(world.turn, rank) for rank in range(size) if world.rounds.is_open(rank)]
         if not choices:
             break
         before = len(world.trained)
@@ -156,7 +162,7 @@ def test_whatever_crosses_everybody_agrees_and_nobody_waits_for_ever(size, seed,
         if act == world.deliver:
             world.deliver(argument[0], up=argument[1])
         else:
-            act(draw)
+            act(argument)
         quiet = quiet + 1 if len(world.trained) == before else 0
     world.settle()
     complete = last and world.coordinator.step >= last
@@ -268,6 +274,9 @@ def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
     steps = ReplicaSteps(said.append, meetings=Meetings())
     for session, client, moves in (("a", "ada", True), ("b", "ben", False), ("c1", "cleo", True), ("c2", "cleo", True)):
         steps.enrol(session, client, moves=moves)
+    for session in ("d1", "d2"):  # one of which pauses, and what it has counted is its own
+        steps.enrol(session, "dan", moves=True)
+    steps.pause("d2", "dan")
     steps.hear(Grant(0))
     steps.close()
     for session, _ in steps.openings():
@@ -278,10 +287,35 @@ def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
     assert said[-1].movable == ("ada",)
 
 
+def test_who_reaches_the_replica_that_has_let_it_go_is_sent_on():
+    said: list = []
+    moved: list = []
+    steps = ReplicaSteps(said.append, meetings=Meetings(), on_move=moved.append, on_loss="wait")
+    steps.enrol("a1", "ada", moves=True)
+    steps.hear(Close(0, True, {}, 0, Move("ada", 0, 1)))
+    steps.close()
+    steps.lose("a1")  # amid a round that the step has ended
+    assert steps.away(0.0) == {"ada"}
+    steps.enrol("a2", "ada", moves=True)
+    assert moved == []
+    assert steps.departures() == ["a2"]
+    assert moved == [Move("ada", 0, 1)]
+    steps.enrol("a3", "ada", moves=True)  # its session was opened before rank 0 sent it elsewhere
+    assert steps.departures() == ["a3"]
+    assert said == []
+    steps.pause("a4", "ada")  # likewise, and it takes no part
+    assert said == [Stays("ada", 1)]
+    steps.hear(Close(1, True, {}, 0, Move("ada", 1, 0)))
+    steps.close()
+    steps.enrol("a5", "ada", moves=True)
+    assert steps.departures() == []
+
+
 def test_a_part_that_has_come_along_and_is_held_for_its_client_stays_held():
     steps = ReplicaSteps(lambda word: None, meetings=Meetings(), rank=1, on_loss="wait")
     steps.hear(Close(0, True, {}, 0, Move("a", 0, 1)))
     steps.close()
+    assert steps.departures() == []
     steps.openings()
     steps.enrol("a1", "a")
     assert steps.openings() == [("a1", 1)]

@@ -14,7 +14,7 @@ from server_trunk.roundkeeper import RoundKeeper
 from server_trunk.rounds import Rounds
 from splitfl.adapters.layout import Layout, PartCursor, part_bytes_for
 from splitfl.errors import Refused, RemoteProtocolError
-from splitfl.protocol.messages import Ends, EndsPart, Fault, StepDone
+from splitfl.protocol.messages import Ends, EndsPart, Fault, RoundClosed, RoundOpened, StepDone
 
 
 def ledger(step: int, **targets: int) -> Ledger:
@@ -214,11 +214,16 @@ class Told:
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.closed: list[str] = []  # sessions that were told that a round is over
         self.news: list[Whole | Done] = []
 
     def end(self, session: str, fault: Fault) -> None:
         assert "use the same --ends" in fault.text
         self.ended.append(session)
+
+    def tell(self, session: str, message: RoundOpened | RoundClosed) -> None:
+        if isinstance(message, RoundClosed):
+            self.closed.append(session)
 
     def take(self) -> list[Whole | Done]:
         news, self.news = self.news, []
@@ -242,6 +247,21 @@ def test_all_who_train_other_ends_than_another_replica_hear_it_in_words(tmp_path
     keeper.turn()
     assert sorted(told.ended) == ["late", "one"]
     averager.close()
+
+
+def test_who_goes_to_another_replica_is_told_nothing_of_the_round_and_may_have_been_late():
+    rounds, told = Rounds(steps=1, deadline=5.0), Told()
+    keeper = RoundKeeper(rounds, told, book(a=(4,)), told, told)  # type: ignore[arg-type]
+    keeper.names = {"one": "one", "two": "two"}
+    done = StepDone(0, 1, 1, "continue")
+    keeper.step_closed(Ledger(0, {name: Part(name, name, targets=7, done=done) for name in keeper.names}))
+    rounds.lose("one")
+    told.news = [Done(None, 1, 7)]
+    keeper.turn()
+    keeper.departs("one")
+    keeper.tell()
+    assert told.closed == ["two"]
+    keeper.forget("one")
 
 
 def test_who_returns_to_a_round_has_the_whole_deadline_again():
