@@ -92,7 +92,7 @@ class Allowance:
     def flooded(self) -> bool:
         """Whether this client sends so many small messages that it is to be ended."""
         # Large messages take nothing of it, so it may have been refilled since it was last taken from.
-        return self._small.wait() > _SMALL_AHEAD
+        return self._small.overdrawn > _SMALL_AHEAD and self._small.wait() > _SMALL_AHEAD
 
     def wait(self) -> float:
         """Seconds until this client may have more credit."""

@@ -5,8 +5,7 @@ A payload is a contiguous ``(rows, hidden)`` array of ``dtype``, little-endian, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from splitfl.errors import LocalProtocolError
@@ -37,12 +36,11 @@ _sequence = integer(0, MAX_SEQUENCE)
 
 @dataclass(frozen=True)
 class DataMessage(Message):
-    """What all data messages have: a payload."""
+    """What all data messages have: a payload. ``payload_bytes``: its size, exactly rows x hidden x item size; it follows from the
+    other fields.
+    """
 
-    @cached_property
-    def payload_bytes(self) -> int:
-        """The size of the payload, bytes: exactly rows x hidden x item size."""
-        return 0
+    payload_bytes: int = field(init=False, repr=False, compare=False)
 
     @property
     def items(self) -> int:
@@ -50,8 +48,13 @@ class DataMessage(Message):
         return 0
 
     def check(self) -> None:
-        if self.payload_bytes > MAX_PAYLOAD_BYTES:
+        self._carries(0)
+
+    def _carries(self, size: int) -> None:
+        """Notes the size of the payload, bytes. Raises LocalProtocolError."""
+        if size > MAX_PAYLOAD_BYTES:
             raise LocalProtocolError(f"{type(self).__name__}: a payload must have at most {MAX_PAYLOAD_BYTES} bytes")
+        self.__dict__["payload_bytes"] = size
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Attach(DataMessage):
 class Forward(DataMessage):
     """Hidden states of one micro-batch at the first cut, client to server; payload ``(rows, hidden)``.
 
-    ``segments``: (length, start position) of each run of consecutive tokens; rows = sum of the lengths. ``train`` is
+    ``segments``: (length, start position) of each run of consecutive tokens; ``rows``: the sum of the lengths. ``train`` is
     the mode of the trunk (dropout), ``grad`` keeps the graph for a Backward, ``adapter_on`` turns the trunk's adapter
     on. ``ordinal``: which of this client's forwards with ``grad`` in this step it is, from 0; 0 for others.
 
@@ -86,6 +89,7 @@ class Forward(DataMessage):
     adapter_on: bool
     ordinal: int = 0
     sequences: tuple[tuple[int, tuple[int, int]], ...] = ()
+    rows: int = field(init=False, repr=False, compare=False)
 
     TYPE: ClassVar[int] = 65
     FIELDS: ClassVar = {
@@ -102,22 +106,15 @@ class Forward(DataMessage):
         "sequences": sequence(pair(_sequence, pair(integer(NO_PARENT, MAX_SEQUENCE), integer(0, MAX_ROWS))), 0, MAX_SEGMENTS),
     }
 
-    @cached_property
-    def rows(self) -> int:
-        """The real tokens of this micro-batch."""
-        return sum([length for length, _ in self.segments])
-
     @property
     def items(self) -> int:
         return len(self.segments) + len(self.sequences)
 
-    @cached_property
-    def payload_bytes(self) -> int:
-        return self.rows * self.hidden * DTYPES[self.dtype]
-
     def check(self) -> None:
-        super().check()
-        if self.rows > MAX_ROWS:
+        rows = sum([length for length, _ in self.segments])
+        self.__dict__["rows"] = rows
+        self._carries(rows * self.hidden * DTYPES[self.dtype])
+        if rows > MAX_ROWS:
             raise LocalProtocolError(f"Forward.segments must have at most {MAX_ROWS} tokens")
         if self.train and self.step == EVALUATION:
             raise LocalProtocolError("Forward.step must name a step when train is set")
@@ -160,9 +157,8 @@ class Tensor(DataMessage):
     dtype: str
     codec: str
 
-    @cached_property
-    def payload_bytes(self) -> int:
-        return self.rows * self.hidden * DTYPES[self.dtype]
+    def check(self) -> None:
+        self._carries(self.rows * self.hidden * DTYPES[self.dtype])
 
 
 _TENSOR = {
@@ -207,9 +203,8 @@ class _Part(DataMessage):
         "size": integer(1, MAX_COUNT),
     }
 
-    @cached_property
-    def payload_bytes(self) -> int:
-        return self.size
+    def check(self) -> None:
+        self._carries(self.size)
 
 
 @dataclass(frozen=True)

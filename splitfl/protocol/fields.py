@@ -111,12 +111,11 @@ def sequence(inner: Check, low: int, high: int) -> Check:
     """A list of ``low`` to ``high`` items; becomes a tuple."""
 
     def check(value: object) -> tuple[Any, ...]:
-        if type(value) not in (list, tuple):
+        if type(value) is not list and type(value) is not tuple:
             raise FieldError("must be a list")
-        assert isinstance(value, (list, tuple))
         if not low <= len(value) <= high:
             raise FieldError(f"must have {low} to {high} items")
-        return tuple(inner(item) for item in value)
+        return tuple([inner(item) for item in value])
 
     return check
 
@@ -125,10 +124,7 @@ def pair(first: Check, second: Check) -> Check:
     """A list of exactly two items; becomes a tuple."""
 
     def check(value: object) -> tuple[Any, Any]:
-        if type(value) not in (list, tuple):
-            raise FieldError("must be a pair")
-        assert isinstance(value, (list, tuple))
-        if len(value) != 2:
+        if (type(value) is not list and type(value) is not tuple) or len(value) != 2:
             raise FieldError("must be a pair")
         return first(value[0]), second(value[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from splitfl.errors import LocalProtocolError
 from splitfl.protocol.fields import Check, FieldError
@@ -24,6 +24,16 @@ class Message:
 
     TYPE: ClassVar[int]
     FIELDS: ClassVar[Mapping[str, Check]]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """A message of exactly its fields, none left out. As the constructor, at half its cost: that of a frozen dataclass sets
+        each attribute by a call.
+        """
+        message = object.__new__(cls)
+        message.__dict__.update(fields)
+        message.__post_init__()
+        return message
 
     def __post_init__(self) -> None:
         values, name = self.__dict__, ""

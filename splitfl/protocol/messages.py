@@ -177,7 +177,7 @@ def _decode(frame: bytes, table: dict[int, type[Message]], limit: int) -> Messag
         odd = _names(fields.keys() - cls.FIELDS.keys()) or _names(cls.FIELDS.keys() - fields.keys())
         raise RemoteProtocolError(f"{cls.__name__}: missing or unknown fields ({odd})")
     try:
-        return cls(**fields)
+        return cls.of(fields)
     except LocalProtocolError as error:
         raise RemoteProtocolError(str(error)) from None
 

@@ -33,6 +33,7 @@ PAYLOAD = 2
 FIRST = 1
 LAST = 2
 JOINED = 4  # of metadata: the first payload record of its message follows in the same frame
+_KINDS, _FLAGS = frozenset({METADATA, PAYLOAD}), FIRST | LAST | JOINED
 
 DEFAULT_RECORD_BYTES = 2**20
 MIN_RECORD_BYTES = 256 * 1024
@@ -157,11 +158,11 @@ class Opener:
         if len(frame) < OVERHEAD_BYTES:
             raise self._fail(f"a record of {len(frame)} bytes")
         version, kind, flags, zero, epoch, sequence, message, total = _HEADER.unpack_from(frame)
-        if version != RECORD_VERSION or zero or kind not in (METADATA, PAYLOAD) or flags & ~(FIRST | LAST | JOINED):
+        if version != RECORD_VERSION or zero or kind not in _KINDS or flags & ~_FLAGS:
             raise self._fail("a record with a malformed header")
         if sequence != self._sequence:
             raise self._fail(f"record {sequence} where {self._sequence} was expected")
-        if epoch not in (self._epoch.number, self._epoch.number + 1):
+        if not 0 <= epoch - self._epoch.number <= 1:
             raise self._fail(f"a record of epoch {epoch} in epoch {self._epoch.number}")
         return Header(kind, flags, epoch, sequence, message, total)
 

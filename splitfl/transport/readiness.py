@@ -1,4 +1,4 @@
-"""Which sockets of a thread have something for it. The kernel is asked once for all of them, where ``zmq_poll`` asks for each.
+"""Which sockets of a thread have something for it, asked once for all of them, where ``zmq.Poller`` asks each.
 
 The file descriptor of a ZeroMQ socket tells of news, once: whatever is done with the socket may take the news and leave what they
 were about. So a socket with which something was done is asked itself, until it has nothing more; the others are watched by their
@@ -6,6 +6,8 @@ file descriptors.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import zmq
 
@@ -22,8 +24,7 @@ class Readiness:
 
     def __init__(self, wake: Wake) -> None:
         self._wake, self._wake_number = wake, wake.receiver.fileno()
-        self._poller = zmq.Poller()
-        self._poller.register(self._wake_number, READABLE)
+        self._watched: list[tuple[int, int]] = [(self._wake_number, READABLE)]  # file descriptors, and what for
         self._sockets: dict[int, zmq.Socket[bytes]] = {}  # by file descriptor
         self._wanted: dict[zmq.Socket[bytes], int] = {}
         self._touched: set[zmq.Socket[bytes]] = set()
@@ -32,13 +33,13 @@ class Readiness:
         """It is asked for what has come."""
         number = int(sock.getsockopt(zmq.FD))
         self._sockets[number], self._wanted[sock] = sock, READABLE
-        self._poller.register(number, READABLE)
+        self._watched.append((number, READABLE))
         self._touched.add(sock)
 
     def unregister(self, sock: zmq.Socket[bytes]) -> None:
         """Before it is closed."""
         number = int(sock.getsockopt(zmq.FD))
-        self._poller.unregister(number)
+        self._watched.remove((number, READABLE))
         del self._sockets[number], self._wanted[sock]
         self._touched.discard(sock)
 
@@ -53,13 +54,21 @@ class Readiness:
 
     def poll(self, timeout: float) -> dict[zmq.Socket[bytes], int]:
         """Sockets that have what is wanted of them, and what; waits up to ``timeout`` seconds for one, or for the wake-up."""
+        asked = self._touched
         ready: dict[zmq.Socket[bytes], int] = {}
-        for sock in tuple(self._touched):
-            self._ask(sock, ready)
-        for number, _ in self._poller.poll(0 if ready else max(0, int(timeout * 1000))):
-            if number == self._wake_number:
+        news: list[int] = []
+        # ZeroMQ looks at the descriptors first and asks the sockets then: no news gets lost in between.
+        items: list[tuple[Any, int]] = [*self._watched, *[(sock, self._wanted[sock]) for sock in asked]]
+        for what, found in zmq.zmq_poll(items, max(0, int(timeout * 1000))):
+            if isinstance(what, zmq.Socket):
+                ready[what] = found
+            elif what == self._wake_number:
                 self._wake.clear()
-            elif self._sockets[number] not in ready:
+            else:
+                news.append(what)
+        self._touched = set(ready)
+        for number in news:
+            if self._sockets[number] not in asked:
                 self._ask(self._sockets[number], ready)
         return ready
 
@@ -68,5 +77,3 @@ class Readiness:
         if found:
             ready[sock] = found
             self._touched.add(sock)
-        else:
-            self._touched.discard(sock)

@@ -7,7 +7,6 @@ a few frames pile up in between sends a message without end, and is cut.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -75,7 +74,7 @@ class ListeningEndpoint:
         self._broke_off = False
         self._refused: dict[str, float] = {}  # by address: when a handshake last ended with a no
         self._blocked: list[str] = []
-        self._skipping = self._looked = False
+        self._skipping = self.is_looked_at = False
         self._messages = 0  # given out, over all connections
 
     def bind(self, host: str, port: int, *, patience: float = 0.0) -> None:
@@ -85,7 +84,7 @@ class ListeningEndpoint:
         self.connections = Connections()
         self._listener: int | None = None
         self._kept_away: list[str] = []  # by this listener
-        self._skipping = self._looked = False
+        self._skipping = self.is_looked_at = False
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -141,16 +140,24 @@ class ListeningEndpoint:
                 return True
             part: Any = self.socket.recv(copy=False)
             self._messages += 1
-            # A message of several parts is no frame of ours: an empty one stands for it, which ends the session.
             self._skipping = part.more
-            body: Buffer = b"" if part.more else part.bytes if self.kind is Endpoint.CONTROL else part.buffer
             self._count(part, peer)
             taken += len(part)
-            with contextlib.suppress(zmq.ZMQError):
-                frames.append(ServerFrame(self.kind, peer, part.get("User-Id"), part.get("Peer-Address"), body))
+            frame = self._taken(part, peer)
+            if frame is not None:
+                frames.append(frame)
             if self._skipping and not self._skip():
                 return False
         return False
+
+    def _taken(self, part: Any, peer: bytes) -> ServerFrame | None:
+        """None where ZeroMQ does not say whose it is."""
+        # A message of several parts is no frame of ours: an empty one stands for it, which ends the session.
+        body: Buffer = b"" if part.more else part.bytes if self.kind is Endpoint.CONTROL else part.buffer
+        try:
+            return ServerFrame(self.kind, peer, part.get("User-Id"), part.get("Peer-Address"), body)
+        except zmq.ZMQError:
+            return None
 
     def _count(self, part: Any, peer: bytes) -> None:
         try:
@@ -255,7 +262,7 @@ class ListeningEndpoint:
 
     def look(self) -> None:
         """Learns what ZeroMQ has read of each connection, to be held against what it gives out from now on."""
-        self._looked = self.connections.look()
+        self.is_looked_at = self.connections.look()
         for each in self.connections:
             if each.held <= self.bound or each.handed_on != each.handed_on_before:
                 each.waits_since = None
@@ -266,11 +273,9 @@ class ListeningEndpoint:
 
     def flooders(self, *, drained: bool) -> tuple[list[Connection], bool]:
         """Cuts and returns the connections of which ZeroMQ holds more than an honest one leaves there; and whether it holds too
-        much over all others together. ``drained``: it has just given out all it could.
+        much over all others together. ``drained``: it has just given out all it could. There is something to say after a look.
         """
-        if not self._looked:
-            return [], False
-        self._looked = not drained
+        self.is_looked_at = not drained
         bound = self.bound if drained else self.bound + self._queued
         found = [each for each in self.connections if each.held > bound or (not drained and self._has_no_turn(each))]
         for connection in found:

@@ -115,9 +115,10 @@ class ZmqServerTransport:
         self._self_test()
 
     def poll(self, timeout: float) -> list[ServerFrame]:
-        looking = time.monotonic() >= self._next_look
+        now = time.monotonic()
+        looking = now >= self._next_look
         if looking:
-            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._next_look = now + _LOOK_SECONDS
             for endpoint in self._endpoints:
                 endpoint.look()
         ready = self._readiness.poll(timeout)
@@ -130,6 +131,8 @@ class ZmqServerTransport:
         frames: list[ServerFrame] = []
         for endpoint in self._endpoints:
             drained = endpoint.receive(frames) if endpoint.socket in ready else True
+            if not endpoint.is_looked_at:
+                continue
             flooders, flooded = endpoint.flooders(drained=drained)
             for connection in flooders:
                 who = f"{connection.address}, a {endpoint.kind.value} connection"

@@ -70,6 +70,26 @@ def test_news_that_something_else_took(pair: tuple[Socket, Socket], wake: Wake) 
     assert readiness.poll(10.0) == {near: zmq.POLLIN}
 
 
+def test_one_poll_tells_of_all_whether_something_was_done_with_them_or_not(pair: tuple[Socket, Socket], wake: Wake) -> None:
+    near, far = pair
+    readiness = Readiness(wake)
+    for end in pair:
+        readiness.register(end)
+    assert readiness.poll(0.0) == {}
+    far.send(b"for one that is asked")
+    readiness.touch(far)
+    assert readiness.poll(0.0) == {near: zmq.POLLIN}
+    near.send(b"news for one that is watched")
+    readiness.touch(near)
+    assert readiness.poll(10.0) == {near: zmq.POLLIN, far: zmq.POLLIN}
+    assert (near.recv(zmq.NOBLOCK), far.recv(zmq.NOBLOCK)) == (b"for one that is asked", b"news for one that is watched")
+    readiness.touch(near)
+    wake.set()
+    assert readiness.poll(60.0) == {}
+    far.send(b"later")
+    assert readiness.poll(10.0) == {near: zmq.POLLIN}
+
+
 def test_room_is_told_where_it_is_wanted(pair: tuple[Socket, Socket], wake: Wake) -> None:
     near, far = pair
     readiness = Readiness(wake)
