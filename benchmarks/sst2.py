@@ -7,7 +7,7 @@ more sentences it has, so that none is read more often than another's: else a cl
 much as all others. The reference is the same algorithm in one process: one trunk, N sets of ends, averaged as plainly as it can
 be written. Both see the same batches. Accuracy (percent) and loss are of the averaged model on the official development set.
 
-    python -m benchmarks.sst2 [--clients 3] [--seeds 3] [--steps 300] [--data DIR] [--quick] [--json]
+    python -m benchmarks.sst2 [--clients 3] [--seeds 3] [--steps 600] [--data DIR] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=_DATA, help="a directory with models/stories260K and text/sst2")
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--round-steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=48, help="of all clients together (48)")
     parser.add_argument("--max-length", type=int, default=48)
