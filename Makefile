@@ -44,7 +44,7 @@ coverage: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow or not slow" tests/faults
 
-# A run of 16 clients that come and go, with faults all the while: make soak MINUTES=60
+# A run of 16 clients that come and go, with faults all the while: make soak MINUTES=60. Without root no disk is full.
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -25,9 +26,11 @@ class RunLog:
         self._echo = echo
         self._file: IO[bytes] | None = None
         self._missing = 0
+        self._amid_a_line = False  # what was tried last may stand there in part, also from a process before this one
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
+            self._file = path.open("a+b", buffering=0)
+            self._amid_a_line = _ends_amid_a_line(self._file)
 
     def write(self, event: str, *, quiet: bool = False, **fields: Any) -> None:
         """Log ``event`` with its fields. ``quiet``: to the file only."""
@@ -42,21 +45,30 @@ class RunLog:
     def _append(self, file: IO[bytes], event: str, fields: dict[str, Any]) -> None:
         line = _line(event, fields)
         if self._missing:
-            # What was tried last may stand there in part.
-            line = b"\n" + _line("log-gap", {"lines": self._missing}) + line
+            line = _line("log-gap", {"lines": self._missing}) + line
+        if self._amid_a_line:
+            line = b"\n" + line
         try:
             written = file.write(line)
         except OSError as error:
             if not self._missing and self._echo is not None:
                 self._echo.write(f"{time.strftime('%H:%M:%S')} the log cannot be written ({error.strerror}): make room\n")
             written = 0
-        self._missing = 0 if written == len(line) else self._missing + 1
+        self._amid_a_line = written != len(line)
+        self._missing = self._missing + 1 if self._amid_a_line else 0
 
     def close(self) -> None:
         with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _ends_amid_a_line(file: IO[bytes]) -> bool:
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def _line(event: str, fields: dict[str, Any]) -> bytes:

@@ -6,17 +6,16 @@ right all the same.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.faults.disk import NO_ROOM, fill, free
 from tests.faults.processes import FAILURE, SILENCE, Stop, clock
 from tests.faults.relay import Passing
 from tests.faults.stage import Stage, wait_until
 
-__all__ = ["CELLS", "FAULTS", "NO_CELL", "PLACES", "assert_struck", "mount", "strike", "unmount"]
+__all__ = ["CELLS", "FAULTS", "NO_CELL", "PLACES", "assert_struck", "strike"]
 
 STEP = 2
 PLACES = ("session open", "forward", "forward answered", "backward", "backward answered", "step boundary", "checkpoint")
@@ -136,7 +135,7 @@ def strike(fault: str, place: str, stage: Stage, *, disk: Path | None = None) ->
         stage.expects["server"], stage.codes["server"] = f"the trunk failed: {FAILURE}", 1
     if disk is not None:
         who = "server" if fault == "disk full" else "client1"
-        stage.expects[who] = "No space left on device"
+        stage.expects[who] = NO_ROOM
         stage.before_again = lambda name: free(disk) if name == who else None
     if place != "checkpoint":
         relay.at(_is_at(place), happen)
@@ -175,29 +174,3 @@ def assert_struck(fault: str, stage: Stage) -> None:
         assert stage.starts(fault.split()[0].replace("client", "client1")) == 2
     else:
         assert sessions >= 2 or "client1" in ended, "client 1 lost its session, or did not get it"
-
-
-# --- a disk that can be full ----------------------------------------------------------------------------------------------------
-
-
-def mount(place: Path) -> bool:
-    """A small disk at ``place``; False where this user may mount none."""
-    place.mkdir(parents=True)
-    return not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True).returncode
-
-
-def unmount(place: Path) -> None:
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            while file.write(os.urandom(4096)):
-                pass
-        except OSError:
-            return
-
-
-def free(disk: Path) -> None:
-    (disk / "filler").unlink(missing_ok=True)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from splitfl.sample import build_sample_model, write_sample_shards
-from tests.faults.matrix import CELLS, FAULTS, NO_CELL, PLACES, assert_struck, mount, strike, unmount
+from tests.faults.disk import mount, unmount
+from tests.faults.matrix import CELLS, FAULTS, NO_CELL, PLACES, assert_struck, strike
 from tests.faults.reference import reference
 from tests.faults.stage import STEPS, Stage
 

@@ -22,6 +22,8 @@ def main() -> None:
     print(f"{args.minutes:g} minutes, seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         site = Site(Path(args.work or Path(scratch) / "soak"), args.seed)
+        if not site.disks["server"].is_small:
+            print("no disk will be full: it has to be mounted, which needs root", flush=True)
         try:
             record = soak(site, args.minutes, args.seed, lambda line: print(line, flush=True))
         finally:

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tests.faults.relay import Passing, Relay
+from tests.faults.relay import Passing
 from tests.soak.site import Site
 
 __all__ = ["Faults"]
 
-#: Seconds between two faults, and for how long a link is out of order.
-_BETWEEN, _LASTS = (4.0, 12.0), (0.2, 9.0)
+#: Seconds between two faults; for how long a link is out of order, and a disk full.
+_BETWEEN, _LASTS, _FULL = (4.0, 12.0), (0.2, 9.0), (0.5, 15.0)
 _FRAMES: dict[str, Callable[[Passing], bytes]] = {
     "byte flipped": lambda passing: passing.frame.flipped(),
     "frame dropped": lambda passing: b"",
@@ -22,10 +22,12 @@ _FRAMES: dict[str, Callable[[Passing], bytes]] = {
 }
 _LINKS = ("link cut", "link stalled", "slow reader")
 #: A client is killed as often as each of the others happens, and its clock put right or wrong, by up to so many seconds.
-_KINDS = (*_FRAMES, *_LINKS, "client killed", "clock jump")
+_KINDS = (*_FRAMES, *_LINKS, "client killed", "clock jump", "client's disk full")
 _WRONG = 30 * 86400.0
 #: The server ends after these shares of the time, in turn killed and asked to stop.
 _SERVER_ENDS = (0.2, 0.35, 0.5)
+#: And so many times its disk is full, between these shares: its last life is left long enough to be judged.
+_SERVER_FULL, _FULL_SHARES = 4, (0.05, 0.47)
 
 
 class Faults:
@@ -35,8 +37,9 @@ class Faults:
         self._site, self._draw = site, random.Random(f"faults {seed}")
         self._next = 10.0
         self._ends = [(share * seconds, "asked to stop" if index % 2 else "killed") for index, share in enumerate(_SERVER_ENDS)]
+        self._fulls = sorted(seconds * self._draw.uniform(*_FULL_SHARES) for _ in range(_SERVER_FULL))
         self._back_at: float | None = None  # when the server that has ended is started again
-        self._heal: list[tuple[float, Relay]] = []
+        self._heal: list[tuple[float, Callable[[], None]]] = []
         self.done: list[dict[str, Any]] = []
 
     @property
@@ -45,30 +48,56 @@ class Faults:
 
     def turn(self, now: float) -> None:
         """``now``: seconds since the soak began."""
-        for _, relay in [due for due in self._heal if due[0] <= now]:
-            relay.heal()
+        for _, heal in [due for due in self._heal if due[0] <= now]:
+            heal()
         self._heal = [due for due in self._heal if due[0] > now]
         if self._back_at is not None:
             if now >= self._back_at:
+                self._site.disks["server"].free()
                 self._site.start_server()
                 self._back_at = None
-        elif self._ends and now >= self._ends[0][0]:
-            _, how = self._ends.pop(0)
-            self._note(f"server {how}", "server", now)
-            self._site.end_server(how)
+        elif self._site.has_no_room:
+            self._site.note_end("found no room")
             self._back_at = now + self._draw.uniform(0.5, 6.0)
+        elif self._ends and now >= self._ends[0][0]:
+            self._end_server(now)
+        elif self._fulls and now >= self._fulls[0]:
+            self._fill_server(now)
         if now >= self._next:
             self._next = now + self._draw.uniform(*_BETWEEN)
             self._strike(now)
+
+    def _end_server(self, now: float) -> None:
+        if not self._site.has_made_a_step:  # each of its lives is to be seen
+            return
+        _, how = self._ends.pop(0)
+        self._note(f"server {how}", "server", now)
+        self._site.end_server(how)
+        self._back_at = now + self._draw.uniform(0.5, 6.0)
+
+    def _fill_server(self, now: float) -> None:
+        if self._site.has_made_a_step and not self._site.disks["server"].is_full:
+            self._fulls.pop(0)
+            self._fill("disk full", "server", now)
 
     def heal_all(self) -> None:
         for relay in self._site.relays.values():
             relay.at(lambda passing: False, lambda passing: passing.frame.raw)
             relay.heal()
+        for disk in self._site.disks.values():
+            disk.free()
         self._heal.clear()
 
     def _note(self, what: str, client: str, now: float) -> None:
         self.done.append({"time": time.time(), "at": round(now, 1), "what": what, "client": client})
+
+    def _fill(self, what: str, whose: str, now: float) -> None:
+        disk = self._site.disks[whose]
+        if not disk.is_small or disk.is_full:
+            return
+        self._note(what, whose, now)
+        disk.fill()
+        self._heal.append((now + self._draw.uniform(*_FULL), disk.free))
 
     def _strike(self, now: float) -> None:
         kind = self._draw.choice(_KINDS)
@@ -81,6 +110,9 @@ class Faults:
             client = self._draw.choice(self._site.apart)
             self._site.clocks[client].value = self._draw.uniform(-_WRONG, _WRONG)
             self._note(kind, client, now)
+            return
+        if kind == "client's disk full":
+            self._fill(kind, self._draw.choice(self._site.apart), now)
             return
         client = self._draw.choice(list(self._site.relays))
         relay = self._site.relays[client]
@@ -100,4 +132,4 @@ class Faults:
             relay.stall()
         else:
             relay.throttle(4000)
-        self._heal.append((now + self._draw.uniform(*_LASTS), relay))
+        self._heal.append((now + self._draw.uniform(*_LASTS), relay.heal))

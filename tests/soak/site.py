@@ -4,6 +4,7 @@ clients that are processes of their own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +28,7 @@ from tests.faults.processes import Process, clock
 from tests.faults.relay import Relay
 from tests.faults.words import flags, serve, write_keys
 from tests.soak.crowd import Orders
+from tests.soak.disks import Disk
 
 __all__ = ["APART", "CLIENTS", "DEADLINE", "Life", "Site"]
 
@@ -35,19 +37,28 @@ CLIENTS, APART = 16, 4
 #: Seconds for which a step waits for who is late.
 DEADLINE = 6.0
 _CHECKPOINT_EVERY = 10
+#: MiB of the disks: some hours of log and a few checkpoints; the ends of a visit.
+_SERVERS_DISK, _CLIENTS_DISK = 64, 8
 #: Seconds that a client that is a process of its own is away, between two runs of so many steps.
 _AWAY, _STAYS = (1.0, 10.0), (30, 150)
 
 
 @dataclass
 class Life:
-    """One process of the server: ``begun`` and ``ended`` in seconds of the wall clock; ``how`` it ended."""
+    """One process of the server: ``begun`` and ``ended`` in seconds of the wall clock; ``how`` it ended; ``no_room``: it said
+    that its disk was full, and it was.
+    """
 
     pid: int
     begun: float
     ended: float = 0.0
     how: str = ""
     code: int | None = None
+    no_room: bool = False
+
+    @property
+    def ended_well(self) -> bool:
+        return self.code in (0, -9) or self.no_room
 
 
 class Site:
@@ -66,6 +77,9 @@ class Site:
         self.relays = {name: Relay(*self._ports, host=f"127.0.1.{number}") for number, name in enumerate(names, 1)}
         self.apart, self._together = names[:APART], names[APART:]
         self.clocks = {name: clock() for name in self.apart}  # by how much each is wrong
+        self.disks = {name: Disk(work / name, _CLIENTS_DISK) for name in self.apart}
+        self.disks["server"] = Disk(work / "server", _SERVERS_DISK)
+        self.broken: list[str] = []  # what was left behind by who found no room
         self.lives: list[Life] = []
         self.endings: list[dict[str, Any]] = []  # of the clients that are processes of their own
         self.server: Process | None = None
@@ -102,8 +116,6 @@ class Site:
     def end_server(self, how: str) -> None:
         """``how``: killed, or asked to stop; returns once it is gone."""
         assert self.server is not None
-        life = self.lives[-1]
-        life.how = how
         if how == "killed":
             self.server.kill()
         else:
@@ -112,7 +124,30 @@ class Site:
         while self.server.code is None:
             assert time.monotonic() < deadline, f"the server that was {how} does not end"
             time.sleep(0.05)
-        life.ended, life.code, self.server = time.time(), self.server.code, None
+        self.note_end(how)
+
+    @property
+    def is_up(self) -> bool:
+        return self.server is not None and self.server.code is None
+
+    @property
+    def has_no_room(self) -> bool:
+        """Whether the server has ended by itself, as its disk was full."""
+        return self.server is not None and self.disks["server"].explains(self.server)
+
+    def note_end(self, how: str) -> None:
+        """The server has ended."""
+        assert self.server is not None
+        life, disk = self.lives[-1], self.disks["server"]
+        life.ended, life.how, life.code, life.no_room = time.time(), how, self.server.code, disk.explains(self.server)
+        if life.no_room:
+            self.broken += disk.broken(self.work / "server")
+        self.server = None
+
+    @property
+    def has_made_a_step(self) -> bool:
+        """Whether the server that is there has."""
+        return any(event["event"] == "step" and event["time"] > self.lives[-1].begun for event in self.events())
 
     def connections(self) -> int:
         """Connections of the server that stand."""
@@ -171,16 +206,23 @@ class Site:
 
     def _note(self, name: str, process: Process) -> None:
         last = process.said.strip().splitlines()[-1:]
-        ending = {"time": time.time(), "client": name, "code": process.code, "said": last[0] if last else ""}
+        no_room = self.disks[name].explains(process)
+        ending = {"time": time.time(), "client": name, "code": process.code, "said": last[0] if last else "", "no_room": no_room}
         self.endings.append(ending | {"traceback": "Traceback" in process.said})
         del self._processes[name]
         self._next[name] = time.monotonic() + self._draw.uniform(*_AWAY)
-        if process.code != -9:  # who was killed goes on with what it kept; others begin anew
+        if no_room:
+            self.broken += self.disks[name].broken(self._ends(name))
+        elif process.code != -9:  # who was killed, or found no room, goes on with what it kept; others begin anew
+            shutil.rmtree(self._ends(name), ignore_errors=True)
             self._visits[name] += 1
-            shutil.rmtree(self.work / f"{name}.ends{self._visits[name] - 1}", ignore_errors=True)
+
+    def _ends(self, name: str) -> Path:
+        """Where a client that is a process of its own keeps its ends."""
+        return self.work / name / f"ends{self._visits[name]}"
 
     def _train(self, name: str) -> Process:
-        out = self.work / f"{name}.ends{self._visits[name]}"
+        out = self._ends(name)
         words = {
             "trunk": self._join(name),
             "identity": self._keys[name],
@@ -224,8 +266,13 @@ class Site:
             self.crowd.wait()
         for relay in self.relays.values():
             relay.close()
+        for disk in self.disks.values():
+            disk.close()
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n") and line.startswith("{")]
+    found = []
+    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
+        with contextlib.suppress(ValueError):  # half of a line, where the disk was full
+            found.append(json.loads(line))
+    return found

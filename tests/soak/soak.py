@@ -78,14 +78,14 @@ def soak(site: Site, minutes: float, seed: int, say: Callable[[str], None]) -> R
     site.start_crowd(seed)
     watch, faults, said = _Watch(site, record), Faults(site, 60 * minutes, seed), 0.0
     record.faults = faults.done
-    while record.seconds < 60 * minutes or site.server is None:
+    while record.seconds < 60 * minutes or not site.is_up:
         watch.turn()
         faults.turn(record.seconds)
         site.tend()
         if record.seconds - said >= 60:
             said = record.seconds
             say(_line(record))
-        assert site.server is None or site.server.code is None, "the server has ended by itself"
+        assert site.server is None or site.is_up or site.has_no_room, "the server has ended by itself"
         assert site.crowd is not None
         assert site.crowd.poll() is None, "the process of the clients has ended by itself"
         time.sleep(0.1)

@@ -18,6 +18,7 @@ def test_a_leak_is_seen_and_a_warm_up_is_none():
     leak = [(at, value + at) for at, value in flat]
     assert growth(flat) == growth(warm) == 0
     assert growth(leak) == pytest.approx(35)
+    assert growth([*leak[:30], *leak[70:]]) is None
 
 
 def series(seconds: float, hourly: float, *, warm: float = 0.0, seed: int = 0) -> list[tuple[float, float]]:
@@ -52,6 +53,10 @@ def steps(*numbers: int, begun: float = 0.0) -> list[dict]:
     return [{"event": "step", "step": number, "time": begun + place} for place, number in enumerate(numbers)]
 
 
+def gap(lines: int, time: float) -> dict:
+    return {"event": "log-gap", "lines": lines, "time": time}
+
+
 @pytest.mark.parametrize(
     ("events", "problem"),
     [
@@ -61,6 +66,9 @@ def steps(*numbers: int, begun: float = 0.0) -> list[dict]:
         ([*steps(0, 1, 1), *steps(2, begun=10)], "not one after the other"),
         ([*steps(0, 1), *steps(3, begun=10)], "began with step 3, the one before ended with 1"),
         (steps(0, 1), "life 1 of the server made no step"),
+        ([*steps(0, 1), gap(4, 2.0), *steps(5, 6, begun=3), *steps(7, begun=10)], ""),
+        ([*steps(0, 1), gap(3, 2.0), *steps(6, begun=3), *steps(7, begun=10)], "not one after the other"),
+        ([*steps(0, 1), gap(9, 2.0), *steps(3, 5, begun=3), *steps(6, begun=10)], "not one after the other"),
     ],
 )
 def test_steps_that_are_missing_or_made_twice_are_seen(events, problem):
@@ -75,6 +83,7 @@ def test_steps_that_are_missing_or_made_twice_are_seen(events, problem):
 def test_a_short_soak(tmp_path):
     """All but what it takes an hour to see: a process's memory is judged from its fourth minute on."""
     site = Site(tmp_path / "soak", 0)
+    has_small_disks = site.disks["server"].is_small
     try:
         record = soak(site, 2.0, 0, print)
     finally:
@@ -83,3 +92,4 @@ def test_a_short_soak(tmp_path):
     assert not problems
     assert figures["steps"] > 20
     assert sum(figures["faults"].values()) > 5
+    assert ("disk full" in figures["faults"]) == has_small_disks

@@ -10,6 +10,7 @@ from typing import Any
 
 from server_trunk.run_ledger import RunLedger
 from splitfl.checkpoint import load_checkpoint, newest_checkpoint
+from splitfl.errors import NotWritten
 from splitfl.packed_state import unpack_state
 from tests.soak.site import CLIENTS, Life, Site
 from tests.soak.slope import Slope, slope
@@ -23,6 +24,8 @@ OPEN_AT_MOST, NONE_AT_MOST = 30.0, 45.0
 _WARM_UP, _SHORTEST = 0.3, 240.0
 #: How much more the second half of what is left may have than the first.
 MOST_GROWTH = {"rss_mib": 8.0, "files": 8.0, "threads": 4.0, "heap_mib": 3.0}
+#: Seconds in which the clients are back where a server begins.
+_BACK = 10.0
 #: Of a life of so many seconds the slope tells more: what may grow by how much an hour, if even the lower end of its interval
 #: says so. A leak is what grows in the heap in use; resident memory also follows what an allocator keeps of what was freed.
 _LONG = 1200.0
@@ -31,7 +34,16 @@ MOST_HOURLY = {"rss_mib": 32.0, "files": 4.0, "threads": 2.0, "heap_mib": 2.0}
 #: MiB: of it the heap in use is judged as closely, and resident memory by this.
 _KEPT_FREE = 128.0
 #: Events that nothing that befalls this run may lead to.
-_NEVER = ("failed", "forward-failed", "backward-failed", "gradient-not-finite", "gradient-no-targets", "out-of-memory", "log-gap")
+_NEVER = (
+    "failed",
+    "forward-failed",
+    "backward-failed",
+    "gradient-not-finite",
+    "gradient-no-targets",
+    "out-of-memory",
+    "checkpoint-damaged",
+    "log-gap",
+)
 #: How a run of a client that is a process of its own may end other than well: killed, or told one of these.
 _SAID = (
     "nothing listens at",
@@ -44,8 +56,10 @@ _SAID = (
 )
 
 
-def growth(samples: Sequence[tuple[float, float]]) -> float:
-    """Of (seconds, value): the mean of the second half of the time, after the warm-up, less that of the first."""
+def growth(samples: Sequence[tuple[float, float]]) -> float | None:
+    """Of (seconds, value): the mean of the second half of the time, after the warm-up, less that of the first; None where either
+    has no samples.
+    """
     first, last = samples[0][0], samples[-1][0]
     begin = first + _WARM_UP * (last - first)
     middle = (begin + last) / 2
@@ -53,7 +67,7 @@ def growth(samples: Sequence[tuple[float, float]]) -> float:
         [value for at, value in samples if begin <= at < middle],
         [value for at, value in samples if at >= middle],
     )
-    return statistics.fmean(halves[1]) - statistics.fmean(halves[0])
+    return statistics.fmean(halves[1]) - statistics.fmean(halves[0]) if all(halves) else None
 
 
 def grown(series: Sequence[tuple[float, float]]) -> float | Slope | None:
@@ -78,21 +92,35 @@ def too_much(name: str, judged: Mapping[str, float | Slope]) -> list[str]:
 
 
 def steps_in_order(lives: Sequence[Life], events: Iterable[dict[str, Any]]) -> list[str]:
-    """Within a life of the server each step is the one after the one before; a later life begins no later than the one before
-    it ended.
+    """Within a life of the server each step is the one after the one before, but for lines of the log that it says are missing; a
+    later life begins no later than the one before it ended.
     """
     problems, before = [], -1
     for number, life in enumerate(lives):
-        steps = [event["step"] for event in events if event["event"] == "step" and life.begun <= event["time"] <= life.ended]
+        own = [event for event in events if life.begun <= event["time"] <= life.ended]
+        steps = [event["step"] for event in own if event["event"] == "step"]
         if not steps:
             problems.append(f"life {number} of the server made no step")
             continue
-        if steps != list(range(steps[0], steps[0] + len(steps))):
+        if not _follow(own):
             problems.append(f"the steps of life {number} of the server are not one after the other")
         if steps[0] > before + 1:
             problems.append(f"life {number} of the server began with step {steps[0]}, the one before ended with {before}")
         before = steps[-1]
     return problems
+
+
+def _follow(events: Iterable[dict[str, Any]]) -> bool:
+    """Whether the steps of one life do, but for as many as lines are missing between two of them."""
+    before, missing = None, 0
+    for event in events:
+        if event["event"] == "log-gap":
+            missing += event["lines"]
+        elif event["event"] == "step":
+            if before is not None and not 1 <= event["step"] - before <= 1 + missing:
+                return False
+            before, missing = event["step"], 0
+    return True
 
 
 def ledger_of(site: Site) -> list[tuple[int, dict[str, int]]]:
@@ -105,10 +133,11 @@ def ledger_of(site: Site) -> list[tuple[int, dict[str, int]]]:
 def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
     """What does not hold, and the figures."""
     events, diary = site.events(), site.diary()
-    problems = list(record.left_over)
-    problems += [f"{event['event']}: {event}" for event in events if event["event"] in _NEVER]
+    problems = record.left_over + site.broken
+    alarming = [event for event in events if event["event"] in _NEVER and not _for_want_of_room(event, site)]
+    problems += [f"{event['event']}: {event}" for event in alarming]
     problems += [f"the server failed in a session: {event}" for event in events if "internal" in str(event.get("why"))]
-    problems += [f"the server that was asked to stop ended with {life.code}" for life in site.lives if life.code not in (0, -9)]
+    problems += [f"the server ended with {life.code}" for life in site.lives if not life.ended_well]
     problems += [f"a traceback in {file.name}" for file in (site.work / "said").glob("*.txt") if "Traceback" in file.read_text()]
     problems += steps_in_order(site.lives, events)
     problems += _stuck(record, site.lives, events)
@@ -125,6 +154,12 @@ def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
     if most > 2 * CLIENTS:
         problems.append(f"{most} sessions at a time, of {CLIENTS} clients")
     return problems, figures
+
+
+def _for_want_of_room(event: dict[str, Any], site: Site) -> bool:
+    """Whether this is what a disk that was full then leads to."""
+    says_so = event["event"] == "log-gap" or (event["event"] == "failed" and event["error"].startswith(NotWritten.__name__))
+    return says_so and site.disks["server"].was_full(event["time"])
 
 
 def _stuck(record: Record, lives: Sequence[Life], events: Sequence[dict[str, Any]]) -> list[str]:
@@ -153,7 +188,8 @@ def _endings(site: Site, diary: Sequence[dict[str, Any]]) -> list[str]:
         if line["what"] == "could not join" and not any(part in line["error"] for part in _SAID):
             problems.append(f"{line['client']} could not join: {line['error']}")
     for ending in site.endings:
-        well = ending["code"] in (0, -9) or (ending["code"] == 2 and any(part in ending["said"] for part in _SAID))
+        well = ending["no_room"] or ending["code"] in (0, -9)
+        well = well or (ending["code"] == 2 and any(part in ending["said"] for part in _SAID))
         if not well or ending["traceback"]:
             problems.append(f"{ending['client']} ended with {ending['code']}: {ending['said']}")
     return problems
@@ -166,10 +202,14 @@ def _applied_once(
     problems = []
     if [step for step, _ in entries] != list(range(len(entries))):
         problems.append("the ledger's steps are not one after the other")
-    logged = {event["step"]: event for event in events if event["event"] == "step"}
+    logged, gaps = _logged(events)
     sent = _sent(diary)
     known = {client for client, _ in sent}
+    if sum(step not in logged for step, _ in entries) > gaps:
+        problems.append("steps of the ledger are not in the log")
     for step, parts in entries:
+        if step not in logged:
+            continue
         of_log: Counter[str] = Counter()
         for key, part in logged[step]["parts"].items():
             of_log[key.partition("/")[0]] += part["targets"]
@@ -179,6 +219,23 @@ def _applied_once(
             if client in known and targets > sent[client, step]:
                 problems.append(f"step {step}: {targets} targets of {client}, which sent {sent[client, step]}")
     return problems
+
+
+def _logged(events: Sequence[dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], int]:
+    """Each step as the log has it last, and how many lines are missing. What a life of the server has made is undone by the first
+    step of the next.
+    """
+    logged: dict[int, dict[str, Any]] = {}
+    newest, gaps = -1, 0
+    for event in events:
+        if event["event"] == "log-gap":
+            gaps += event["lines"]
+        elif event["event"] == "step":
+            for undone in range(event["step"], newest + 1):
+                logged.pop(undone, None)
+            newest = event["step"]
+            logged[newest] = event
+    return logged, gaps
 
 
 def _sent(diary: Sequence[dict[str, Any]]) -> Counter[tuple[str, int]]:
@@ -213,6 +270,11 @@ def _figures(
         "refused": dict(Counter(event["code"] for event in events if event["event"] == "refused")),
         "dropped_parts": sum(event["event"] == "dropped" for event in events),
         "faults": dict(Counter(fault["what"] for fault in record.faults)),
+        "no_room": {
+            "server": sum(life.no_room for life in site.lives),
+            "clients": sum(ending["no_room"] for ending in site.endings),
+            "lines of the log": sum(event["lines"] for event in events if event["event"] == "log-gap"),
+        },
         "crowd": dict(Counter(line["what"] for line in diary)),
         "apart": dict(Counter(str(ending["code"]) for ending in site.endings)),
         "could_not_join": dict(Counter(line["error"] for line in diary if line["what"] == "could not join")),
@@ -225,16 +287,25 @@ def _figures(
     pids |= {each["pid"]: "crowd" for each in record.samples if each["who"] == "crowd"}
     for pid, name in pids.items():
         own = [each for each in record.samples if each["pid"] == pid and each["rss_mib"]]  # one that has ended has no memory
+        heap = site.heap(pid)
+        if name == "crowd":
+            own = [each for each in own if _is_busy(each["time"], site.lives)]
+            heap = [each for each in heap if _is_busy(each[0], site.lives)]
         if not own:
             continue
         what = {key: [(each["at"], each[key]) for each in own] for key in ("rss_mib", "files", "threads")}
-        if heap := site.heap(pid):
+        if heap:
             what["heap_mib"] = heap
         found["memory"][name] = {
             key: [round(value, 1) for _, value in series[:: max(1, len(series) // 10)]] for key, series in what.items()
         } | {"cores": round((own[-1]["cpu_seconds"] - own[0]["cpu_seconds"]) / max(1.0, own[-1]["at"] - own[0]["at"]), 3)}
         found["growth"][name] = {key: said for key, series in what.items() if (said := grown(series)) is not None}
     return found
+
+
+def _is_busy(at: float, lives: Sequence[Life]) -> bool:
+    """Whether clients have a server then, and had one for long enough to be back: without one they hold less."""
+    return any(life.begun + _BACK <= at <= life.ended for life in lives)
 
 
 def _short(why: str) -> str:

@@ -124,3 +124,17 @@ def test_a_full_disk_ends_no_run_for_the_logs_sake(tmp_path):
         except ValueError:
             continue
     assert [event.get("step", event.get("lines")) for event in whole] == [0, 3, 4]
+
+
+def test_a_line_that_a_process_left_in_part_spoils_none_of_the_next(tmp_path):
+    """One that ended while the disk was full."""
+    file = tmp_path / "log.jsonl"
+    for part in (b'{"time": 1.0, "event": "ch', b""):
+        log = RunLog(file, echo=None)
+        log.write("checkpoint", step=1)
+        log.write("checkpoint", step=2)
+        log.close()
+        assert [event["step"] for event in LogFiles(tmp_path).read()] == [1, 2] * (1 + (not part))
+        with file.open("ab") as handle:
+            handle.write(part)
+    assert file.read_bytes().count(b"\n") == 5
