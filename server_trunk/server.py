@@ -334,7 +334,7 @@ class TrunkServer:
                 replica.halt()
             if isinstance(self._engine, LeadingEngine) and whole:
                 self._engine.stop()
-            self._held.callback(self._log.write, "stopped", why=text)
+            self._held.callback(lambda: self._log.write("stopped", why=text))
             self._let_go(text if whole else "the server is starting again", back=back or not whole)
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
