@@ -258,7 +258,7 @@ class Reconnecting(Participant):
         if last is not None and not wanted and stands > last.step and settled:
             self._have_closed(last.step)
             last = None
-        if not wanted and last is None:
+        if not wanted and last is None and settled:
             self.channel.tell(Pause())  # who was moved is waited for
             return
         self._opened = self._dropped = None
@@ -270,8 +270,8 @@ class Reconnecting(Participant):
             return  # who waits for a step to open looks for itself
         if self._opened is None:
             self._enrolled = False
-            if last is not None:
-                self._have_closed(last.step)
+            if last is not None or not settled:
+                self._have_closed(self.step - 1)
             if self._forwards:
                 self._befalls(RunComplete("the run made its last step while the link was down"))
         elif self._journal is None:
@@ -289,17 +289,16 @@ class Reconnecting(Participant):
 
     def _owe(self, last: PartSent | None, opened: int) -> None:
         """This client takes part in no further step; does the server have its last part?"""
-        assert last is not None
-        assert last.done is not None
-        if opened == last.step:
+        if last is not None and opened == last.step:
+            assert last.done is not None
             then = "leave" if last.done.then == "leave" else "pause"
             self._repeat(dataclasses.replace(last, done=dataclasses.replace(last.done, then=then)))
             return
         self.channel.tell(Pause())
-        if opened < last.step:
+        if opened < self.step:
             self._go_on_from(opened)
         else:
-            self._have_closed(last.step)
+            self._have_closed(self.step - 1)
 
     def _go_on_from(self, opened: int) -> None:
         """The step that this client was in is not the one that it is in now."""

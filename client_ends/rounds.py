@@ -70,9 +70,9 @@ class EndsRounds:
 
     def begin_session(self) -> None:
         """Another session of this client begins: it has to be told anew, and hears anew which average is the newest. A round that
-        is still due stays so: the part of its last step may be sent again.
+        is still due stays so: the part of its last step may be sent again, or its average is not in the ends.
         """
-        if self.is_over:
+        if self.is_over and self._averaged <= self.loaded:
             self._due = -1
         self._declared = False
         self._over = self._averaged = -1  # lower than before where the run has gone back

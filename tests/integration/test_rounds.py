@@ -184,6 +184,35 @@ def test_who_is_lost_amid_its_last_upload_is_given_the_average_all_the_same(tmp_
     assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"], ["client0"]]
 
 
+@pytest.mark.parametrize("steps", [2, 0])
+def test_who_is_lost_amid_the_average_has_it_all_the_same(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """After the run's last step, which nobody takes part in any more, or amid the run."""
+    settings: dict[str, Any] = {"optimizer.steps": steps, "on_loss": "wait", "step_deadline": 0.0}
+    world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, **TRUNK | settings)
+    with running(world):
+        trainers = {client: Trainer(world, client, **again_by_itself(world)) for client in range(2)}
+        all_step(trainers, 0)
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        lost, keeper = trainers[1].split, world.server._rounds
+        doomed, give = lost.trunk.session.channel.opened.session, keeper._give
+
+        def give_little(session: str, average: Any) -> None:
+            if session != doomed:
+                give(session, average)
+
+        monkeypatch.setattr(keeper, "_give", give_little)
+        all_step(trainers, 1)
+        wait_for(lambda: lost.trunk.session.rounds._averaged == 1)
+        cut(lost)
+        side_by_side(2, lambda client: trainers[client].split.wait_step())
+        assert lost.trunk.session.rounds.loaded == 1
+        assert all(torch.equal(trainers[1].weights[name], tensor) for name, tensor in trainers[0].weights.items())
+    assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"]] * 2
+
+
 def again_by_itself(world: World) -> dict[str, Any]:
     return {"channel_options": {"transport": lambda: MemoryClientTransport(world.network), "timing": QUICK}}
 
