@@ -16,7 +16,7 @@ from splitfl.protocol.schedule import TrafficSecrets
 from splitfl.transport.base import ClientTransport
 
 # Frames, and their bytes, sealed and handed over before the connections are read again.
-_FRAMES_A_TURN, _BYTES_A_TURN = 16, 2 * 2**20
+_FRAMES_A_TURN, _BYTES_A_TURN = 16, 2**20
 
 
 class DataPath:

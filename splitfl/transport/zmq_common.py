@@ -19,9 +19,10 @@ from splitfl.protocol.keys import Identity, PublicKey
 
 # Frames queued for one peer. The high-water mark counts messages: 16 frames of 1 MiB bound a slow peer to 16 MiB.
 DATA_FRAMES_QUEUED = 16
-# At the client fewer, on their way to the server: with more of them the bulk's threads go on for longer at a stretch, while a
-# control message waits for a core. (A server only looks now and then whether a full queue has room again: its own must last.)
-FRAMES_TO_SERVER = 4
+# At the client one, on its way to the server, while another is written to the socket: with more of them the bulk's threads go on
+# for longer at a stretch, while a control message waits for a core, and what waits is driven out of the caches. (A server only
+# looks now and then whether a full queue has room again: its own must last.)
+FRAMES_TO_SERVER = 1
 # Control frames of one client, at most 64 KiB each, that may wait for the server to take them.
 CONTROL_FRAMES_QUEUED = 64
 # Frames, and bytes, taken from one socket before the other sockets are looked at again: a control message that comes meanwhile
