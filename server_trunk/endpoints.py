@@ -25,11 +25,8 @@ class Endpoints:
         self._config, self._identity, self._authorized = config, identity, authorized
         self._transport, self._channel_options = transport, channel_options
         self._channel: ServerChannel | None = None
+        self.are_open = False
         self.join: JoinString | None = None  # what clients need, once open
-
-    @property
-    def are_open(self) -> bool:
-        return self._channel is not None
 
     def open(self, handler: Any) -> tuple[str, int]:
         """Bind both; returns where clients reach the one for control. Raises ConfigError where an address cannot be bound."""
@@ -49,7 +46,7 @@ class Endpoints:
             **self._channel_options,
         )
         channel.start()
-        self._channel = channel
+        self._channel, self.are_open = channel, True
         # What is bound to all interfaces is reached under this machine's name, where the operator says no other.
         reached = config.host or (socket.getfqdn() if host in ("*", "0.0.0.0", "::") else host)
         self.join = JoinString(self._identity.public, reached, self._transport.control_port, config.run)
@@ -57,25 +54,26 @@ class Endpoints:
 
     def close(self, text: str, *, back: bool) -> None:
         """Send what is queued, tell every client why. ``back``: the server means to start again, so that clients wait for it."""
-        if self._channel is not None:
-            self._channel.stop(text, back=back)
-            self._channel = None
+        if self.are_open:
+            self.are_open = False
+            self.channel.stop(text, back=back)
 
     @property
     def failure(self) -> BaseException | None:
         """Why nobody can come any more."""
-        return self._channel.failure if self._channel is not None else None
-
-    def traffic(self) -> dict[str, tuple[int, int]]:
-        """Bytes of frames (received, sent) by client's name."""
-        return self._channel.traffic() if self._channel is not None else {}
+        return self.channel.failure if self.are_open else None
 
     # --- from any thread --------------------------------------------------------------------------------------------------------
 
     @property
     def channel(self) -> ServerChannel:
+        """Once it has been open."""
         assert self._channel is not None
         return self._channel
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes of frames (received, sent) by client's name, also of what is closed."""
+        return self._channel.traffic() if self._channel is not None else {}
 
     def send(self, session: str, message: Any, payload: Any) -> None:
         self.channel.send(session, message, payload)

@@ -191,6 +191,7 @@ class TrunkServer:
         except BaseException:
             self._engine.close()
             self._let_go("the server has failed", back=True)
+            self._held.close()
             raise
 
     def _start(self) -> None:
@@ -334,18 +335,18 @@ class TrunkServer:
                 replica.halt()
             if isinstance(self._engine, LeadingEngine) and whole:
                 self._engine.stop()
-            self._held.callback(lambda: self._log.write("stopped", why=text))
             self._let_go(text if whole else "the server is starting again", back=back or not whole)
+            self._log.write("stopped", why=text)
+            self._held.close()
         if isinstance(self._loop.failure, NotWritten):
             raise self._loop.failure
 
     def _let_go(self, text: str, *, back: bool) -> None:
-        """Of all that a run holds while it is open. The trunk's thread has ended, or waits for a process that is gone."""
+        """Of clients, and of who watches. The trunk's thread has ended, or waits for a process that is gone."""
         if self._rounds is not None:
             self._rounds.close()
         self.endpoints.close(text, back=back)
         self._live.stop()
-        self._held.close()
 
 
 @contextlib.contextmanager
