@@ -43,19 +43,23 @@ class RunLog:
                 self._echo.flush()
 
     def _append(self, file: IO[bytes], event: str, fields: dict[str, Any]) -> None:
-        line = _line(event, fields)
-        if self._missing:
-            line = _line("log-gap", {"lines": self._missing}) + line
-        if self._amid_a_line:
-            line = b"\n" + line
+        if self._missing and self._put(file, _line("log-gap", {"lines": self._missing})):
+            self._missing = 0
+        if self._missing or not self._put(file, _line(event, fields)):
+            self._missing += 1
+
+    def _put(self, file: IO[bytes], line: bytes) -> bool:
+        """Whether ``line`` stands in the file. In part it may where it does not."""
+        rest = b"\n" + line if self._amid_a_line else line
         try:
-            written = file.write(line)
+            while rest:
+                written = file.write(rest)
+                self._amid_a_line = rest[written - 1 : written] != b"\n"
+                rest = rest[written:]
         except OSError as error:
             if not self._missing and self._echo is not None:
                 self._echo.write(f"{time.strftime('%H:%M:%S')} the log cannot be written ({error.strerror}): make room\n")
-            written = 0
-        self._amid_a_line = written != len(line)
-        self._missing = self._missing + 1 if self._amid_a_line else 0
+        return rest in (b"", b"\n")  # its end alone is what the next begins with
 
     def close(self) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import io
 import json
@@ -124,6 +125,28 @@ def test_a_full_disk_ends_no_run_for_the_logs_sake(tmp_path):
         except ValueError:
             continue
     assert [event.get("step", event.get("lines")) for event in whole] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("room", range(120))
+def test_each_line_stands_in_the_log_once_or_is_counted_once(tmp_path, room):
+    """Wherever the disk is full again amid a gap, or the line after it."""
+    said = io.StringIO()
+    log, disk = RunLog(tmp_path / "log.jsonl", echo=said), Full(room=1 << 20)
+    log._file = disk  # type: ignore[assignment]
+    for number, left in enumerate((1 << 20, 0, 0, room, 0, 1 << 20, 1 << 20)):
+        disk.room = left
+        log.write("checkpoint", quiet=True, step=number)
+    *lines, after = disk.content.split(b"\n")
+    assert all(lines)
+    assert after == b""
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    steps = [event["step"] for event in events if "step" in event]
+    assert steps in ([0, 5, 6], [0, 3, 5, 6])
+    assert len(steps) + sum(event["lines"] for event in events if event["event"] == "log-gap") == 7
+    assert "the log cannot be written (No space left on device): make room" in said.getvalue()
 
 
 def test_a_line_that_a_process_left_in_part_spoils_none_of_the_next(tmp_path):
