@@ -74,7 +74,8 @@ class ListeningEndpoint:
         self._broke_off = False
         self._refused: dict[str, float] = {}  # by address: when a handshake last ended with a no
         self._blocked: list[str] = []
-        self._skipping = self.is_looked_at = False
+        self._skipping = False
+        self.is_to_be_judged = False  # what the last look has found
         self._messages = 0  # given out, over all connections
 
     def bind(self, host: str, port: int, *, patience: float = 0.0) -> None:
@@ -84,7 +85,7 @@ class ListeningEndpoint:
         self.connections = Connections()
         self._listener: int | None = None
         self._kept_away: list[str] = []  # by this listener
-        self._skipping = self.is_looked_at = False
+        self._skipping = self.is_to_be_judged = False
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -262,7 +263,7 @@ class ListeningEndpoint:
 
     def look(self) -> None:
         """Learns what ZeroMQ has read of each connection, to be held against what it gives out from now on."""
-        self.is_looked_at = self.connections.look()
+        self.is_to_be_judged = self.connections.look()
         for each in self.connections:
             if each.held <= self.bound or each.handed_on != each.handed_on_before:
                 each.waits_since = None
@@ -273,9 +274,10 @@ class ListeningEndpoint:
 
     def flooders(self, *, drained: bool) -> tuple[list[Connection], bool]:
         """Cuts and returns the connections of which ZeroMQ holds more than an honest one leaves there; and whether it holds too
-        much over all others together. ``drained``: it has just given out all it could. There is something to say after a look.
+        much over all others together. ``drained``: it has just given out all it could. To be called only while
+        ``is_to_be_judged`` is set.
         """
-        self.is_looked_at = not drained
+        self.is_to_be_judged = not drained
         bound = self.bound if drained else self.bound + self._queued
         found = [each for each in self.connections if each.held > bound or (not drained and self._has_no_turn(each))]
         for connection in found:

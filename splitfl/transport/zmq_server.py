@@ -131,7 +131,7 @@ class ZmqServerTransport:
         frames: list[ServerFrame] = []
         for endpoint in self._endpoints:
             drained = endpoint.receive(frames) if endpoint.socket in ready else True
-            if not endpoint.is_looked_at:
+            if not endpoint.is_to_be_judged:
                 continue
             flooders, flooded = endpoint.flooders(drained=drained)
             for connection in flooders:

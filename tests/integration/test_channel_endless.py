@@ -206,7 +206,7 @@ def test_a_server_whose_endpoint_cannot_be_opened_anew_ends_and_says_why(tmp_pat
             raise ConfigError("cannot listen at 127.0.0.1: another process has the port")
 
         transport._data.reopen = taken
-        transport._data.is_looked_at, transport._data.total = True, -1
+        transport._data.is_to_be_judged, transport._data.total = True, -1
         transport.wake()
         with pytest.raises(SplitflError, match="the channel failed: cannot listen"):
             run.server.wait(10)

@@ -14,6 +14,7 @@ from splitfl.protocol.keys import Identity, PublicKey
 from splitfl.transport.base import Endpoint, Sent, ServerFrame
 from splitfl.transport.zmq_common import curve_client, plain_client
 from splitfl.transport.zmq_server import ZmqServerTransport
+from tests.unit.channel_world import wait_until
 
 FRAME = 2**16
 
@@ -43,7 +44,9 @@ def test_a_peer_that_chooses_the_id_that_comes_next_ends_no_process(where: str) 
 
 
 def attacked(where: str) -> None:
-    """Peers say ids: those that come next, one that stands, and names; each is heard and answered as itself."""
+    """Peers say ids: those that come next, one that stands, and names; each is heard and answered as itself, also where the
+    endpoint has been opened anew.
+    """
     desk, key, context = Desk(), Identity.generate(), zmq.Context()
     server = ZmqServerTransport(key, host="127.0.0.1")
     server.bind(desk, FRAME, window=4 * FRAME, curve="CURVE" in where)
@@ -84,6 +87,18 @@ def attacked(where: str) -> None:
         sock.send(f"again from {number}".encode())
         (frame,) = heard(server)
         assert (frame.peer, bytes(frame.frame)) == (ids[number], f"again from {number}".encode())
+    # An empty frame is one like another. What has gone is gone, and is said to be.
+    peers[0].send(b"")
+    (frame,) = heard(server)
+    assert (frame.peer, bytes(frame.frame)) == (ids[0], b"")
+    peers[0].close(0)
+    wait_until(lambda: send(ids[0], b"into the void") is Sent.GONE)
+    assert send(ids[1], b"to a neighbour") is Sent.SENT
+    for sock in peers:
+        sock.close(0)
+    server._reopen(server._control if kind is Endpoint.CONTROL else server._data)
+    first = come(b"")
+    assert len({first, come(after(first, 1)), come(b"")}) == 3
     context.destroy(0)
     server.close(0)
 
