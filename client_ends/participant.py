@@ -118,6 +118,8 @@ class Participant(Linked):
             if self._opened is None:
                 raise RunComplete(complete)
             stood, self.step, self._enrolled = self.step, self._opened, True
+            if self.rounds is not None:
+                self.rounds.excuse()  # of what is over this session has heard by now, and the run may have gone back behind it
             if self._opened < stood and self._has_barrier:
                 raise RunWentBack(self._opened)
 

@@ -262,6 +262,7 @@ class Reconnecting(Participant):
             self.channel.tell(Pause())  # who was moved is waited for
             return
         self._opened = self._dropped = None
+        self._complete = False  # this session hears of it too, after the average that it may have missed
         for message in self._declaration():
             self.channel.tell(message)
         self.channel.tell(self._enrolment())
@@ -270,8 +271,7 @@ class Reconnecting(Participant):
             return  # who waits for a step to open looks for itself
         if self._opened is None:
             self._enrolled = False
-            if last is not None or not settled:
-                self._have_closed(self.step - 1)
+            self._have_closed(self.step - 1)
             if self._forwards:
                 self._befalls(RunComplete("the run made its last step while the link was down"))
         elif self._journal is None:

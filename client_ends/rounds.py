@@ -40,7 +40,7 @@ class EndsRounds:
         self._parameters: list[Parameter] = []
         self._layout = Layout(())
         self._declared = False  # in the present session
-        self._due = -1  # the round that ended with this client's newest step
+        self._due = -1  # the round that ended with this client's newest step, or whose average was lost on its way
         self._over = -1  # the newest round that is over
         self._averaged = -1  # the newest that has an average
         self._incoming: dict[int, _Incoming] = {}
@@ -70,10 +70,11 @@ class EndsRounds:
 
     def begin_session(self) -> None:
         """Another session of this client begins: it has to be told anew, and hears anew which average is the newest. A round that
-        is still due stays so: the part of its last step may be sent again, or its average is not in the ends.
+        is still due stays so, as the part of its last step may be sent again; one whose average was announced is due until the
+        ends have that.
         """
-        if self.is_over and self._averaged <= self.loaded:
-            self._due = -1
+        if self.is_over:
+            self._due = self._averaged if self._averaged > self.loaded else -1
         self._declared = False
         self._over = self._averaged = -1  # lower than before where the run has gone back
         self._incoming = {}
@@ -89,7 +90,9 @@ class EndsRounds:
             self._due = (step + 1) // self._steps - 1
 
     def excuse(self) -> None:
-        """The run went on without this client: it gets the average when it takes part again."""
+        """No end of a round is awaited: the run went on without this client, or has gone back; it is given the average when it
+        takes part again.
+        """
         self._due = -1
 
     @property

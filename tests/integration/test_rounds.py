@@ -184,11 +184,11 @@ def test_who_is_lost_amid_its_last_upload_is_given_the_average_all_the_same(tmp_
     assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"], ["client0"]]
 
 
-@pytest.mark.parametrize("steps", [2, 0])
+@pytest.mark.parametrize(("steps", "cuts"), [(2, 1), (0, 1), (2, 2), (0, 2)])
 def test_who_is_lost_amid_the_average_has_it_all_the_same(
-    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, steps: int
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, steps: int, cuts: int
 ) -> None:
-    """After the run's last step, which nobody takes part in any more, or amid the run."""
+    """After the run's last step, which nobody takes part in any more, or amid the run; again and again."""
     settings: dict[str, Any] = {"optimizer.steps": steps, "on_loss": "wait", "step_deadline": 0.0}
     world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, **TRUNK | settings)
     with running(world):
@@ -196,21 +196,71 @@ def test_who_is_lost_amid_the_average_has_it_all_the_same(
         all_step(trainers, 0)
         for trainer in trainers.values():
             trainer.split.wait_step()
-        lost, keeper = trainers[1].split, world.server._rounds
-        doomed, give = lost.trunk.session.channel.opened.session, keeper._give
-
-        def give_little(session: str, average: Any) -> None:
-            if session != doomed:
-                give(session, average)
-
-        monkeypatch.setattr(keeper, "_give", give_little)
+        lost = trainers[1].split
+        doomed = give_nothing_at_first(world, 1, monkeypatch, sessions=cuts)
         all_step(trainers, 1)
-        wait_for(lambda: lost.trunk.session.rounds._averaged == 1)
-        cut(lost)
+        for number in range(cuts):
+            wait_for(lambda n=number: len(doomed) == n + 1 and is_placed(lost, doomed[n]))
+            wait_for(lambda: lost.trunk.session.rounds._averaged == 1)
+            cut(lost)
         side_by_side(2, lambda client: trainers[client].split.wait_step())
         assert lost.trunk.session.rounds.loaded == 1
         assert all(torch.equal(trainers[1].weights[name], tensor) for name, tensor in trainers[0].weights.items())
     assert [list(event["members"]) for event in world.events("round")] == [["client0", "client1"]] * 2
+
+
+def test_who_has_paused_and_is_lost_amid_the_average_is_given_the_newest(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, model, 2, round_steps=1, timing=QUICK, **TRUNK)
+    with running(world):
+        trainers = {client: Trainer(world, client, **again_by_itself(world)) for client in range(2)}
+        goes_on, lost = trainers[0], trainers[1].split
+        all_step(trainers, 0)
+        for trainer in trainers.values():
+            trainer.split.wait_step()
+        doomed = give_nothing_at_first(world, 1, monkeypatch, sessions=1)
+        all_step(trainers, 1)
+        wait_for(lambda: lost.trunk.session.rounds._averaged == 1)
+        lost.trunk.session.pause()
+        cut(lost)
+        # It is given what is the newest when the next step opens for it, and takes no part in that.
+        wait_for(lambda: is_enrolled(world, 1, besides=doomed))
+        goes_on.step(batch(0, 2))
+        side_by_side(2, lambda client: trainers[client].split.wait_step())
+        assert lost.trunk.session.rounds.loaded == 2
+        assert all(torch.equal(trainers[1].weights[name], tensor) for name, tensor in goes_on.weights.items())
+        goes_on.step(batch(0, 3))
+        goes_on.split.wait_step()
+    members = [list(event["members"]) for event in world.events("round")]
+    assert members == [["client0", "client1"]] * 2 + [["client0"]] * 2
+
+
+def give_nothing_at_first(world: World, client: int, monkeypatch: pytest.MonkeyPatch, *, sessions: int) -> list[str]:
+    """The server announces averages to a client, and sends nothing of them in so many sessions, which are listed here."""
+    keeper, doomed = world.server._rounds, []
+    give = keeper._give
+
+    def give_later(session: str, average: Any) -> None:
+        if keeper.names.get(session) == f"client{client}" and session not in doomed and len(doomed) < sessions:
+            doomed.append(session)
+        if session not in doomed:
+            give(session, average)
+
+    monkeypatch.setattr(keeper, "_give", give_later)
+    return doomed
+
+
+def is_placed(split: Any, session: str) -> bool:
+    """Whether the client knows where it stands in this session."""
+    mine = split.trunk.session
+    return mine._placed and mine.channel.opened.session == session
+
+
+def is_enrolled(world: World, client: int, *, besides: list[str]) -> bool:
+    """In another session than these."""
+    enrolled = world.server._loop._steps._enrolled.copy()
+    return any(name == f"client{client}" and session not in besides for session, name in enrolled.items())
 
 
 def again_by_itself(world: World) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import Parameter
 from client_ends.participant import Participant
 from client_ends.rounds import EndsRounds
 from splitfl.errors import ConfigError, RemoteProtocolError, SessionLost
-from splitfl.protocol.messages import AveragePart, EndsPart, RoundClosed, RoundOpened, StepClosed
+from splitfl.protocol.messages import AveragePart, EndsPart, Enrol, RoundClosed, RoundOpened, StepClosed, StepOpened
 
 
 def made(steps: int = 2) -> tuple[EndsRounds, dict[str, Parameter]]:
@@ -131,6 +132,45 @@ def test_a_round_that_is_due_when_the_link_breaks_stays_due_until_its_step_has_c
     assert not rounds.is_over
     rounds.stands_before(4)
     assert rounds.is_over
+
+
+@pytest.mark.parametrize("took_part", [True, False])
+def test_an_average_that_was_announced_is_awaited_however_often_the_link_breaks(took_part):
+    rounds, ends = made(steps=2)
+    if took_part:
+        rounds.step_ended(3)
+    for parts in (0, 2, 3):  # of it in each session
+        rounds.hear(RoundClosed(1, 2, 9), refuse)
+        rounds.stands_before(4)  # where that session begins
+        give(rounds, 1, 5.0, parts=parts)
+        assert not rounds.is_settled
+        rounds.begin_session()
+        assert not rounds.is_over
+        rounds.declare()
+    rounds.hear(RoundClosed(1, 2, 9), refuse)
+    give(rounds, 1, 5.0)
+    assert rounds.is_settled
+    assert rounds.load()
+    rounds.begin_session()
+    assert rounds.is_settled
+    assert ends["a"].tolist() == [5.0]
+
+
+def test_an_average_is_not_awaited_that_a_run_which_has_gone_back_behind_it_does_not_have():
+    class Server:
+        welcome = SimpleNamespace(config={"mode": "sync", "optimizer": {"steps": 0}})
+
+        def tell(self, message: Any) -> None:
+            """The link breaks as an average is announced; in the next session the run stands before it."""
+            if isinstance(message, Enrol):
+                rounds.hear(RoundClosed(7, 1, 1), refuse)
+                rounds.begin_session()
+                client._on_control(StepOpened(3, 1))
+
+    client, (rounds, _) = Participant(), made(steps=1)
+    client.rounds, client._channel = rounds, Server()  # type: ignore[assignment]
+    assert client.enrol() == 3
+    assert rounds.is_settled
 
 
 def test_what_a_server_must_not_do_is_an_error():
