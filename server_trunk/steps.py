@@ -9,13 +9,25 @@ lost one is held instead, until a new session of the same client takes it over a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from server_trunk.ledger import LATE, LOST, PAUSED, Ledger, Part, check_asked, check_done, earliest
 from server_trunk.members import Member
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import AskNorm, StepDone
 
-__all__ = ["Steps"]
+__all__ = ["Enrolment", "Steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """What a session said when it last enrolled. ``held``: steps after which its client can go on. ``moves``: whether it would go
+    on at another replica.
+    """
+
+    client: str
+    held: tuple[int, ...] = ()
+    moves: bool = False
 
 
 class Steps:
@@ -40,7 +52,7 @@ class Steps:
         self._missed: dict[str, int] = {}  # by session: the newest step that did not wait for it
         self._ledger = Ledger(first)
         self._holders: dict[str, Part] = {}  # the open step's parts, by every session that holds or held one
-        self._held: dict[str, tuple[int, ...]] = {}  # by session: steps after which its client can go on
+        self._enrolments: dict[str, Enrolment] = {}  # by session that has taken part or wants to
         self._first = first
         self._company: float | None = None  # since when somebody waits for the others of a run that was taken up again
 
@@ -51,11 +63,11 @@ class Steps:
     # --- who takes part ---------------------------------------------------------------------------------------------------------
 
     def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
-        """``held``: steps after which the client can go on. ``moves``: whether it would go on at another replica."""
+        """``held``, ``moves``: as in :class:`Enrolment`."""
         if session in self._enrolled:
             raise RemoteProtocolError("enrolled twice")
         self._enrolled[session] = client or session
-        self._held[session] = held
+        self._enrolments[session] = Enrolment(client or session, held, moves)
         returned = next((lost for lost, name in self._awaited.items() if name == client), None)
         if returned is not None:
             del self._awaited[returned], self._awaited_since[returned]
@@ -80,7 +92,7 @@ class Steps:
         without it, or waits for its client.
         """
         client = self._enrolled.pop(session, None)
-        self._held.pop(session, None)
+        self._enrolments.pop(session, None)
         self._ahead.pop(session, None)
         self._missed.pop(session, None)
         part = self._holders.get(session)
@@ -165,12 +177,16 @@ class Steps:
         """Of the steps that the server has ``kept``, the newest after which everybody enrolled can go on, where the first step
         since the run was resumed is about to open and not all can go on from where it stands; else None.
         """
-        held = [self._held[session] for session in self._enrolled]
-        wanted = [set(steps) for steps in held if steps]  # who has yet to begin goes on from anywhere
+        wanted = self._wanted()
         begun = self.is_open or self.number != self._first or not self._first or len(self._enrolled) < max(1, self._needed)
         if begun or all(self.number - 1 in steps for steps in wanted):
             return None
         return max((step for step in kept if step < self.number and all(step in steps for steps in wanted)), default=None)
+
+    def _wanted(self) -> list[set[int]]:
+        """The steps after which each of those enrolled can go on, save who has yet to begin: that goes on from anywhere."""
+        held = (self._enrolments[session].held for session in self._enrolled)
+        return [set(steps) for steps in held if steps]
 
     def go_back(self, number: int) -> None:
         """The run stands before step ``number`` again."""

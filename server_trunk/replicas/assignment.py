@@ -34,7 +34,7 @@ class Assignment:
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
         self._coming: dict[str, _Coming] = {}
         self._since: dict[str, int] = {}  # by client: the step after which it was moved, or could first have been
-        self._direct: set[str] = set()  # clients that were never sent anywhere: they would dial the same replica again
+        self._direct: set[str] = set()  # clients that were not sent where they are: they would dial the same replica again
 
     def hear(self, rank: int, tokens: Mapping[str, float]) -> None:
         """Who is at a replica, and the tokens a step of each; 0 where it has not trained yet."""
@@ -84,8 +84,10 @@ class Assignment:
             self.goes(move, now)
         return move
 
-    def goes(self, move: Move, now: float = 0.0) -> None:
-        """From now on the client belongs where it moves to."""
+    def goes(self, move: Move, now: float = 0.0, *, by_itself: bool = False) -> None:
+        """From now on the client belongs where it moves to. ``by_itself``: nobody has sent it there."""
+        if by_itself:
+            self._direct.add(move.client)
         if self.places[move.client] == move.target:
             return
         present = dict(self._present[move.origin])

@@ -96,7 +96,7 @@ class Replica:
             else:
                 getattr(training, what)(*values)
 
-        def say(word: State | Stays) -> None:
+        def say(word: State | Stays | Move) -> None:
             self._tell_first(word)
             if time.monotonic() - self._reported >= _REPORT_EVERY:
                 self._report()
@@ -128,7 +128,6 @@ class Replica:
             deadline=config.step_deadline,
             on_whole=partial(on_all_ranks, "begin") if isinstance(training, ReducedTraining) else lambda targets: None,
             on_stop=on_stop,
-            on_move=self._moves if self.group.is_first else lambda move: None,
             foresees=isinstance(training, ReducedTraining) and self._shards is None and training.leaves_early,
         )
         return self._steps
@@ -177,11 +176,6 @@ class Replica:
         ends_round = bool(config.round_steps) and (step + 1) % config.round_steps == 0
         return self._assignment.rebalance(step, movable, time.monotonic(), at_once=not ends_round)
 
-    def _moves(self, move: Move) -> None:
-        """At rank 0, from the trunk's thread: nothing holds the client any more that is to move."""
-        with self._lock:
-            self._assignment.goes(move, time.monotonic())
-
     def present(self, here: Set[str], awaited: Set[str], trained: bool) -> None:
         """Who is here now, and whose return is waited for; from the trunk's thread."""
         self._here, self._awaited, self._trained = tuple(sorted(here)), tuple(sorted(awaited)), trained
@@ -226,6 +220,9 @@ class Replica:
             return self._coordinator.stop() if self._config.until_done and self._attendance.is_over else []
         if isinstance(word, Stays):
             return [(word.rank, word)]
+        if isinstance(word, Move):
+            self._assignment.goes(word, time.monotonic(), by_itself=rank == word.target)
+            return []
         if not isinstance(word, StopAsked):
             return []
         if word.patience:

@@ -27,7 +27,7 @@ class ReplicaSteps(Steps):
 
     def __init__(
         self,
-        say: Callable[[State | Stays], None],
+        say: Callable[[State | Stays | Move], None],
         *,
         meetings: Meetings,
         rank: int = 0,
@@ -36,17 +36,15 @@ class ReplicaSteps(Steps):
         deadline: float = 0.0,
         on_whole: Callable[[int], None] = lambda targets: None,
         on_stop: Callable[[bool], None] = lambda back: None,
-        on_move: Callable[[Move], None] = lambda move: None,
         foresees: bool = False,
     ) -> None:
-        """``say``: sends a report to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
+        """``say``: sends a word to rank 0. ``on_whole(targets)``: nothing more of this replica counts towards the step that
         closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again.
-        ``on_move(move)``: a client goes elsewhere now. ``foresees``: whether it is worth knowing with which gradients a step is
-        likely to end here.
+        ``foresees``: whether it is worth knowing with which gradients a step is likely to end here.
         """
         super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._meetings = say, meetings
-        self._on_whole, self._on_stop, self._on_move = on_whole, on_stop, on_move
+        self._on_whole, self._on_stop = on_whole, on_stop
         self._rank, self._foresees = rank, foresees
         self._usual: dict[str, tuple[int, int]] = {}  # by client: the gradients of its last two parts
         self._words: deque[Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays] = deque()
@@ -56,10 +54,9 @@ class ReplicaSteps(Steps):
         self._draining = self._stopped = False
         self._back: int | None = None  # the step that rank 0 wants to go back to
         self._said = State(0, Phase.OUT, first)
-        self._moves: set[str] = set()  # sessions whose clients would go on elsewhere
-        self._sessions: dict[str, str] = {}  # clients by session that has taken part or wants to
         self._move: Move | None = None  # to be made before the next step opens
         self._elsewhere: dict[str, int] = {}  # by client that was moved: the replica where it belongs
+        self._sent_on: set[str] = set()  # those of them that have come here since, and went again
         self._arrivals: list[str] = []  # clients that come from elsewhere, for whom the next step will be held
         self._left: dict[str, Part] = {}  # parts of the round whose replica was left before anything counted here, for the ledger
 
@@ -90,10 +87,22 @@ class ReplicaSteps(Steps):
     # --- clients that go to another replica, and come from one ------------------------------------------------------------------
 
     def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
-        super().enrol(session, client, held)
-        self._sessions[session] = self._enrolled[session]
-        if moves:
-            self._moves.add(session)
+        """As in the base. Who was moved away is sent on (:meth:`departures`) if it can be, and once: who comes again would do so
+        for ever, so it stays.
+        """
+        super().enrol(session, client, held, moves=moves)
+        if client not in self._elsewhere:
+            return
+        if moves and client not in self._sent_on:
+            self._sent_on.add(client)
+        else:
+            self._take_back(client)
+
+    def _take_back(self, client: str) -> None:
+        """Who was to go, or has gone, takes part here after all: so it belongs here, should its link be lost."""
+        place = self._elsewhere.pop(client)
+        self._say(Stays(client, place))
+        self._say(Move(client, place, self._rank))
 
     def pause(self, session: str, client: str = "") -> int | None:
         self._forget_coming(client)  # it has come, and takes no part
@@ -101,40 +110,38 @@ class ReplicaSteps(Steps):
             self._say(Stays(client, self._elsewhere[client]))
         return super().pause(session, client)
 
-    def lose(self, session: str, now: float = 0.0) -> None:
-        super().lose(session, now)
-        self._moves.discard(session)
-        self._sessions.pop(session, None)
-
     def departures(self) -> list[str]:
         """Also of who was on its way here before it was moved, or paused then: nobody but its new replica waits for it."""
         move, self._move = self._move, None
         if move is not None:
             self._let_go(move)
-        leaving = [one for one, client in self._enrolled.items() if client in self._elsewhere and one in self._moves]
+        leaving = [one for one, client in self._enrolled.items() if client in self._elsewhere and self._enrolments[one].moves]
         for session in leaving:
             del self._enrolled[session]
             self._ahead.pop(session, None)
         return leaving
 
     def _movable(self) -> tuple[str, ...]:
-        clients = Counter([*self._sessions.values(), *self._awaited.values()])
-        return tuple(
-            sorted(client for session, client in self._enrolled.items() if session in self._moves and clients[client] == 1)
-        )
+        clients = Counter([*(each.client for each in self._enrolments.values()), *self._awaited.values()])
+        enrolled = [self._enrolments[session] for session in self._enrolled]
+        return tuple(sorted(each.client for each in enrolled if each.moves and clients[each.client] == 1))
 
     def _let_go(self, move: Move) -> None:
-        """The client goes now; a round of the ends that it was a member of is over."""
-        self._on_move(move)
+        """The client goes now; a round of the ends that it was a member of is over here."""
         if move.target != self._rank:
             self._elsewhere[move.client] = move.target
+            self._sent_on.discard(move.client)
         if move.origin != self._rank:
             return
-        found = [session for session, client in self._enrolled.items() if client == move.client and session in self._moves]
+        moves = [self._enrolments[session].moves for session, client in self._enrolled.items() if client == move.client]
+        if moves and not any(moves):
+            self._take_back(move.client)
+            return
+        self._say(move)  # before its session ends, so that it finds its place changed
         lost = [session for session, client in self._awaited.items() if client == move.client]
         for session in lost:
             del self._awaited[session], self._awaited_since[session]
-        if not found and not lost:
+        if not moves and not lost:
             self._say(Stays(move.client, move.target))  # it is in no position to go, so it will not come there now
 
     def _forget_coming(self, client: str) -> None:
@@ -255,7 +262,7 @@ class ReplicaSteps(Steps):
         self.number = word.step + 1
         self._phase = Phase.IN if word.opens else Phase.OUT
         self._move = word.move
-        if word.move is not None and word.move.target == self._rank:
+        if word.move is not None and word.move.target == self._rank:  # it may be here before the move is made here
             self._elsewhere.pop(word.move.client, None)
             self._arrivals = [word.move.client]
         if word.opens:
@@ -275,7 +282,7 @@ class ReplicaSteps(Steps):
     def _holds(self) -> tuple[int, ...] | None:
         if not self._first or self.number != self._first:
             return None
-        held = [set(steps) for steps in (self._held[session] for session in self._enrolled) if steps]
+        held = self._wanted()
         return tuple(sorted(set.intersection(*held))) if held else None
 
     def _report(self) -> None:

@@ -114,7 +114,9 @@ class WaitedFor:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A client goes from one replica to another, between two steps."""
+    """A client goes from one replica to another, between two steps. In a Close: it is to go. To rank 0: it goes now, says the
+    replica that it leaves; or it has come by itself, says the one that it has come to.
+    """
 
     client: str
     origin: int
@@ -165,9 +167,9 @@ class Bye:
     """Nothing more comes from this side."""
 
 
-Word = State | Presence | Stays | StopAsked | Grant | WaitedFor | Close | GoBack | Drain | Stop | Bye
+Word = State | Presence | Stays | Move | StopAsked | Grant | WaitedFor | Close | GoBack | Drain | Stop | Bye
 
-_KINDS: tuple[type[Any], ...] = (State, Presence, Stays, StopAsked, Grant, WaitedFor, Close, GoBack, Drain, Stop, Bye)
+_KINDS: tuple[type[Any], ...] = (State, Presence, Stays, Move, StopAsked, Grant, WaitedFor, Close, GoBack, Drain, Stop, Bye)
 
 
 def encode(word: Word) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import Any
 
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
@@ -43,7 +44,7 @@ class Client:
             else:
                 self.world.rounds.upload(self)
         elif self.stage == "away" and self.left:
-            steps.enrol(self.session, self.name, moves=True)
+            steps.enrol(self.session, self.name, moves=draw.random() > 0.1)
             self.world.rounds.returns(self)
             self.stage = "enrolled"
         elif self.stage == "enrolled" and draw.random() < 0.1:
@@ -102,12 +103,11 @@ class Rounds:
         self._forget(client.rank, client.session)
 
     def lose(self, client: Client) -> None:
-        if self.awaits(client):
-            if self._waits and client.stage == "enrolled":
-                self._awaited[client.rank]["lost"] = client.name
+        if self.awaits(client) and not (self._waits and client.stage == "enrolled"):
             self._forget(client.rank, client.session)
 
     def returns(self, client: Client) -> None:
+        """Where it is waited for, its new session takes the place of the lost one."""
         awaited = self._awaited[client.rank] or {}
         lost = next((each for each, name in awaited.items() if name == client.name), None)
         if lost is not None:
@@ -139,7 +139,7 @@ class World:
         self.places: dict[str, int] = {}  # where rank 0 sends who dials
         self.mover = mover
         self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings, choose=self._choose)
-        self.up: list[deque[State | Stays]] = [deque() for _ in range(size)]
+        self.up: list[deque[State | Stays | Move]] = [deque() for _ in range(size)]
         self.down: list[deque] = [deque() for _ in range(size)]
         self.whole: list[int] = [0] * size
         self.steps = [
@@ -149,7 +149,6 @@ class World:
                 rank=rank,
                 on_loss=on_loss,
                 on_whole=lambda targets, rank=rank: self._is_whole(rank),
-                on_move=lambda move, rank=rank: self._moves(rank, move),
             )
             for rank in range(size)
         ]
@@ -168,10 +167,6 @@ class World:
         if not self.rounds.end_with(step):
             self.places[move.client] = other
         return move
-
-    def _moves(self, rank: int, move: Move) -> None:
-        if rank == 0:
-            self.places[move.client] = move.target
 
     def _is_whole(self, rank: int) -> None:
         self.whole[rank] += 1
@@ -200,12 +195,17 @@ class World:
         """The oldest word of one direction arrives."""
         if up:
             word = self.up[rank].popleft()
-            told = [(word.rank, word)] if isinstance(word, Stays) else self.coordinator.hear(rank, word)
-            for other, answer in told:
+            for other, answer in self._answers(rank, word):
                 self.down[other].append(answer)
         else:
             self.steps[rank].hear(self.down[rank].popleft())
             self.turn(rank)
+
+    def _answers(self, rank: int, word: State | Stays | Move) -> list[tuple[int, Any]]:
+        if isinstance(word, Move):
+            self.places[word.client] = word.target
+            return []
+        return [(word.rank, word)] if isinstance(word, Stays) else self.coordinator.hear(rank, word)
 
     def underway(self) -> list[tuple[int, bool]]:
         return [(rank, True) for rank, words in enumerate(self.up) if words] + [

@@ -98,6 +98,21 @@ def test_who_dialled_its_replica_by_itself_is_not_moved_as_it_would_come_back():
     assert assignment.rebalance(REST, ["", "ab"]) == Move("b", 1, 0)
 
 
+def test_who_is_moved_and_comes_back_by_itself_belongs_there_and_is_not_moved_again():
+    assignment = Assignment(2)
+    assignment.places |= {"a": 1, "b": 1}
+    assignment.hear(1, {"a": 100.0, "b": 100.0})
+    assert assignment.rebalance(0, ["", "ab"]) is None
+    assert assignment.rebalance(REST, ["", "ab"]) == Move("a", 1, 0)
+    assignment.goes(Move("a", 0, 1), by_itself=True)
+    assignment.hear(1, {"a": 100.0, "b": 100.0})
+    assert assignment.rebalance(2 * REST, ["", "ab"]) == Move("b", 1, 0)
+    assignment.hear(0, {"b": 1.0})
+    assert assignment.rebalance(3 * REST, ["b", "a"]) is None
+    assert assignment.place("a") == 1  # now it has come by rank 0
+    assert assignment.rebalance(3 * REST, ["b", "a"]) is None  # which would spread nothing
+
+
 def test_a_client_that_never_comes_weighs_nothing_after_a_while():
     assignment = Assignment(2)
     assignment.hear(0, {"a": 10.0})

@@ -289,26 +289,92 @@ def test_only_who_would_go_on_elsewhere_with_its_one_session_is_offered():
 
 def test_who_reaches_the_replica_that_has_let_it_go_is_sent_on():
     said: list = []
-    moved: list = []
-    steps = ReplicaSteps(said.append, meetings=Meetings(), on_move=moved.append, on_loss="wait")
+    steps = ReplicaSteps(said.append, meetings=Meetings(), on_loss="wait")
     steps.enrol("a1", "ada", moves=True)
     steps.hear(Close(0, True, {}, 0, Move("ada", 0, 1)))
     steps.close()
     steps.lose("a1")  # amid a round that the step has ended
     assert steps.away(0.0) == {"ada"}
     steps.enrol("a2", "ada", moves=True)
-    assert moved == []
+    assert said == []
     assert steps.departures() == ["a2"]
-    assert moved == [Move("ada", 0, 1)]
+    assert said == [Move("ada", 0, 1)]
     steps.enrol("a3", "ada", moves=True)  # its session was opened before rank 0 sent it elsewhere
     assert steps.departures() == ["a3"]
-    assert said == []
+    assert said == [Move("ada", 0, 1)]
     steps.pause("a4", "ada")  # likewise, and it takes no part
-    assert said == [Stays("ada", 1)]
+    assert said == [Move("ada", 0, 1), Stays("ada", 1)]
     steps.hear(Close(1, True, {}, 0, Move("ada", 1, 0)))
     steps.close()
     steps.enrol("a5", "ada", moves=True)
     assert steps.departures() == []
+    assert said == [Move("ada", 0, 1), Stays("ada", 1)]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_who_comes_again_to_the_replica_that_has_let_it_go_or_cannot_be_sent_on_stays(moves):
+    """It has dialled that replica by itself; or was started anew, and does not connect again by itself."""
+    said: list = []
+    steps = ReplicaSteps(said.append, meetings=Meetings())
+    for turn in range(2):
+        steps.enrol("a1", "ada", moves=True)
+        steps.hear(Close(2 * turn, True, {}, 0, Move("ada", 0, 1)))
+        steps.close()
+        assert steps.departures() == ["a1"]
+        steps.lose("a1")
+        assert said == [Move("ada", 0, 1)]
+        if moves:
+            steps.enrol("a2", "ada", moves=True)
+            assert steps.departures() == ["a2"]
+            steps.lose("a2")
+            assert said == [Move("ada", 0, 1)]
+        steps.enrol("a3", "ada", moves=moves)
+        assert steps.departures() == []
+        assert said == [Move("ada", 0, 1), Stays("ada", 1), Move("ada", 1, 0)]
+        steps.pause("a3", "ada")
+        steps.lose("a3")
+        said.clear()
+        steps.hear(Close(2 * turn + 1, True))
+        steps.close()
+
+
+def test_who_takes_part_when_it_is_to_go_and_cannot_be_sent_on_stays_and_belongs_there():
+    said: list = []
+    steps = ReplicaSteps(said.append, meetings=Meetings(), rank=1)
+    steps.enrol("a1", "ada", moves=True)
+    steps.hear(Close(0, True, {}, 0, Move("ada", 1, 0)))
+    steps.close()
+    steps.lose("a1")  # amid a round that the step has ended
+    steps.enrol("a2", "ada")  # started anew
+    assert steps.departures() == []
+    assert said == [Stays("ada", 0), Move("ada", 0, 1)]
+    steps.pause("a2", "ada")
+    steps.enrol("a2", "ada")
+    assert said == [Stays("ada", 0), Move("ada", 0, 1)]
+
+
+def test_who_is_let_go_finds_its_place_while_rank_0_itself_is_busy():
+    world = World(2, clients=2, rounds=1)
+    _, goes = world.add("stays", 0, 3), world.add("goes", 1, 3)
+    world.coordinator._choose = lambda step, movable: Move("goes", 1, 0) if step == 0 else None
+    for client in world.clients:
+        client.act(STEADY)
+    world.settle()
+    for client in world.clients:
+        client.act(STEADY)
+    for rank in (0, 1):
+        while world.up[rank]:
+            world.deliver(rank, up=True)
+    # From here on the thread of rank 0 looks around no more: a long evaluation runs.
+    while world.down[1]:
+        world.deliver(1, up=False)
+    world.rounds._gathered[0] += 1
+    goes.act(STEADY)  # sends its ends, and is let go
+    assert goes.session == "goes-1"
+    while world.up[1]:
+        world.deliver(1, up=True)
+    goes.act(STEADY)  # it had dialled before the word was there
+    assert (goes.session, goes.rank) == ("goes-2", 0)
 
 
 def test_a_part_that_has_come_along_and_is_held_for_its_client_stays_held():
