@@ -117,17 +117,19 @@ def serving(replicas: Replicas) -> Iterator[Replicas]:
 
 
 class UntilMoved:
-    """The steps that so many clients make together, a thread each: until replica 0 has let one of them go, and five more."""
+    """The steps that so many clients make together, a thread each: until replica 0 has let one of them go, five more, and to the
+    end of a round.
+    """
 
     def __init__(self, replicas: Replicas, clients: int, *, most: int = 300) -> None:
         self._replicas, self._barrier, self._most = replicas, threading.Barrier(clients), most
-        self._last = most
+        self._last, self._round = most, replicas.config.round_steps or 1
 
     def steps(self, client: int) -> Iterator[int]:
         for step in itertools.count():
             self._barrier.wait(100)
             if client == 0 and step and self._last == self._most and self._replicas.events("moved"):
-                self._last = step + 5
+                self._last = -(-(step + 5) // self._round) * self._round
             self._barrier.wait(100)
             if step >= self._last:
                 return
