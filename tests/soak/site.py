@@ -4,7 +4,6 @@ clients that are processes of their own.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,14 +20,16 @@ import psutil
 
 from benchmarks.relay import free_port
 from splitfl.checkpoint import checkpoint_steps
+from splitfl.commands.log import LogFiles
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import read_identity
 from splitfl.sample import build_sample_model, sample_text
 from tests.faults.processes import Process, clock
 from tests.faults.relay import Relay
+from tests.faults.stage import wait_until
 from tests.faults.words import flags, serve, write_keys
 from tests.soak.crowd import Orders
-from tests.soak.disks import Disk
+from tests.soak.disks import Disk, broken
 
 __all__ = ["APART", "CLIENTS", "DEADLINE", "Life", "Site"]
 
@@ -45,14 +46,13 @@ _AWAY, _STAYS = (1.0, 10.0), (30, 150)
 
 @dataclass
 class Life:
-    """One process of the server: ``begun`` and ``ended`` in seconds of the wall clock; ``how`` it ended; ``no_room``: it said
-    that its disk was full, and it was.
+    """One process of the server: ``begun`` and ``ended`` in seconds of the wall clock; ``no_room``: it said that its disk was
+    full, and it was.
     """
 
     pid: int
     begun: float
     ended: float = 0.0
-    how: str = ""
     code: int | None = None
     no_room: bool = False
 
@@ -79,7 +79,7 @@ class Site:
         self.clocks = {name: clock() for name in self.apart}  # by how much each is wrong
         self.disks = {name: Disk(work / name, _CLIENTS_DISK) for name in self.apart}
         self.disks["server"] = Disk(work / "server", _SERVERS_DISK)
-        self.broken: list[str] = []  # what was left behind by who found no room
+        self.broken: list[str] = []  # checkpoints that were left behind
         self.lives: list[Life] = []
         self.endings: list[dict[str, Any]] = []  # of the clients that are processes of their own
         self.server: Process | None = None
@@ -87,6 +87,8 @@ class Site:
         self._processes: dict[str, Process] = {}
         self._visits: dict[str, int] = dict.fromkeys(self.apart, 0)
         self._starts = 0
+        self._log: LogFiles | None = None  # of the server, read up to its last step
+        self._last_step = 0.0  # when it was made, seconds of the wall clock
         self._next: dict[str, float] = dict.fromkeys(self.apart, 0.0)  # when it comes again
 
     def _write_texts(self) -> list[Path]:
@@ -124,7 +126,7 @@ class Site:
         while self.server.code is None:
             assert time.monotonic() < deadline, f"the server that was {how} does not end"
             time.sleep(0.05)
-        self.note_end(how)
+        self.note_end()
 
     @property
     def is_up(self) -> bool:
@@ -135,19 +137,26 @@ class Site:
         """Whether the server has ended by itself, as its disk was full."""
         return self.server is not None and self.disks["server"].explains(self.server)
 
-    def note_end(self, how: str) -> None:
+    def note_end(self) -> None:
         """The server has ended."""
         assert self.server is not None
-        life, disk = self.lives[-1], self.disks["server"]
-        life.ended, life.how, life.code, life.no_room = time.time(), how, self.server.code, disk.explains(self.server)
-        if life.no_room:
-            self.broken += disk.broken(self.work / "server")
+        life = self.lives[-1]
+        life.ended, life.code, life.no_room = time.time(), self.server.code, self.disks["server"].explains(self.server)
+        self._look_behind(self.work / "server")
         self.server = None
+
+    def _look_behind(self, run: Path) -> None:
+        """What is left of ``run`` by a process that has ended."""
+        self.broken += [problem for problem in broken(run) if problem not in self.broken]
 
     @property
     def has_made_a_step(self) -> bool:
         """Whether the server that is there has."""
-        return any(event["event"] == "step" and event["time"] > self.lives[-1].begun for event in self.events())
+        self._log = self._log or LogFiles(self._log_file)
+        for event in self._log.read():
+            if event["event"] == "step":
+                self._last_step = event["time"]
+        return self._last_step > self.lives[-1].begun
 
     def connections(self) -> int:
         """Connections of the server that stand."""
@@ -160,7 +169,11 @@ class Site:
         return sum(one.status == psutil.CONN_LISTEN and one.laddr.port in self._ports for one in found)
 
     def events(self) -> list[dict[str, Any]]:
-        return _lines(self.work / "server" / "log.jsonl")
+        return list(LogFiles(self._log_file).read()) if self._log_file.exists() else []
+
+    @property
+    def _log_file(self) -> Path:
+        return self.work / "server" / "log.jsonl"
 
     def diary(self) -> list[dict[str, Any]]:
         return _lines(self.work / "diary.jsonl")
@@ -206,14 +219,14 @@ class Site:
 
     def _note(self, name: str, process: Process) -> None:
         last = process.said.strip().splitlines()[-1:]
-        no_room = self.disks[name].explains(process)
+        disk = self.disks[name]
+        no_room = disk.explains(process)
         ending = {"time": time.time(), "client": name, "code": process.code, "said": last[0] if last else "", "no_room": no_room}
-        self.endings.append(ending | {"traceback": "Traceback" in process.said})
+        self.endings.append(ending | {"traceback": "Traceback" in process.said, "full_for": disk.full_for})
+        self._look_behind(self._ends(name))
         del self._processes[name]
         self._next[name] = time.monotonic() + self._draw.uniform(*_AWAY)
-        if no_room:
-            self.broken += self.disks[name].broken(self._ends(name))
-        elif process.code != -9:  # who was killed, or found no room, goes on with what it kept; others begin anew
+        if not no_room and process.code != -9:  # who was killed, or found no room, goes on with what it kept; others begin anew
             shutil.rmtree(self._ends(name), ignore_errors=True)
             self._visits[name] += 1
 
@@ -259,8 +272,10 @@ class Site:
         return Process(words, self.work / "said" / f"{name}.{self._starts}.txt", **options)
 
     def close(self) -> None:
-        for process in [*self._processes.values(), *([self.server] if self.server is not None else [])]:
+        processes = [*self._processes.values(), *([self.server] if self.server is not None else [])]
+        for process in processes:
             process.kill()
+        wait_until(lambda: all(process.code is not None for process in processes))
         if self.crowd is not None and self.crowd.poll() is None:
             self.crowd.kill()
             self.crowd.wait()
@@ -271,8 +286,4 @@ class Site:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
-        with contextlib.suppress(ValueError):  # half of a line, where the disk was full
-            found.append(json.loads(line))
-    return found
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]] if file.exists() else []

@@ -72,7 +72,7 @@ def gap(lines: int, time: float) -> dict:
     ],
 )
 def test_steps_that_are_missing_or_made_twice_are_seen(events, problem):
-    lives = [Life(1, 0.0, 9.0, "killed", -9), Life(2, 10.0, 20.0, "asked to stop", 0)]
+    lives = [Life(1, 0.0, 9.0, -9), Life(2, 10.0, 20.0, 0)]
     found = steps_in_order(lives, events)
     assert ([problem] if problem else []) == [problem for each in found if problem in each]
     assert len(found) == bool(problem)
@@ -93,3 +93,4 @@ def test_a_short_soak(tmp_path):
     assert figures["steps"] > 20
     assert sum(figures["faults"].values()) > 5
     assert ("disk full" in figures["faults"]) == has_small_disks
+    assert bool(figures["no_room"]["server"]) == has_small_disks

@@ -12,14 +12,30 @@ from server_trunk.run_ledger import RunLedger
 from splitfl.checkpoint import load_checkpoint, newest_checkpoint
 from splitfl.errors import NotWritten
 from splitfl.packed_state import unpack_state
+from tests.soak.disks import Disk
 from tests.soak.site import CLIENTS, Life, Site
 from tests.soak.slope import Slope, slope
 from tests.soak.soak import Record
 
-__all__ = ["grown", "growth", "judge", "ledger_of", "steps_in_order", "too_much"]
+__all__ = [
+    "applied_once",
+    "endings",
+    "for_want_of_room",
+    "grown",
+    "growth",
+    "is_busy",
+    "judge",
+    "ledger_of",
+    "steps_in_order",
+    "stuck",
+    "too_much",
+    "went_on",
+]
 
 #: Seconds for which a step may be open, and for which none may close though clients are there.
 OPEN_AT_MOST, NONE_AT_MOST = 30.0, 45.0
+#: Who ends well has written what it leaves at most so many seconds before.
+WRITES_BEFORE = 30.0
 #: Share of a process's life that is left out of what is said of its memory; the shortest life, seconds, that is judged by it.
 _WARM_UP, _SHORTEST = 0.3, 240.0
 #: How much more the second half of what is left may have than the first.
@@ -134,16 +150,17 @@ def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
     """What does not hold, and the figures."""
     events, diary = site.events(), site.diary()
     problems = record.left_over + site.broken
-    alarming = [event for event in events if event["event"] in _NEVER and not _for_want_of_room(event, site)]
+    alarming = [event for event in events if event["event"] in _NEVER and not for_want_of_room(event, site.disks["server"])]
     problems += [f"{event['event']}: {event}" for event in alarming]
     problems += [f"the server failed in a session: {event}" for event in events if "internal" in str(event.get("why"))]
     problems += [f"the server ended with {life.code}" for life in site.lives if not life.ended_well]
     problems += [f"a traceback in {file.name}" for file in (site.work / "said").glob("*.txt") if "Traceback" in file.read_text()]
     problems += steps_in_order(site.lives, events)
-    problems += _stuck(record, site.lives, events)
-    problems += _endings(site, diary)
+    problems += stuck(record.pauses, site.lives, events, diary)
+    problems += went_on(record.faults, site.lives)
+    problems += endings(site.endings, diary)
     entries = ledger_of(site)
-    problems += _applied_once(entries, events, diary)
+    problems += applied_once(entries, events, diary)
     figures = _figures(site, record, events, diary, entries)
     for name, judged in figures["growth"].items():
         problems += too_much(name, judged)
@@ -156,46 +173,71 @@ def judge(site: Site, record: Record) -> tuple[list[str], dict[str, Any]]:
     return problems, figures
 
 
-def _for_want_of_room(event: dict[str, Any], site: Site) -> bool:
-    """Whether this is what a disk that was full then leads to."""
+def for_want_of_room(event: dict[str, Any], disk: Disk) -> bool:
+    """Whether this event of the server is what its disk leads to that was full then."""
     says_so = event["event"] == "log-gap" or (event["event"] == "failed" and event["error"].startswith(NotWritten.__name__))
-    return says_so and site.disks["server"].was_full(event["time"])
+    return says_so and disk.was_full(event["time"])
 
 
-def _stuck(record: Record, lives: Sequence[Life], events: Sequence[dict[str, Any]]) -> list[str]:
-    """Steps that were open for too long, and times in which none closed; where the machine was paused nothing is said."""
+def stuck(
+    pauses: Sequence[tuple[float, float]],
+    lives: Sequence[Life],
+    events: Sequence[dict[str, Any]],
+    diary: Sequence[dict[str, Any]],
+) -> list[str]:
+    """Steps that were open for too long, and times in which none closed, up to the end of each life but the last, where clients
+    have left; where the machine was paused nothing is said. Of a life whose last steps found no room in the log the clients'
+    diary tells.
+    """
 
     def paused(begin: float, end: float) -> bool:
-        return any(begin < until and since < end for since, until in record.pauses)
+        return any(begin < until and since < end for since, until in pauses)
 
     problems = []
-    for life in lives:
+    for number, life in enumerate(lives, 1):
         own = [event for event in events if event["event"] == "step" and life.begun <= event["time"] <= life.ended]
         for event in own:
             if event["seconds"] > OPEN_AT_MOST and not paused(event["time"] - event["seconds"], event["time"]):
                 problems.append(f"step {event['step']} was open for {event['seconds']:.0f} s")
         times = [life.begun, *(event["time"] for event in own)]
-        for begin, end in itertools.pairwise(times):
+        if life.no_room:
+            times += [line["time"] for line in diary if line["what"] == "made" and life.begun <= line["time"] <= life.ended]
+        if number < len(lives):
+            times.append(life.ended)
+        for begin, end in itertools.pairwise(sorted(times)):
             if end - begin > NONE_AT_MOST and not paused(begin, end):
                 problems.append(f"no step closed for {end - begin:.0f} s")
     return problems
 
 
-def _endings(site: Site, diary: Sequence[dict[str, Any]]) -> list[str]:
+def went_on(faults: Sequence[dict[str, Any]], lives: Sequence[Life]) -> list[str]:
+    """Lives of the server that did not end though its disk stayed full until they would."""
+    problems = []
+    for fault in faults:
+        if fault["what"] == "disk full" and fault["until_end"]:
+            (life,) = [life for life in lives if life.begun <= fault["time"] <= life.ended]
+            if not life.no_room:
+                problems.append(f"the server whose disk was full from {fault['at']:.0f} s on did not end for it")
+    return problems
+
+
+def endings(ended: Sequence[dict[str, Any]], diary: Sequence[dict[str, Any]]) -> list[str]:
     """Clients that ended as nothing that befell them explains."""
     problems = [f"{line['client']}: {line['what']}: {line['error']}" for line in diary if line["what"] in ("lost", "failed")]
     for line in diary:
         if line["what"] == "could not join" and not any(part in line["error"] for part in _SAID):
             problems.append(f"{line['client']} could not join: {line['error']}")
-    for ending in site.endings:
+    for ending in ended:
         well = ending["no_room"] or ending["code"] in (0, -9)
         well = well or (ending["code"] == 2 and any(part in ending["said"] for part in _SAID))
         if not well or ending["traceback"]:
             problems.append(f"{ending['client']} ended with {ending['code']}: {ending['said']}")
+        if ending["code"] == 0 and ending["full_for"] > WRITES_BEFORE:
+            problems.append(f"{ending['client']} ended well with a disk that was full for {ending['full_for']:.0f} s")
     return problems
 
 
-def _applied_once(
+def applied_once(
     entries: Sequence[tuple[int, dict[str, int]]], events: Sequence[dict[str, Any]], diary: Sequence[dict[str, Any]]
 ) -> list[str]:
     """The ledger has each step once, as the log has it last, and of nobody more than it sent."""
@@ -208,13 +250,13 @@ def _applied_once(
     if sum(step not in logged for step, _ in entries) > gaps:
         problems.append("steps of the ledger are not in the log")
     for step, parts in entries:
-        if step not in logged:
-            continue
-        of_log: Counter[str] = Counter()
-        for key, part in logged[step]["parts"].items():
-            of_log[key.partition("/")[0]] += part["targets"]
-        if {name: count for name, count in of_log.items() if count} != {name: count for name, count in parts.items() if count}:
-            problems.append(f"step {step}: the ledger has {parts}, the log {dict(of_log)}")
+        if step in logged:
+            of_log: Counter[str] = Counter()
+            for key, part in logged[step]["parts"].items():
+                of_log[key.partition("/")[0]] += part["targets"]
+            counted = {name: count for name, count in parts.items() if count}
+            if {name: count for name, count in of_log.items() if count} != counted:
+                problems.append(f"step {step}: the ledger has {parts}, the log {dict(of_log)}")
         for client, targets in parts.items():
             if client in known and targets > sent[client, step]:
                 problems.append(f"step {step}: {targets} targets of {client}, which sent {sent[client, step]}")
@@ -289,8 +331,8 @@ def _figures(
         own = [each for each in record.samples if each["pid"] == pid and each["rss_mib"]]  # one that has ended has no memory
         heap = site.heap(pid)
         if name == "crowd":
-            own = [each for each in own if _is_busy(each["time"], site.lives)]
-            heap = [each for each in heap if _is_busy(each[0], site.lives)]
+            own = [each for each in own if is_busy(each["time"], site.lives)]
+            heap = [each for each in heap if is_busy(each[0], site.lives)]
         if not own:
             continue
         what = {key: [(each["at"], each[key]) for each in own] for key in ("rss_mib", "files", "threads")}
@@ -303,7 +345,7 @@ def _figures(
     return found
 
 
-def _is_busy(at: float, lives: Sequence[Life]) -> bool:
+def is_busy(at: float, lives: Sequence[Life]) -> bool:
     """Whether clients have a server then, and had one for long enough to be back: without one they hold less."""
     return any(life.begun + _BACK <= at <= life.ended for life in lives)
 
