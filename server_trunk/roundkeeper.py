@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from server_trunk.averaging import Average, Averager, Done
@@ -19,6 +20,16 @@ from splitfl.protocol.messages import AveragePart, EndsPart, Fault, RefusalCode,
 from splitfl.runlog import RunLog
 
 __all__ = ["RoundKeeper"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Over:
+    """``weights``: of this replica's members, by client's name. ``seconds``: since the round's last step."""
+
+    closed: RoundClosed
+    average: Average | None
+    weights: dict[str, int]
+    seconds: float
 
 
 class RoundKeeper:
@@ -42,7 +53,8 @@ class RoundKeeper:
         self._present: dict[str, str] = {}  # clients by session that await the end of the open round
         self._asked: dict[str, int] = {}  # the weights of those asked for their ends
         self._whole: set[str] = set()
-        self._over: tuple[RoundClosed, Average | None] | None = None  # a round that nobody was told of yet
+        self._over: _Over | None = None  # a round that nobody was told of yet
+        self._brought = 0  # bytes of averages given since the round before, to those who were not there at its end
         self._closing = False  # whether the average is being made
         self.is_void = False  # whether the open round was given up, on all replicas
         self._left_out: dict[str, str] = {}  # why, by client's name
@@ -173,19 +185,8 @@ class RoundKeeper:
             self._expel(self._book.keep(average.layout), average)
         else:
             self._book.let_go()
-        self._over = closed, average
-        size = average.layout.bytes if average is not None else 0
-        self._log.write(
-            "round",
-            round=self._rounds.number,
-            step=self._step,
-            targets=done.targets,
-            members=dict(sorted((self._named(session), weight) for session, weight in weights.items())),
-            left_out=self._left_out or None,
-            bytes_received=size * len(self._whole),
-            bytes_sent=size * sum(session in self.names for session in self._present),
-            seconds=round(time.monotonic() - self._began, 4),
-        )
+        named = dict(sorted((self._named(session), weight) for session, weight in weights.items()))
+        self._over = _Over(closed, average, named, time.monotonic() - self._began)
 
     def _expel(self, sessions: Sequence[str], average: Average) -> None:
         """These clients of this replica train other ends than those of the others, which were first."""
@@ -198,12 +199,25 @@ class RoundKeeper:
         """Tell those that await the end of a round of it, and give them the average."""
         if self._over is None:
             return
-        (closed, average), self._over = self._over, None
-        for session in self._present:
-            if session in self.names:
-                self._outlet.tell(session, closed)
-                if average is not None:
-                    self._give(session, average)
+        over, self._over = self._over, None
+        told = [session for session in self._present if session in self.names]
+        size = over.average.layout.bytes if over.average is not None else 0
+        self._log.write(
+            "round",
+            round=over.closed.round,
+            step=self._step,
+            targets=over.closed.targets,
+            members=over.weights,
+            left_out=self._left_out or None,
+            bytes_received=size * len(self._whole),
+            bytes_sent=self._brought + size * len(told),
+            seconds=round(over.seconds, 4),
+        )
+        self._brought = 0
+        for session in told:
+            self._outlet.tell(session, over.closed)
+            if over.average is not None:
+                self._give(session, over.average)
 
     # --- who has which average --------------------------------------------------------------------------------------------------
 
@@ -214,6 +228,7 @@ class RoundKeeper:
         if self.average is not None and self._given.get(session, -1) < self.average.number:
             self._outlet.tell(session, self._closed)
             self._give(session, self.average)
+            self._brought += self.average.layout.bytes
 
     def _give(self, session: str, average: Average) -> None:
         self._given[session] = average.number

@@ -215,6 +215,7 @@ class Told:
     def __init__(self) -> None:
         self.ended: list[str] = []
         self.closed: list[str] = []  # sessions that were told that a round is over
+        self.rounds: list[dict[str, Any]] = []  # what the log says of them
         self.news: list[Whole | Done] = []
 
     def end(self, session: str, fault: Fault) -> None:
@@ -224,6 +225,10 @@ class Told:
     def tell(self, session: str, message: RoundOpened | RoundClosed) -> None:
         if isinstance(message, RoundClosed):
             self.closed.append(session)
+
+    def write(self, *event: Any, **fields: Any) -> None:
+        if event == ("round",):
+            self.rounds.append(fields)
 
     def take(self) -> list[Whole | Done]:
         news, self.news = self.news, []
@@ -262,6 +267,28 @@ def test_who_goes_to_another_replica_is_told_nothing_of_the_round_and_may_have_b
     keeper.tell()
     assert told.closed == ["two"]
     keeper.forget("one")
+
+
+def test_the_log_counts_the_averages_that_are_given_and_no_others(tmp_path):
+    averager, told = Averager(tmp_path, credit=lambda session, size: None, tell=lambda: None), Told()
+    keeper = RoundKeeper(Rounds(steps=1), told, book(a=(4,)), told, told)  # type: ignore[arg-type]
+    keeper.names = {name: name for name in ("stays", "moves", "comes")}
+    for step in range(2):
+        done = StepDone(step, 1, 1, "continue")
+        parts = {name: Part(name, name, targets=7, done=done) for name in ("stays", "moves") if step == 0 or name == "stays"}
+        keeper.step_closed(Ledger(step, parts))
+        told.news = [Done(averager.restore(step, {"a": torch.zeros(4)}), len(parts), 7 * len(parts))]
+        keeper.turn()
+        if step == 0:
+            keeper.departs("moves")
+        keeper.tell()
+        if step == 0:
+            keeper.bring_up("comes")
+            keeper.bring_up("comes")
+            keeper.bring_up("stays")
+    averager.close()
+    assert [event["members"] for event in told.rounds] == [{"moves": 7, "stays": 7}, {"stays": 7}]
+    assert [event["bytes_sent"] for event in told.rounds] == [16, 32]
 
 
 def test_who_returns_to_a_round_has_the_whole_deadline_again():
