@@ -28,6 +28,13 @@ class Client:
     def steps(self) -> ReplicaSteps:
         return self.world.steps[self.rank]
 
+    @property
+    def is_taken_back(self) -> bool:
+        """Whether the word that it has come by itself is on its way. That takes no longer than to be lost and connect again."""
+        return any(
+            isinstance(word, Move) and word.client == self.name and word.target == self.rank for word in self.world.up[self.rank]
+        )
+
     def lose(self) -> None:
         """Its session has ended; it dials at once, and comes when it likes to where it is then sent."""
         self.steps.lose(self.session)
@@ -39,7 +46,7 @@ class Client:
         """Do one of the things a client can do now; each through the trunk's thread of its replica."""
         steps = self.steps
         if self.world.rounds.awaits(self):
-            if draw.random() < 0.2:
+            if draw.random() < 0.2 and not self.is_taken_back:
                 self.lose()
             else:
                 self.world.rounds.upload(self)
@@ -58,7 +65,7 @@ class Client:
                 return
             steps.take_forward(self.session, self.step)
             steps.forward_ran(self.session, self.step, 0)
-            if draw.random() < 0.1:
+            if draw.random() < 0.1 and not self.is_taken_back:
                 self.lose()
                 return
             steps.backward_arrived(self.session, self.step, 0)
