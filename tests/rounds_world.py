@@ -15,8 +15,8 @@ from splitfl.config import LoraSettings
 from splitfl.optimizer import build_optimizer
 from splitfl.parts.loading import load_ends
 from tests.integration.test_equality import WEIGHTS, fraction_of
-from tests.trainer import ENDS, Batch, snapshot
-from tests.world import World
+from tests.trainer import ENDS, Batch, Trainer, snapshot
+from tests.world import World, side_by_side
 
 
 def batch(client: int, step: int) -> Batch:
@@ -86,3 +86,29 @@ def assert_equals(reference: Reference, world: World, weights: dict[int, dict[st
         theirs = snapshot(reference.ends[client])
         assert fraction_of(mine, theirs, reference.ends_start) <= WEIGHTS
         assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 1e-5
+
+
+class Halted:
+    """Sends the first ``count`` parts of a trainer's next upload, and the others when told."""
+
+    def __init__(self, trainer: Trainer, count: int) -> None:
+        self._rounds, self._count = trainer.split.trunk.session.rounds, count
+        self._upload, self._rest = self._rounds._upload, []
+        self._rounds._upload = self._halt
+
+    def _halt(self, number: int, send: Callable[[Any, memoryview], None]) -> None:
+        parts: list[tuple[Any, memoryview]] = []
+        self._upload(number, lambda part, view: parts.append((part, view)))
+        for part, view in parts[: self._count]:
+            send(part, view)
+        self._rest, self._send = parts[self._count :], send
+
+    def release(self) -> None:
+        for part, view in self._rest:
+            self._send(part, view)
+        self._rounds._upload = self._upload
+
+
+def all_step(trainers: dict[int, Trainer], number: int) -> list[float]:
+    clients = list(trainers)
+    return side_by_side(len(clients), lambda index: trainers[clients[index]].step(batch(clients[index], number)))
