@@ -4,6 +4,8 @@ VENV   ?= .venv
 WORKERS ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# bitsandbytes beside the environment, for the tests of it alone: in it, peft would load it into every process.
+QUANTIZE := $(VENV)/quantize
 
 .PHONY: setup demo test test-slow faults soak fuzz coverage lint clean
 
@@ -15,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(QUANTIZE): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $@ bitsandbytes
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/splitfl demo $(if $(MODEL),--model $(MODEL))
 
@@ -24,8 +30,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+test: lint $(QUANTIZE)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/integration/test_quantize.py
+	PYTHONPATH=$(QUANTIZE) $(BIN)/python -m pytest -q tests/integration/test_quantize.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
