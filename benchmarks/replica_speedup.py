@@ -20,7 +20,7 @@ from benchmarks.light import light_clients
 from benchmarks.report import median_interval
 from benchmarks.stage import Stage
 
-__all__ = ["hierarchical", "measure_speedup", "name_of", "seconds_a_step", "steps_between_meetings"]
+__all__ = ["Side", "dealt", "hierarchical", "measure_speedup", "name_of", "rate_of", "seconds_a_step", "steps_between_meetings"]
 
 
 def hierarchical(replicas: int, sync: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def steps_between_meetings(sync: str) -> int:
     return 1 if sync == "step" else int(sync)
 
 
-def _dealt(clients: int, replicas: int) -> list[int]:
+def dealt(clients: int, replicas: int) -> list[int]:
     """How many of the clients each of the replicas has, as even as can be."""
     return [clients // replicas + (number < clients % replicas) for number in range(replicas)]
 
@@ -48,7 +48,7 @@ def seconds_a_step(spans: Sequence[Sequence[float]]) -> float:
     return statistics.median((ends[-1] - ends[0]) / (len(ends) - 1) for ends in spans)
 
 
-class _Side:
+class Side:
     """A server with its light clients. ``settings`` go over the run's."""
 
     def __init__(self, settings: dict[str, Any], recording: str, model_dir: str, sizes: dict[str, int], clients: int) -> None:
@@ -73,7 +73,7 @@ class _Side:
         return self.clients * self.rows * self.length / seconds_a_step(self._crowd.recv())
 
 
-def _rate(sides: Sequence[_Side], steps: int) -> float:
+def rate_of(sides: Sequence[Side], steps: int) -> float:
     """Tokens/s of all these together, each with ``steps`` steps."""
     for side in sides:
         side.begin(steps)
@@ -103,21 +103,21 @@ def measure_speedup(
     clients = max(sizes["clients"], replicas)
     with contextlib.ExitStack() as open_sides:
 
-        def side(settings: dict[str, Any], clients: int) -> _Side:
-            made = _Side(settings, recording, model_dir, sizes, clients)
+        def side(settings: dict[str, Any], clients: int) -> Side:
+            made = Side(settings, recording, model_dir, sizes, clients)
             open_sides.callback(made.stage.close)
             return made
 
         one, many = [side(common, clients)], [side(common | settings, clients)]
-        apart = [side(common, share) for share in _dealt(clients, replicas)]
+        apart = [side(common, share) for share in dealt(clients, replicas)]
         kinds = {"one": one, "many": many, "apart": apart}
         for sides in kinds.values():
-            _rate(sides, every)
+            rate_of(sides, every)
         seen: dict[str, list[float]] = {kind: [] for kind in kinds}
         for pair in range(pairs):
             # The order within a round alternates too, so that none always runs on the warmer caches.
             for kind in list(kinds) if pair % 2 else reversed(kinds):
-                seen[kind].append(_rate(kinds[kind], steps))
+                seen[kind].append(rate_of(kinds[kind], steps))
     median, low, high = median_interval(_ratios(seen["many"], seen["one"]))
     ceiling, ceiling_low, ceiling_high = median_interval(_ratios(seen["apart"], seen["one"]))
     result = {

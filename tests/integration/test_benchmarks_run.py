@@ -64,6 +64,16 @@ def test_modes(tmp_path, flags):
     assert result["advice"]
 
 
+def test_linearity():
+    result = run("linearity")
+    (row,) = result["by_sync"].values()
+    assert row["pairs"] == 2
+    assert row["share"] == row["mean_share"] > 0, "of two, the median is the mean"
+    low, high = row["interval_95"]
+    assert low <= row["share"] <= high
+    assert row["tokens_per_second"] > 0 < row["apart_tokens_per_second"]
+
+
 def test_graphs():
     result = run("graphs")
     assert result["recompute_step_over_keep"] > 0
