@@ -31,6 +31,8 @@ class Assignment:
 
     def __init__(self, size: int) -> None:
         self.places: dict[str, int] = {}  # by client, kept while the replica lives
+        self._decided: dict[str, Move] = {}  # by client that was moved: the newest decision about it
+        self._count = 0  # of those decisions
         self._present: list[Mapping[str, float]] = [{} for _ in range(size)]
         self._coming: dict[str, _Coming] = {}
         self._since: dict[str, int] = {}  # by client: the step after which it was moved, or could first have been
@@ -63,7 +65,7 @@ class Assignment:
 
     def rebalance(self, step: int, movable: Sequence[Sequence[str]], now: float = 0.0, *, at_once: bool = True) -> Move | None:
         """Who of the ``movable`` clients of each replica is to go from the most to the least loaded one after ``step``, if that
-        is worth it. ``at_once``: from now on it belongs there; else once it :meth:`goes`.
+        is worth it. ``at_once``: from now on it is sent there; else once the replica that it leaves lets go of it.
         """
         for client in (each for clients in movable for each in clients):
             self._since.setdefault(client, step)
@@ -79,15 +81,34 @@ class Assignment:
         if origin == target or lowest > (1 - WORTH) * loads[origin]:
             return None
         self._since[client] = step
-        move = Move(client, origin, target)
+        return self.decide(client, origin, target, now, at_once=at_once)
+
+    def decide(self, client: str, origin: int, target: int, now: float = 0.0, *, at_once: bool = True) -> Move:
+        """The client is to move; every replica is to hear so."""
+        self._count += 1
+        self._decided[client] = move = Move(client, origin, target, self._count)
         if at_once:
-            self.goes(move, now)
+            self._goes(move, now)
         return move
 
-    def goes(self, move: Move, now: float = 0.0, *, by_itself: bool = False) -> None:
-        """From now on the client belongs where it moves to. ``by_itself``: nobody has sent it there."""
-        if by_itself:
+    def hear_of(self, rank: int, move: Move, now: float = 0.0) -> list[tuple[int, Move]]:
+        """A replica lets go of a client, or, where it is the target, asks for it, as it has come there by itself. Returns whom
+        to tell. Whoever has yet to hear of a newer decision is passed over: it will, and acts on that.
+        """
+        newest = self._decided.get(move.client)
+        if newest is None or newest.number != move.number:
+            return []
+        if rank == move.target:
             self._direct.add(move.client)
+            return [(move.origin, move)]
+        if newest.target == move.target:  # as decided
+            self._goes(move, now)
+            return []
+        decided = self.decide(move.client, move.origin, move.target, now)
+        return [(other, decided) for other in range(len(self._present))]
+
+    def _goes(self, move: Move, now: float) -> None:
+        """From now on the client belongs where it moves to, and is sent there."""
         if self.places[move.client] == move.target:
             return
         present = dict(self._present[move.origin])

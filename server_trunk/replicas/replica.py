@@ -23,22 +23,9 @@ from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.group import Group
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.run import ReplicaRun
-from server_trunk.replicas.steps import ReplicaSteps
+from server_trunk.replicas.steps import Heard, ReplicaSteps
 from server_trunk.replicas.training import AveragedTraining, ReducedTraining, replica_training
-from server_trunk.replicas.words import (
-    Close,
-    Drain,
-    GoBack,
-    Grant,
-    Move,
-    Presence,
-    State,
-    Stays,
-    Stop,
-    StopAsked,
-    WaitedFor,
-    Word,
-)
+from server_trunk.replicas.words import Move, Presence, State, Stays, StopAsked, Word
 from server_trunk.sharding.engines import LeadingEngine
 from server_trunk.sharding.group import ShardGroup
 from splitfl.checkpoint import checkpoint_steps
@@ -195,21 +182,25 @@ class Replica:
 
     def _tell(self, rank: int, word: Word) -> None:
         if rank == self.group.rank:
-            self._take(0, word)
+            self._hear(word)
         else:
             self._control.tell(rank, word)
 
-    def _take(self, rank: int, word: Word) -> None:
-        to_here = not isinstance(word, Stays) or word.rank == self.group.rank
-        if to_here and isinstance(word, Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays):
+    def _hear(self, word: Word) -> None:
+        """A word from rank 0."""
+        if isinstance(word, Heard):
             self._steps.hear(word)
             self._wake()
+
+    def _take(self, rank: int, word: Word) -> None:
+        if not self.group.is_first:
+            self._hear(word)
             return
         with self._lock:
             for told, answer in self._answers(rank, word):
                 self._tell(told, answer)
 
-    def _answers(self, rank: int, word: Word) -> list[tuple[int, Word]]:
+    def _answers(self, rank: int, word: Word) -> Sequence[tuple[int, Word]]:
         """At rank 0: what follows from a word."""
         if isinstance(word, State):
             self._await_company(word)
@@ -221,8 +212,7 @@ class Replica:
         if isinstance(word, Stays):
             return [(word.rank, word)]
         if isinstance(word, Move):
-            self._assignment.goes(word, time.monotonic(), by_itself=rank == word.target)
-            return []
+            return self._assignment.hear_of(rank, word, time.monotonic())
         if not isinstance(word, StopAsked):
             return []
         if word.patience:

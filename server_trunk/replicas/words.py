@@ -114,13 +114,15 @@ class WaitedFor:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A client goes from one replica to another, between two steps. In a Close: it is to go. To rank 0: it goes now, says the
-    replica that it leaves; or it has come by itself, says the one that it has come to.
+    """A client goes from one replica to another, between two steps. ``number``: of rank 0's newest decision about it, each of
+    which all replicas hear in one order. In a Close: it is to go. To rank 0: the origin lets go of it, or, as it has come there
+    by itself, the target asks for it. From rank 0: it is asked for, where no newer decision was made, or that is the decision.
     """
 
     client: str
     origin: int
     target: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ _WORDS: tuple[words.Word, ...] = (
     words.Presence({"a": 2.0}, ("a",), ("b",), True),
     words.StopAsked(20.0),
     words.Stays("a", 1),
-    words.Move("a", 0, 1),
+    words.Move("a", 0, 1, 2),
     words.Grant(4),
     words.WaitedFor(),
     words.Close(4, True, {"a": 5}, 2, words.Move("a", 0, 1)),

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from typing import Any
 
+from server_trunk.replicas.assignment import Assignment
 from server_trunk.replicas.coordinator import Coordinator
 from server_trunk.replicas.meetings import Meetings
 from server_trunk.replicas.steps import ReplicaSteps
@@ -23,38 +24,44 @@ class Client:
         self.step: int | None = None  # the one it is in
         self.stage = "away"
         self.session, self.sessions = name, 0
+        self.was_lost = False  # and has yet to come again
 
     @property
     def steps(self) -> ReplicaSteps:
         return self.world.steps[self.rank]
 
-    @property
-    def is_taken_back(self) -> bool:
-        """Whether the word that it has come by itself is on its way. That takes no longer than to be lost and connect again."""
-        return any(
-            isinstance(word, Move) and word.client == self.name and word.target == self.rank for word in self.world.up[self.rank]
-        )
-
     def lose(self) -> None:
         """Its session has ended; it dials at once, and comes when it likes to where it is then sent."""
         self.steps.lose(self.session)
         self.world.rounds.lose(self)
-        self.sessions += 1
-        self.session, self.rank, self.stage = f"{self.name}-{self.sessions}", self.world.places.get(self.name, self.rank), "away"
+        self.sessions, self.was_lost = self.sessions + 1, True
+        self.session, self.rank, self.stage = f"{self.name}-{self.sessions}", self.world.places[self.name], "away"
+
+    def _comes_to(self, draw: random.Random) -> int:
+        """It dials later, or by itself one of the replicas that it was moved from, unless something is held for it elsewhere."""
+        left = [rank for rank, steps in enumerate(self.world.steps) if self.name in steps._elsewhere]
+        held = any(self.name in steps.away(0.0) for steps in self.world.steps) or self.world.rounds.await_client(self.name)
+        return self.world.places[self.name] if held or not left or draw.random() < 0.5 else draw.choice(left)
 
     def act(self, draw: random.Random) -> None:
         """Do one of the things a client can do now; each through the trunk's thread of its replica."""
         steps = self.steps
         if self.world.rounds.awaits(self):
-            if draw.random() < 0.2 and not self.is_taken_back:
+            if draw.random() < 0.2:
                 self.lose()
             else:
                 self.world.rounds.upload(self)
         elif self.stage == "away" and self.left:
-            steps.enrol(self.session, self.name, moves=draw.random() > 0.1)
+            if self.was_lost and draw.random() < 0.3:
+                self.rank = self._comes_to(draw)
+            self.was_lost = False
+            self.steps.enrol(self.session, self.name, moves=draw.random() > 0.1)
             self.world.rounds.returns(self)
             self.stage = "enrolled"
         elif self.stage == "enrolled" and draw.random() < 0.1:
+            if draw.random() < 0.5:
+                self.lose()
+                return
             steps.pause(self.session, self.name)
             self.stage = "away"
         elif self.stage == "in":
@@ -65,7 +72,7 @@ class Client:
                 return
             steps.take_forward(self.session, self.step)
             steps.forward_ran(self.session, self.step, 0)
-            if draw.random() < 0.1 and not self.is_taken_back:
+            if draw.random() < 0.1:
                 self.lose()
                 return
             steps.backward_arrived(self.session, self.step, 0)
@@ -106,6 +113,9 @@ class Rounds:
     def awaits(self, client: Client) -> bool:
         return client.session in (self._awaited[client.rank] or {})
 
+    def await_client(self, name: str) -> bool:
+        return any(name in (awaited or {}).values() for awaited in self._awaited)
+
     def upload(self, client: Client) -> None:
         self._forget(client.rank, client.session)
 
@@ -143,7 +153,8 @@ class World:
     ) -> None:
         self.meetings = Meetings(every, last)
         self.rounds = Rounds(size, rounds, waits=on_loss == "wait")
-        self.places: dict[str, int] = {}  # where rank 0 sends who dials
+        self.assignment = Assignment(size)
+        self.places = self.assignment.places  # where rank 0 sends who dials
         self.mover = mover
         self.coordinator = Coordinator(size, clients=clients, meetings=self.meetings, choose=self._choose)
         self.up: list[deque[State | Stays | Move]] = [deque() for _ in range(size)]
@@ -170,10 +181,11 @@ class World:
         rank, other = (self.mover.randrange(len(movable)) for _ in range(2))
         if rank == other or not movable[rank]:
             return None
-        move = Move(self.mover.choice(movable[rank]), rank, other)
-        if not self.rounds.end_with(step):
-            self.places[move.client] = other
-        return move
+        return self.move(self.mover.choice(movable[rank]), rank, other, step)
+
+    def move(self, client: str, origin: int, target: int, step: int) -> Move:
+        """It is to move after ``step``."""
+        return self.assignment.decide(client, origin, target, at_once=not self.rounds.end_with(step))
 
     def _is_whole(self, rank: int) -> None:
         self.whole[rank] += 1
@@ -182,6 +194,7 @@ class World:
         """One turn of a replica's trunk thread."""
         if not self.rounds.is_over(rank):
             return
+        self._depart(rank)
         ledger = self.steps[rank].close()
         if ledger is not None:
             self.closed[rank].append(ledger)
@@ -191,12 +204,15 @@ class World:
                 self.rounds.open(rank, {part.session: part.client for part in ended})
                 if not self.rounds.is_over(rank):
                     return
-        for session in self.steps[rank].departures():
-            next(client for client in self.clients if client.session == session).lose()
+        self._depart(rank)
         for session, step in self.steps[rank].openings():
             client = next(client for client in self.clients if client.session == session)
             assert client.stage == "enrolled"
             client.step, client.stage = step, "in"
+
+    def _depart(self, rank: int) -> None:
+        for session in self.steps[rank].departures():
+            next(client for client in self.clients if client.session == session).lose()
 
     def deliver(self, rank: int, *, up: bool) -> None:
         """The oldest word of one direction arrives."""
@@ -210,8 +226,7 @@ class World:
 
     def _answers(self, rank: int, word: State | Stays | Move) -> list[tuple[int, Any]]:
         if isinstance(word, Move):
-            self.places[word.client] = word.target
-            return []
+            return self.assignment.hear_of(rank, word)
         return [(word.rank, word)] if isinstance(word, Stays) else self.coordinator.hear(rank, word)
 
     def underway(self) -> list[tuple[int, bool]]:
@@ -229,6 +244,7 @@ class World:
 
     def add(self, name: str, rank: int, parts: int = 1) -> Client:
         self.clients.append(Client(self, name, rank, parts))
+        self.places[name] = rank
         return self.clients[-1]
 
 

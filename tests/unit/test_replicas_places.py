@@ -58,17 +58,17 @@ def test_a_client_moves_where_that_spreads_the_load_and_rests_then():
     assert assignment.rebalance(0, ["abcd", ""]) is None  # nobody knows yet what they bring
     assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})
     assert assignment.rebalance(REST - 1, ["abcd", ""]) is None  # a few steps say little
-    assert assignment.rebalance(REST, ["abc", ""]) == Move("a", 0, 1)
+    assert assignment.rebalance(REST, ["abc", ""]) == Move("a", 0, 1, 1)
     assert assignment.place("a") == 1
     assignment.hear(0, {"a": 100.0, "b": 100.0, "c": 100.0, "d": 90.0})  # said before it went
-    assert assignment.rebalance(REST + 1, ["bcd", ""]) == Move("b", 0, 1)
+    assert assignment.rebalance(REST + 1, ["bcd", ""]) == Move("b", 0, 1, 2)
     assert assignment.rebalance(REST + 2, ["cd", "ab"]) is None
     assignment.hear(1, {"a": 0.0, "b": 0.0})  # there, and not trained yet
     assert assignment.rebalance(REST + 3, ["cd", "ab"]) is None
     assignment.hear(1, {"a": 100.0, "b": 100.0})
     assignment.hear(0, {"c": 10.0, "d": 10.0})
     assert assignment.rebalance(2 * REST - 1, ["cd", "ab"]) is None
-    assert assignment.rebalance(2 * REST, ["cd", "ab"]) == Move("a", 1, 0)
+    assert assignment.rebalance(2 * REST, ["cd", "ab"]) == Move("a", 1, 0, 3)
     assignment.hear(0, {"c": 10.0, "d": 10.0, "a": 100.0})
     assignment.hear(1, {"b": 100.0})
     assert assignment.rebalance(5 * REST, ["acd", "b"]) is None  # not worth it
@@ -81,10 +81,10 @@ def test_until_a_round_is_over_who_moves_belongs_where_its_ends_are_awaited():
     assignment.hear(0, {"a": 100.0, "b": 100.0})
     assert assignment.rebalance(0, ["ab", ""]) is None
     move = assignment.rebalance(REST, ["ab", ""], at_once=False)
-    assert move == Move("a", 0, 1)
+    assert move == Move("a", 0, 1, 1)
     assert assignment.place("a") == 0
-    assignment.goes(move)
-    assignment.goes(move)  # said again, it changes nothing
+    assert assignment.hear_of(0, move) == []
+    assert assignment.hear_of(0, move) == []  # said again, it changes nothing
     assert assignment.place("a") == 1
     assert assignment.rebalance(2 * REST, ["b", ""]) is None  # what it brings counts there already
 
@@ -95,7 +95,7 @@ def test_who_dialled_its_replica_by_itself_is_not_moved_as_it_would_come_back():
     for step in (0, REST):
         assert assignment.rebalance(step, ["", "ab"]) is None
     assert assignment.place("b") == 1  # now it has come by rank 0
-    assert assignment.rebalance(REST, ["", "ab"]) == Move("b", 1, 0)
+    assert assignment.rebalance(REST, ["", "ab"]) == Move("b", 1, 0, 1)
 
 
 def test_who_is_moved_and_comes_back_by_itself_belongs_there_and_is_not_moved_again():
@@ -103,14 +103,31 @@ def test_who_is_moved_and_comes_back_by_itself_belongs_there_and_is_not_moved_ag
     assignment.places |= {"a": 1, "b": 1}
     assignment.hear(1, {"a": 100.0, "b": 100.0})
     assert assignment.rebalance(0, ["", "ab"]) is None
-    assert assignment.rebalance(REST, ["", "ab"]) == Move("a", 1, 0)
-    assignment.goes(Move("a", 0, 1), by_itself=True)
+    assert assignment.rebalance(REST, ["", "ab"]) == Move("a", 1, 0, 1)
+    assert assignment.hear_of(1, Move("a", 0, 1, 1)) == [(0, Move("a", 0, 1, 1))]  # asks for it
+    assert assignment.place("a") == 0
+    assert assignment.hear_of(1, Move("a", 0, 1, 1)) == [(0, Move("a", 0, 1, 1))]
+    assert assignment.hear_of(0, Move("a", 0, 1, 1)) == [(rank, Move("a", 0, 1, 2)) for rank in (0, 1)]  # lets go of it
     assignment.hear(1, {"a": 100.0, "b": 100.0})
-    assert assignment.rebalance(2 * REST, ["", "ab"]) == Move("b", 1, 0)
+    assert assignment.rebalance(2 * REST, ["", "ab"]) == Move("b", 1, 0, 3)
     assignment.hear(0, {"b": 1.0})
     assert assignment.rebalance(3 * REST, ["b", "a"]) is None
     assert assignment.place("a") == 1  # now it has come by rank 0
     assert assignment.rebalance(3 * REST, ["b", "a"]) is None  # which would spread nothing
+
+
+def test_a_word_that_rests_on_an_older_decision_changes_nothing():
+    assignment = Assignment(3)
+    assignment.places["a"] = 0
+    there, back = assignment.decide("a", 0, 1), assignment.decide("a", 1, 0)
+    assert assignment.hear_of(0, there) == []  # lets go of it at last
+    assert assignment.place("a") == 0
+    for rank, word in ((2, Move("a", 1, 2, 1)), (1, Move("a", 1, 2, 1)), (0, Move("b", 0, 2))):
+        assert assignment.hear_of(rank, word) == []
+    assert assignment.place("a") == 0
+    assert assignment.hear_of(1, back) == []
+    assert assignment.hear_of(0, Move("a", 0, 2, 2)) == [(rank, Move("a", 0, 2, 3)) for rank in range(3)]
+    assert assignment.place("a") == 2
 
 
 def test_a_client_that_never_comes_weighs_nothing_after_a_while():

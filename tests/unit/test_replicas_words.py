@@ -32,7 +32,7 @@ def test_words_survive_the_way():
         Grant(4),
         WaitedFor(),
         Stays("a", 2),
-        Move("a", 0, 2),
+        Move("a", 0, 2, 5),
         Close(5, True, {"a": 9}, 3),
         Close(5, True, {"a": 9}, 3, Move("a", 0, 2)),
         GoBack(3),
