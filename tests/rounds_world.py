@@ -13,7 +13,7 @@ from server_trunk.server import load_run_trunk
 from splitfl.adapters import named_trainables
 from splitfl.config import LoraSettings
 from splitfl.optimizer import build_optimizer
-from splitfl.parts.loading import load_ends
+from splitfl.parts.loading import attach_trunk, load_ends
 from tests.integration.test_equality import WEIGHTS, fraction_of
 from tests.trainer import ENDS, Batch, Trainer, snapshot
 from tests.world import World, side_by_side
@@ -78,6 +78,40 @@ class Reference:
         self.give(client)
         self.counted[client] = 0
         self.sides[client].optimizer = build_optimizer(self.sides[client].parameters, ENDS)
+
+
+class Federated(Reference):
+    """A trunk for each replica, averaged after every K steps, weighted by the target tokens that each has counted since.
+    ``seats(step)``: the clients of each replica in a step.
+    """
+
+    def __init__(self, world: Any, seats: Callable[[int], list[list[int]]], batch: Callable[[int, int], Batch] = batch) -> None:
+        super().__init__(world, batch=batch)
+        self._seats, self._every = seats, world.config.local_steps
+        others = [load_run_trunk(world.config, torch.device("cpu")) for _ in seats(0)[1:]]
+        self._centrals = [self.central, *(Central(trunk, [], world.config.optimizer, ENDS) for trunk in others)]
+        self._weights = [0] * len(self._centrals)
+
+    def step(self, number: int, clients: list[int]) -> list[float]:
+        losses: dict[int, float] = {}
+        for replica, (central, seated) in enumerate(zip(self._centrals, self._seats(number), strict=True)):
+            for client in seated:
+                attach_trunk(self.ends[client], central.trunk)
+            before, self.central = sum(self.counted), central
+            losses |= dict(zip(seated, super().step(number, seated), strict=True))
+            self._weights[replica] += sum(self.counted) - before
+        if (number + 1) % self._every == 0:
+            self._meet()
+        return [losses[client] for client in clients]
+
+    def _meet(self) -> None:
+        held, total = [named_trainables(central.trunk) for central in self._centrals], sum(self._weights)
+        with torch.no_grad():
+            for name in held[0]:
+                mean = sum(own[name].double() * (weight / total) for weight, own in zip(self._weights, held, strict=True)).float()
+                for own in held:
+                    own[name].copy_(mean)
+        self._weights = [0] * len(self._centrals)
 
 
 def assert_equals(reference: Reference, world: World, weights: dict[int, dict[str, torch.Tensor]]) -> None:

@@ -15,7 +15,7 @@ from server_trunk.replicas.assignment import REST
 from splitfl.errors import SessionLost
 from tests.integration.test_equality import LOSS, TRUNK, WEIGHTS, fraction_of
 from tests.replicas import Replicas, UntilMoved, serving
-from tests.rounds_world import Reference
+from tests.rounds_world import Federated, Reference
 from tests.trainer import Batch, Trainer, snapshot
 from tests.world import side_by_side, tiny_llama
 
@@ -83,9 +83,15 @@ class Run:
         here, there = self.rounds[number]
         return here["members"] | there["members"]
 
+    def seats(self, step: int) -> list[list[int]]:
+        """The clients of each replica in a step."""
+        return [[3], [0, 1, 2]] if step > self.moved["after"] else [[1, 3], [0, 2]]
+
     def assert_equals_reference(self) -> None:
         """Each round averages whom the log names, weighted by what they have counted since the round before."""
-        reference, everybody = Reference(self.replicas, batch=batch), list(range(CLIENTS))
+        local = self.replicas.config.local_steps > 1
+        reference = Federated(self.replicas, self.seats, batch) if local else Reference(self.replicas, batch=batch)
+        everybody = list(range(CLIENTS))
         for number, losses in enumerate(self.losses):
             assert losses == pytest.approx(reference.step(number, everybody), rel=LOSS)
             if (number + 1) % reference.rounds == 0:
@@ -107,6 +113,24 @@ def test_a_client_that_moves_weighs_what_it_has_counted_and_goes_on_from_the_ave
     run.train()
     assert all(len(run.members(number)) == CLIENTS for number in range(len(run.rounds)))
     assert len(run.losses) == rounds * len(run.rounds)
+    run.assert_equals_reference()
+
+
+@pytest.mark.parametrize(("sync", "rounds"), [(2, 2), (3, 9)])
+def test_a_client_moves_where_replicas_meet_that_make_steps_of_their_own_in_between(
+    tmp_path: Path, sync: int, rounds: int
+) -> None:
+    """Also amid a round, of which it has counted some on either replica."""
+    run = Run(tmp_path, rounds, step_deadline=0, sync=str(sync))
+    run.train()
+    after, met = run.moved["after"], run.replicas.events("step")
+    assert (after + 1) % sync == 0
+    assert [event["step"] for event in met if event["met"]] == list(range(sync - 1, len(run.losses), sync))
+    for number in range(len(run.losses)):
+        for replica, seated in enumerate(run.seats(number)):
+            parts = run.replicas.events("step", replica)[number]["parts"]
+            assert parts.keys() == {f"client{index}" for index in seated}
+    assert all(len(run.members(number)) == CLIENTS for number in range(len(run.rounds)))
     run.assert_equals_reference()
 
 
@@ -136,19 +160,22 @@ def test_a_member_that_was_late_with_its_ends_and_is_moved_then_finds_the_averag
     run.assert_equals_reference()
 
 
-def test_a_link_that_breaks_amid_the_upload_before_a_move_changes_nothing_under_wait(tmp_path: Path) -> None:
-    run = Run(tmp_path, 1, step_deadline=0, on_loss="wait")
+@pytest.mark.parametrize(("sync", "rounds"), [("step", 1), ("2", 2)])
+def test_a_link_that_breaks_amid_the_upload_before_a_move_changes_nothing_under_wait(
+    tmp_path: Path, sync: str, rounds: int
+) -> None:
+    run = Run(tmp_path, rounds, step_deadline=0, on_loss="wait", sync=sync)
     broken: set[int] = set()
 
     def upload(trainer: Trainer, number: int, send: Callable[[Any, memoryview], None]) -> bool:
-        if number < REST or number in broken or run.replicas.events("moved"):
+        if number < REST // rounds or number in broken or run.replicas.events("moved"):
             return True
         broken.add(number)
         cut(trainer)
         return False
 
     run.train(upload)
-    assert run.moved["after"] in broken
+    assert (run.moved["after"] + 1) / rounds - 1 in broken
     joined = [[event["client"] for event in run.replicas.events("joined", replica)] for replica in range(2)]
     assert joined[0].count(f"client{MOVED}") == 1 + len(broken)
     assert joined[1].count(f"client{MOVED}") == 1
