@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
+from server_trunk.replicas.assignment import REST
 from tests.integration.test_client_adapters import ASKED, SETTINGS, worst
 from tests.integration.test_equality import (
     LOSS,
@@ -101,3 +104,50 @@ def test_an_adapter_moves_along_with_its_client(tmp_path, data, stories):
         theirs = kept(one.config.out_dir)[client]
         start = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         assert fraction_of(weights, theirs, start) <= WEIGHTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"reconnect": 0}])
+def test_who_dials_the_replica_that_it_was_moved_from_takes_part_there_and_is_sent_there_from_then_on(
+    tmp_path, data, stories, options
+):
+    batch = uneven_batches(data)[0]
+    replicas = Replicas(tmp_path, stories, 2, CLIENTS, on_loss="wait", step_deadline=0, **TRUNK)
+    over = threading.Event()
+
+    def sessions(kind: str, client: str) -> int:
+        """Of the second replica."""
+        return [event["client"] for event in replicas.events(kind, 1)].count(client)
+
+    def is_first_moved(client: str) -> bool:
+        return [event["client"] for event in replicas.events("moved", 1)][:1] == [client]
+
+    def train(index: int) -> None:
+        trainer, name = trainers[index], f"client{index}"
+        while not is_first_moved(name) and not over.is_set():
+            trainer.step(batch[index])
+        trainer.step(batch[index])
+        trainer.end()
+        if is_first_moved(name):
+            goes_back(index)
+
+    def goes_back(index: int) -> None:
+        """First by dialling that replica itself."""
+        front, name = replicas.join, f"client{index}"
+        (serves,) = replicas.events("serving", 1)
+        try:
+            for join in (serves["join"], front):
+                replicas.join = join
+                trainer = Trainer(replicas, index, **options)
+                for _ in range(3):
+                    trainer.step(batch[index])
+                trainer.end()
+        finally:
+            over.set()
+        sent_on = 0 if options else 1
+        assert (sessions("moved", name), sessions("joined", name)) == (1 + sent_on, 3 + sent_on)
+        assert [name in event["parts"] for event in replicas.events("step", 1)].count(True) >= REST + 6
+
+    with serving(replicas):
+        trainers = {index: Trainer(replicas, index) for index in range(CLIENTS)}  # both heavy ones are on the second replica
+        side_by_side(CLIENTS, train)
