@@ -55,7 +55,7 @@ def run_local(pipe: Connection, model_dir: str, adapted: list[int]) -> None:
         linears = {name.rpartition(".")[2] for name, part in parts if isinstance(part, torch.nn.Linear)}
         lora = LoraConfig(r=LoraSettings().rank, target_modules=sorted(linears), layers_to_transform=adapted)
         model = get_peft_model(model, lora)
-    model.eval()
+    model.eval().requires_grad_(False)
     pipe.send("ready")
     while (command := pipe.recv()) is not None:
         threads, tokens = command
@@ -69,7 +69,7 @@ def run_client(pipe: Connection, model_dir: str, join: str, key: str, seed: int)
 
     from client_ends import SplitModelForCausalLM
 
-    model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu").eval()
+    model = SplitModelForCausalLM.from_pretrained(model_dir, join, key, device="cpu").eval().requires_grad_(False)
     session = model.trunk.session
     pipe.send("ready")
     while (command := pipe.recv()) is not None:

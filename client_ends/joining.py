@@ -44,7 +44,7 @@ def join(face: Any, told: TrainSettings | argparse.Namespace, **more: Any) -> An
 @contextlib.contextmanager
 def joined(args: argparse.Namespace, face: Any, **more: Any) -> Iterator[tuple[Any, Any]]:
     """For a command: the model of the run that ``args`` name (the flags for using one, and for the machine), with the kept ends
-    that they name, if any, and its tokenizer; at the end the run is left. ``more``: as of :func:`join`.
+    that they name, if any, frozen, and its tokenizer; at the end the run is left. ``more``: as of :func:`join`.
 
     Raises:
         UserError: each one sentence with the mend.
@@ -55,6 +55,6 @@ def joined(args: argparse.Namespace, face: Any, **more: Any) -> Iterator[tuple[A
     try:
         terms = model.trunk.session.terms
         tokenizer = load_tokenizer(*model_of(args, terms), trust_remote_code=args.trust_remote_code)
-        yield (put_into(model, kept, terms) if kept else model).eval(), tokenizer
+        yield (put_into(model, kept, terms) if kept else model).eval().requires_grad_(False), tokenizer
     finally:
         model.close()

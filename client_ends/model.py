@@ -26,6 +26,7 @@ from splitfl.errors import ConfigError, ModelError, StepMissed, UserError
 from splitfl.parts.cut import Cut
 from splitfl.parts.identity import ModelIdentity, compare, model_identity
 from splitfl.parts.loading import Task, attach_trunk, load_ends
+from splitfl.parts.weight_layout import lay_out_for_decoding
 from splitfl.protocol.join import JoinString
 from splitfl.protocol.keys import read_identity
 from splitfl.protocol.messages import StepClosed, Welcome
@@ -291,7 +292,7 @@ class SplitModelForCausalLM(_SplitModel):
 
     def make_cache(self) -> SplitCache:
         """An empty key-value cache, to be passed as ``past_key_values``: to go on from what ``generate()`` has made, say. It
-        makes its own where none is given.
+        makes its own where none is given. What of the ends is frozen is laid out for single tokens, where that is faster.
 
         Raises:
             ModelError: the trunk keeps none in this run.
@@ -299,6 +300,7 @@ class SplitModelForCausalLM(_SplitModel):
         session, layout, cut = self._remote.session, self.layout, self.cut  # type: ignore[attr-defined]
         if not session.terms["cache_tokens"]:
             raise ModelError("the trunk keeps no key-value caches in this run: pass use_cache=False to generate()")
+        lay_out_for_decoding(self)  # type: ignore[arg-type]
         config: Any = self.config  # type: ignore[attr-defined]
         return SplitCache(config, cut.trunk_range(layout.count), session, self._remote.takes_adapter)
 

@@ -21,7 +21,7 @@ parser.add_argument("--max-new-tokens", type=int, default=200)
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-model = SplitModelForCausalLM.from_pretrained(args.model, trunk=args.trunk, identity=args.identity).eval()
+model = SplitModelForCausalLM.from_pretrained(args.model, trunk=args.trunk, identity=args.identity).eval().requires_grad_(False)
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 messages: list[dict[str, str]] = []

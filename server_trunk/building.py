@@ -26,6 +26,7 @@ from splitfl.parts.loading import load_trunk
 from splitfl.parts.packed import drops, why_not_keyed, why_not_packed
 from splitfl.parts.packing_rule import layout_rule
 from splitfl.parts.quantized import check_quantized, keep_layout, quantization_options
+from splitfl.parts.weight_layout import lay_out_for_decoding
 from splitfl.tensors import DTYPES
 
 __all__ = ["Trunk", "follow_leader", "load_run_trunk"]
@@ -62,6 +63,8 @@ class Trunk:
             self.cache_obstacle = obstacle or why_not_cached(self.model)
             if self.cache_obstacle is not None:
                 log("no-caches", why=self.cache_obstacle)
+            elif shards is None:
+                lay_out_for_decoding(self.model)
         self.engine = self._engine(config, device, shards, log)
 
     def _engine(self, config: RunConfig, device: torch.device, shards: ShardGroup | None, log: Callable[..., None]) -> Engine:

@@ -116,6 +116,25 @@ def test_cuts_at_the_very_ends(cut: str, path_of: Any, tmp_path: Path) -> None:
         split.close()
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="NOT TESTED: torch has no MKL here")
+@pytest.mark.parametrize("trainables", ["none", "full"])
+def test_what_is_frozen_is_laid_out_on_both_sides(trainables: str, path_of: Any, tmp_path: Path) -> None:
+    def by_columns(model: Any) -> set[bool]:
+        """Of the blocks; the head of this family is its embedding too."""
+        blocks = model.get_submodule("model.layers").modules()
+        return {module.weight.stride(0) == 1 for module in blocks if isinstance(module, torch.nn.Linear)}
+
+    with running(World(tmp_path, path_of("llama"), 1, trainables=trainables)) as world:
+        assert by_columns(world.server._model) == {trainables == "none"}
+        split = world.join_as(0).eval()
+        split.generate(**one_row(), max_new_tokens=2)
+        assert by_columns(split) == {False}, "of what may be trained yet"
+        split.requires_grad_(False)
+        check(split, whole_of(path_of("llama")), prompts(), 24)
+        assert by_columns(split) == {True}
+        split.close()
+
+
 def test_the_known_story(stories: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories)
     with running(World(tmp_path, stories, 1)) as world:
