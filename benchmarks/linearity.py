@@ -1,10 +1,10 @@
 """How near to linear are replicas that average their weights every K steps? Against servers that know nothing of each other.
 
-N replicas, and N plain servers, of one thread each stand side by side; light clients, as many for the one as for the other, make
-K steps now on the one, now on the other. So each figure is of seconds, with one average in it, and drift of the machine hits both
-alike; many pairs tell what a few cannot. N servers apart are what linear means on this box: two processes share its memory,
-caches and power, whatever they say to each other. ``share``: tokens/s of the replicas over those of the servers apart, the median
-over pairs with its 95 % interval, and the mean with its standard error.
+N replicas, and N plain servers, of one thread each stand side by side; light clients, as many for the one as for the other and in
+as many processes, make K steps now on the one, now on the other. So each figure is of seconds, with one average in it, and drift
+of the machine hits both alike; many pairs tell what a few cannot. N servers apart are what linear means on a box: two processes
+share its memory, caches and power, whatever they say to each other. ``share``: tokens/s of the replicas over those of the servers
+apart, the median over pairs with its 95 % interval, and the mean with its standard error.
 
     python -m benchmarks.linearity [--sync 8 32] [--minutes 20] [--quick] [--json]
 """
@@ -31,13 +31,13 @@ def measure(replicas: int, sync: int, model: Model, sizes: dict[str, int], minut
     recording = model.recording((sizes["rows"], sizes["length"]))
     with contextlib.ExitStack() as open_sides:
 
-        def side(settings: dict[str, Any], clients: int) -> Side:
-            made = Side(common | settings, recording, model.directory, sizes, clients)
+        def side(settings: dict[str, Any], clients: int, crowds: int = 1) -> Side:
+            made = Side(common | settings, recording, model.directory, sizes, clients, crowds=crowds)
             open_sides.callback(made.stage.close)
             return made
 
         ways = {
-            "many": [side(hierarchical(replicas, str(sync)), clients)],
+            "many": [side(hierarchical(replicas, str(sync)), clients, replicas)],
             "apart": [side({}, n) for n in dealt(clients, replicas)],
         }
         for sides in ways.values():

@@ -49,28 +49,42 @@ def seconds_a_step(spans: Sequence[Sequence[float]]) -> float:
 
 
 class Side:
-    """A server with its light clients. ``settings`` go over the run's."""
+    """A server with its light clients, in so many processes of ``crowds``. ``settings`` go over the run's."""
 
-    def __init__(self, settings: dict[str, Any], recording: str, model_dir: str, sizes: dict[str, int], clients: int) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        recording: str,
+        model_dir: str,
+        sizes: dict[str, int],
+        clients: int,
+        *,
+        crowds: int = 1,
+    ) -> None:
         self.clients, self.rows, self.length = clients, sizes["rows"], sizes["length"]
         own = {"clients": self.clients, "status_every": 0.0, "step_deadline": 0.0}
         self.stage = Stage(own | settings, clients=self.clients, hidden=0, blocks=0, model_dir=model_dir)
         try:
-            self._crowd: Connection = self.stage.start(
-                light_clients, self.stage.joins, self.stage.keys, self.rows, self.length, recording
-            )
-            self._crowd.recv()
+            joins, keys = iter(self.stage.joins), iter(self.stage.keys)
+            self._crowds: list[Connection] = []
+            for share in dealt(clients, crowds):
+                own_joins, own_keys = ([next(each) for _ in range(share)] for each in (joins, keys))
+                self._crowds.append(self.stage.start(light_clients, own_joins, own_keys, self.rows, self.length, recording))
+            for crowd in self._crowds:
+                crowd.recv()
         except BaseException:
             self.stage.close()
             raise
 
     def begin(self, steps: int) -> None:
         """``steps`` steps, after one that is not counted."""
-        self._crowd.send(steps + 1)
+        for crowd in self._crowds:
+            crowd.send(steps + 1)
 
     def tokens_per_second(self) -> float:
         """Of the steps that were begun, once they are made."""
-        return self.clients * self.rows * self.length / seconds_a_step(self._crowd.recv())
+        spans = [span for crowd in self._crowds for span in crowd.recv()]
+        return self.clients * self.rows * self.length / seconds_a_step(spans)
 
 
 def rate_of(sides: Sequence[Side], steps: int) -> float:
