@@ -9,25 +9,20 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from server_trunk.ledger import Ledger, Part
 from server_trunk.members import Member
 from server_trunk.replicas.meetings import Meetings
+from server_trunk.replicas.moving import MovingSteps
 from server_trunk.replicas.words import Close, Drain, GoBack, Grant, Move, Phase, State, Stays, Stop, WaitedFor
-from server_trunk.steps import Enrolment, Steps
-from splitfl.errors import RemoteProtocolError
 
-__all__ = ["ARRIVAL", "Heard", "ReplicaSteps"]
+__all__ = ["Heard", "ReplicaSteps"]
 
 #: What rank 0 says to a replica.
 Heard = Grant | WaitedFor | Close | GoBack | Drain | Stop | Stays | Move
 
-#: Seconds that a step waits for a client that was sent here from another replica.
-ARRIVAL = 30.0
 
-
-class ReplicaSteps(Steps):
+class ReplicaSteps(MovingSteps):
     """The steps of one replica. ``number`` follows the furthest replica while this one has no participants."""
 
     def __init__(
@@ -47,10 +42,9 @@ class ReplicaSteps(Steps):
         closes the round. ``on_stop(back)``: no step closes any more, and whether the server means to start again.
         ``foresees``: whether it is worth knowing with which gradients a step is likely to end here.
         """
-        super().__init__(clients=1, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
-        self._say, self._meetings = say, meetings
-        self._on_whole, self._on_stop = on_whole, on_stop
-        self._rank, self._foresees = rank, foresees
+        super().__init__(say, rank=rank, last=meetings.last, first=first, on_loss=on_loss, deadline=deadline)
+        self._meetings, self._on_whole, self._on_stop = meetings, on_whole, on_stop
+        self._foresees = foresees
         self._usual: dict[str, tuple[int, int]] = {}  # by client: the gradients of its last two parts
         self._words: deque[Heard] = deque()
         self._heard = 0
@@ -59,13 +53,6 @@ class ReplicaSteps(Steps):
         self._draining = self._stopped = False
         self._back: int | None = None  # the step that rank 0 wants to go back to
         self._said = State(0, Phase.OUT, first)
-        self._move: Move | None = None  # to be made before the next step opens
-        self._elsewhere: dict[str, int] = {}  # by client that was moved: the replica where it belongs
-        self._newest: dict[str, int] = {}  # by client that was moved: the number of the newest decision about it
-        self._sent_on: set[str] = set()  # those of them that have come here since, and went again
-        self._leaving: dict[str, str] = {}  # by session that has enrolled here: clients of them that are to go on there
-        self._asking: dict[str, str] = {}  # likewise: those that stay here, if the replica where they belong lets go of them
-        self._arrivals: list[str] = []  # clients that come from elsewhere, for whom the next step will be held
         self._left: dict[str, Part] = {}  # parts of the round whose replica was left before anything counted here, for the ledger
 
     def hear(self, word: Heard) -> None:
@@ -75,174 +62,7 @@ class ReplicaSteps(Steps):
             self.stops_now = True
 
     def wake(self, now: float) -> float | None:
-        if self._words:
-            return 0.0
-        waits = [max(0.0, since + ARRIVAL - now) for _, since in self._under_way()]
-        rest = super().wake(now)
-        return min([*waits, rest] if rest is not None else waits, default=None)
-
-    def _under_way(self) -> list[tuple[str, float]]:
-        """The parts that are held for clients on their way here, and since when; under ``on_loss = "wait"`` as for a lost one."""
-        parts = self._ledger.parts.values() if self.is_open and not self._waits else ()
-        return [
-            (p.session, p.lost_at) for p in parts if p.session == _coming(p.client) and p.lost_at is not None and not p.dropped
-        ]
-
-    def overdue(self, now: float, *, idle: bool = True) -> list[str]:
-        late = super().overdue(now, idle=idle)
-        return late + [session for session, since in self._under_way() if now - since >= ARRIVAL and session not in late]
-
-    # --- clients that go to another replica, and come from one ------------------------------------------------------------------
-
-    def enrol(self, session: str, client: str = "", held: tuple[int, ...] = (), *, moves: bool = False) -> None:
-        """As in the base. Who belongs elsewhere is sent on (:meth:`departures`) if it can be, and once: who comes again would do
-        so for ever, so it is asked for.
-        """
-        if session in self._leaving or session in self._asking:
-            raise RemoteProtocolError("enrolled twice")
-        if client not in self._elsewhere:
-            super().enrol(session, client, held, moves=moves)
-            return
-        self._enrolments[session] = Enrolment(client, held, moves)
-        if moves and client not in self._sent_on:
-            self._sent_on.add(client)
-            self._leaving[session] = client
-        else:
-            self._ask_for(session, client)
-
-    def _ask_for(self, session: str, client: str) -> None:
-        """It takes part here once the replica where it belongs has let go of it, and rank 0 knows: so wherever a part of it is
-        held, it is sent there should its link be lost.
-        """
-        self._asking[session] = client
-        self._arrivals.append(client)
-        self._say(Move(client, self._elsewhere[client], self._rank, self._newest[client]))
-
-    def _hear_of(self, move: Move) -> None:
-        """A client has gone from one replica to another by itself, or is asked for."""
-        client, newest = move.client, self._newest.get(move.client, 0)
-        if move.number > newest:
-            self._decided(move)
-        elif move.number == newest and client not in self._elsewhere:
-            if self._takes_part(client):
-                self._say(Stays(client, move.target))
-                return
-            was_held = self._forget_coming(client) | self._forget_lost(client)
-            self._elsewhere[client] = move.target
-            self._say(move)
-            if not was_held:  # nor is it there, should it have gone again
-                self._say(Stays(client, move.target))
-
-    def _decided(self, move: Move) -> None:
-        """From now on the client belongs to the target."""
-        client = move.client
-        self._newest[client] = move.number
-        self._sent_on.discard(client)
-        if move.target == self._rank:
-            self._take_in(client)
-            return
-        self._elsewhere[client] = move.target
-        if client in self._asking.values():
-            self._say(replace(move, origin=move.target, target=self._rank))  # the one that was asked no longer has it
-        else:
-            self._forget_coming(client)  # who has asked is gone
-
-    def _take_in(self, client: str) -> None:
-        """The client belongs here."""
-        self._elsewhere.pop(client, None)
-        for session in [session for session, name in (self._asking | self._leaving).items() if name == client]:
-            self._asking.pop(session, None)
-            self._leaving.pop(session, None)
-            enrolment = self._enrolments[session]
-            super().enrol(session, client, enrolment.held, moves=enrolment.moves)
-
-    def _takes_part(self, client: str) -> bool:
-        """Whether it is enrolled here, or a part of it is not whole, save one that is held for its arrival."""
-        parts = self._ledger.parts.values() if self.is_open else ()
-        held = (part for part in parts if part.client == client and not part.finished)
-        return client in self._enrolled.values() or any(part.lost_at is None or part.session != _coming(client) for part in held)
-
-    def pause(self, session: str, client: str = "") -> int | None:
-        self._leaving.pop(session, None)
-        self._asking.pop(session, None)
-        self._forget_coming(client)  # it has come, and takes no part
-        if client in self._elsewhere:  # it was on its way here before it was moved
-            self._say(Stays(client, self._elsewhere[client]))
-        return super().pause(session, client)
-
-    def lose(self, session: str, now: float = 0.0) -> None:
-        super().lose(session, now)
-        self._leaving.pop(session, None)
-        client = self._asking.pop(session, None)
-        if client is not None and not self._waits and client not in self._asking.values():
-            self._forget_coming(client)
-
-    def departures(self) -> list[str]:
-        """Also of who was on its way here before it was moved, or paused then: nobody but its new replica waits for it."""
-        move, self._move = self._move, None
-        if move is not None:
-            self._let_go(move)
-        leaving, self._leaving = list(self._leaving), {}
-        return leaving
-
-    def dismiss(self) -> list[str]:
-        if self.complete:
-            self._enrolled |= self._asking
-            self._asking = {}
-        return super().dismiss()
-
-    def _movable(self) -> tuple[str, ...]:
-        clients = Counter([*(each.client for each in self._enrolments.values()), *self._awaited.values()])
-        enrolled = [self._enrolments[session] for session in self._enrolled]
-        return tuple(sorted(each.client for each in enrolled if each.moves and clients[each.client] == 1))
-
-    def _let_go(self, move: Move) -> None:
-        """The client goes now; a round of the ends that it was a member of is over here."""
-        client, is_origin = move.client, move.origin == self._rank
-        if move.target == self._rank:
-            return
-        self._decided(move)
-        if is_origin:
-            self._say(move)  # before its session ends, so that it finds its place changed
-        here = [session for session, name in self._enrolled.items() if name == client]
-        for session in here:
-            if self._enrolments[session].moves:
-                del self._enrolled[session]
-                self._ahead.pop(session, None)
-                self._leaving[session] = client
-            elif is_origin:
-                del self._enrolled[session]
-                self._ask_for(session, client)
-        if is_origin and not self._forget_lost(client) and not here:
-            self._say(Stays(client, move.target))  # it is in no position to go, so it will not come there now
-
-    def _forget_lost(self, client: str) -> bool:
-        """Hold no further step for a client that was lost here; returns whether any would have been."""
-        lost = [session for session, name in self._awaited.items() if name == client]
-        for session in lost:
-            del self._awaited[session], self._awaited_since[session]
-        return bool(lost)
-
-    def _refuse(self, client: str) -> None:
-        """The client does not come here; who asks for it is sent on."""
-        self._forget_coming(client)
-        refused = {session: name for session, name in self._asking.items() if name == client}
-        self._asking = {session: name for session, name in self._asking.items() if name != client}
-        self._leaving |= refused
-
-    def _forget_coming(self, client: str) -> bool:
-        """Hold no part for a client's arrival; returns whether one was held."""
-        name, arrives = _coming(client), client in self._arrivals
-        self._arrivals = [other for other in self._arrivals if other != client]
-        awaited = self._awaited.pop(name, None)
-        self._awaited_since.pop(name, None)
-        part = self._holders.get(name)
-        held = part is not None and part.session == name and part.lost_at is not None  # nobody has taken it over
-        if part is not None and held:
-            self._forget_part(part)
-        return arrives or awaited is not None or held
-
-    # --- opened and closed ------------------------------------------------------------------------------------------------------
+        return 0.0 if self._words else super().wake(now)
 
     def common(self, kept: Sequence[int]) -> int | None:
         return self._back
@@ -252,10 +72,7 @@ class ReplicaSteps(Steps):
         self._back = None
 
     def openings(self, now: float = 0.0) -> list[tuple[str, int]]:
-        # Who has overtaken the word is here, or was, and is held a part already.
-        for client in set(self._arrivals).difference(self._enrolled.values(), self._awaited.values()):
-            self._awaited[_coming(client)], self._awaited_since[_coming(client)] = client, now
-        self._arrivals = []
+        self._await_arrivals(now)
         was_open, opened = self.is_open, [] if self._stopped else super().openings(now)
         if self.is_open and not was_open:
             self._take_up_left()
@@ -275,25 +92,10 @@ class ReplicaSteps(Steps):
             word = self._words.popleft()
             if isinstance(word, Close):
                 return self._close_with_all(word)
-            if isinstance(word, Grant):
-                self._heard += 1
-                self._phase, self.number = Phase.IN, max(self.number, word.step)
-                self._said = self._state()  # as rank 0 knows
-            elif isinstance(word, WaitedFor):
-                self.is_awaited = True
-            elif isinstance(word, GoBack):
-                self._heard += 1
-                self._back = word.step
+            if isinstance(word, GoBack):
+                self._heard, self._back = self._heard + 1, word.step
                 return None
-            elif isinstance(word, Stays):
-                self._refuse(word.client)
-            elif isinstance(word, Move):
-                self._hear_of(word)
-            elif isinstance(word, Drain):
-                self._draining = True
-            elif not self._stopped:
-                self._stopped = True
-                self._on_stop(word.back)
+            self._act_on(word)
         if self._stopped or self._phase is Phase.WHOLE or not self._is_settled:
             return None
         if self._is_void or not self._meetings.meets_at(self.number):
@@ -305,6 +107,23 @@ class ReplicaSteps(Steps):
         self._phase = Phase.WHOLE
         self._on_whole(self._ledger.targets_here)
         return None
+
+    def _act_on(self, word: Grant | WaitedFor | Drain | Stop | Stays | Move) -> None:
+        if isinstance(word, Grant):
+            self._heard += 1
+            self._phase, self.number = Phase.IN, max(self.number, word.step)
+            self._said = self._state()  # as rank 0 knows
+        elif isinstance(word, WaitedFor):
+            self.is_awaited = True
+        elif isinstance(word, Stays):
+            self._refuse(word.client)
+        elif isinstance(word, Move):
+            self._hear_of(word)
+        elif isinstance(word, Drain):
+            self._draining = True
+        elif not self._stopped:
+            self._stopped = True
+            self._on_stop(word.back)
 
     def ends_with(self, members: Sequence[Member]) -> bool:
         """A client is taken to have as many gradients in each step as in its last two, where those were alike. So it need not
@@ -353,10 +172,7 @@ class ReplicaSteps(Steps):
         self._holders = {}
         self.number = word.step + 1
         self._phase = Phase.IN if word.opens else Phase.OUT
-        self._move = word.move
-        if word.move is not None and word.move.target == self._rank:  # it may be here before the move is made here
-            self._decided(word.move)
-            self._arrivals.append(word.move.client)
+        self._moves_next(word.move)
         if word.opens:
             self._said = self._state()  # as rank 0 knows
         return ledger
@@ -382,8 +198,3 @@ class ReplicaSteps(Steps):
         if state != self._said:
             self._said = state
             self._say(state)
-
-
-def _coming(client: str) -> str:
-    """Stands for the session of a client that comes from another replica."""
-    return f"moved {client}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from server_trunk.replicas.meetings import Meetings
-from server_trunk.replicas.steps import ARRIVAL, ReplicaSteps
+from server_trunk.replicas.moving import ARRIVAL
+from server_trunk.replicas.steps import ReplicaSteps
 from server_trunk.replicas.words import Close, Grant, Move, Phase, Stays
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import StepDone
