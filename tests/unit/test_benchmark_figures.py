@@ -100,7 +100,7 @@ def test_servers_apart_have_as_many_clients_together_as_the_replicas(monkeypatch
         def tokens_per_second(self):
             return float(self.clients)
 
-    monkeypatch.setattr("benchmarks.replica_speedup._Side", Side)
+    monkeypatch.setattr("benchmarks.replica_speedup.Side", Side)
     sizes = {"clients": 4, "rows": 1, "length": 8}
     settings = hierarchical(replicas, "step")
     row = measure_speedup(settings, {"threads": 1}, "", "", sizes, pairs=2, steps=1)
