@@ -32,7 +32,7 @@ lint: $(STAMP)
 
 test: lint $(QUANTIZE)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/integration/test_quantize.py
-	PYTHONPATH=$(QUANTIZE) $(BIN)/python -m pytest -q tests/integration/test_quantize.py
+	PYTHONPATH=$(abspath $(QUANTIZE))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/python -m pytest -q tests/integration/test_quantize.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
