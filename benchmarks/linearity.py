@@ -1,10 +1,10 @@
 """How near to linear are replicas that average their weights every K steps? Against servers that know nothing of each other.
 
 N replicas, and N plain servers, of one thread each stand side by side; light clients, as many for the one as for the other and in
-as many processes, make K steps now on the one, now on the other. So each figure is of seconds, with one average in it, and drift
-of the machine hits both alike; many pairs tell what a few cannot. N servers apart are what linear means on a box: two processes
-share its memory, caches and power, whatever they say to each other. ``share``: tokens/s of the replicas over those of the servers
-apart, the median over pairs with its 95 % interval, and the mean with its standard error.
+as many processes, make K steps now on the one, now on the other, after one that is not counted. A figure is of seconds, with
+one average in it, and drift of the machine hits both alike; many pairs tell what a few cannot. N servers apart are what linear
+means on a box: two processes share its memory, caches and power, whatever they say to each other. ``share``: tokens/s of the
+replicas over those of the servers apart, the median over pairs with its 95 % interval, and the mean with its standard error.
 
     python -m benchmarks.linearity [--sync 8 32] [--minutes 20] [--quick] [--json]
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.modes import SPEEDUP, Model
-from benchmarks.replica_speedup import Side, dealt, hierarchical, rate_of
+from benchmarks.replica_speedup import Side, alternate, dealt, hierarchical, ratios
 from benchmarks.report import emit, median_interval
 from benchmarks.stage import quiet
 
@@ -32,23 +32,15 @@ def measure(replicas: int, sync: int, model: Model, sizes: dict[str, int], minut
     with contextlib.ExitStack() as open_sides:
 
         def side(settings: dict[str, Any], clients: int, crowds: int = 1) -> Side:
-            made = Side(common | settings, recording, model.directory, sizes, clients, crowds=crowds)
-            open_sides.callback(made.stage.close)
-            return made
+            return open_sides.enter_context(Side(common | settings, recording, model.directory, sizes, clients, crowds=crowds))
 
-        ways = {
+        kinds = {
             "many": [side(hierarchical(replicas, str(sync)), clients, replicas)],
-            "apart": [side({}, n) for n in dealt(clients, replicas)],
+            "apart": [side({}, share) for share in dealt(clients, replicas)],
         }
-        for sides in ways.values():
-            rate_of(sides, sync)
-        seen: dict[str, list[float]] = {way: [] for way in ways}
         end = time.monotonic() + 60 * minutes
-        while len(seen["many"]) < 2 or time.monotonic() < end:
-            # The order alternates, so that neither always runs on the warmer caches.
-            for way in list(ways) if len(seen["many"]) % 2 else reversed(list(ways)):
-                seen[way].append(rate_of(ways[way], sync))
-    shares = [many / apart for many, apart in zip(seen["many"], seen["apart"], strict=True)]
+        seen = alternate(kinds, sync, lambda made: made < 2 or time.monotonic() < end, warm_up=sync)
+    shares = ratios(seen["many"], seen["apart"])
     median, low, high = median_interval(shares)
     result = {
         "share": round(median, 4),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,7 +20,17 @@ from benchmarks.light import light_clients
 from benchmarks.report import median_interval
 from benchmarks.stage import Stage
 
-__all__ = ["Side", "dealt", "hierarchical", "measure_speedup", "name_of", "rate_of", "seconds_a_step", "steps_between_meetings"]
+__all__ = [
+    "Side",
+    "alternate",
+    "dealt",
+    "hierarchical",
+    "measure_speedup",
+    "name_of",
+    "ratios",
+    "seconds_a_step",
+    "steps_between_meetings",
+]
 
 
 def hierarchical(replicas: int, sync: str) -> dict[str, Any]:
@@ -65,16 +75,21 @@ class Side:
         own = {"clients": self.clients, "status_every": 0.0, "step_deadline": 0.0}
         self.stage = Stage(own | settings, clients=self.clients, hidden=0, blocks=0, model_dir=model_dir)
         try:
-            joins, keys = iter(self.stage.joins), iter(self.stage.keys)
             self._crowds: list[Connection] = []
-            for share in dealt(clients, crowds):
-                own_joins, own_keys = ([next(each) for _ in range(share)] for each in (joins, keys))
-                self._crowds.append(self.stage.start(light_clients, own_joins, own_keys, self.rows, self.length, recording))
+            for number in range(crowds):
+                joins, keys = self.stage.joins[number::crowds], self.stage.keys[number::crowds]
+                self._crowds.append(self.stage.start(light_clients, joins, keys, self.rows, self.length, recording))
             for crowd in self._crowds:
                 crowd.recv()
         except BaseException:
             self.stage.close()
             raise
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stage.close()
 
     def begin(self, steps: int) -> None:
         """``steps`` steps, after one that is not counted."""
@@ -87,14 +102,33 @@ class Side:
         return self.clients * self.rows * self.length / seconds_a_step(spans)
 
 
-def rate_of(sides: Sequence[Side], steps: int) -> float:
+def _rate_of(sides: Sequence[Side], steps: int) -> float:
     """Tokens/s of all these together, each with ``steps`` steps."""
     for side in sides:
         side.begin(steps)
     return sum([side.tokens_per_second() for side in sides])
 
 
-def _ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+def alternate(
+    kinds: Mapping[str, Sequence[Side]], steps: int, goes_on: Callable[[int], bool], *, warm_up: int
+) -> dict[str, list[float]]:
+    """Tokens/s of each kind, the sides of which work together, in blocks of ``steps``: one of each while ``goes_on(rounds
+    made)``, after a block of ``warm_up`` steps that is not counted.
+    """
+    for sides in kinds.values():
+        _rate_of(sides, warm_up)
+    seen: dict[str, list[float]] = {kind: [] for kind in kinds}
+    made = 0
+    while goes_on(made):
+        # The order alternates, so that none always runs on the warmer caches.
+        for kind in list(kinds) if made % 2 else reversed(list(kinds)):
+            seen[kind].append(_rate_of(kinds[kind], steps))
+        made += 1
+    return seen
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Of each round."""
     return [one / other for one, other in zip(of, to, strict=True)]
 
 
@@ -118,29 +152,23 @@ def measure_speedup(
     with contextlib.ExitStack() as open_sides:
 
         def side(settings: dict[str, Any], clients: int) -> Side:
-            made = Side(settings, recording, model_dir, sizes, clients)
-            open_sides.callback(made.stage.close)
-            return made
+            return open_sides.enter_context(Side(settings, recording, model_dir, sizes, clients))
 
-        one, many = [side(common, clients)], [side(common | settings, clients)]
-        apart = [side(common, share) for share in dealt(clients, replicas)]
-        kinds = {"one": one, "many": many, "apart": apart}
-        for sides in kinds.values():
-            rate_of(sides, every)
-        seen: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for pair in range(pairs):
-            # The order within a round alternates too, so that none always runs on the warmer caches.
-            for kind in list(kinds) if pair % 2 else reversed(kinds):
-                seen[kind].append(rate_of(kinds[kind], steps))
-    median, low, high = median_interval(_ratios(seen["many"], seen["one"]))
-    ceiling, ceiling_low, ceiling_high = median_interval(_ratios(seen["apart"], seen["one"]))
+        kinds = {
+            "one": [side(common, clients)],
+            "many": [side(common | settings, clients)],
+            "apart": [side(common, share) for share in dealt(clients, replicas)],
+        }
+        seen = alternate(kinds, steps, lambda made: made < pairs, warm_up=every)
+    median, low, high = median_interval(ratios(seen["many"], seen["one"]))
+    ceiling, ceiling_low, ceiling_high = median_interval(ratios(seen["apart"], seen["one"]))
     result = {
         "speedup": round(median, 4),
         "interval_95": [round(low, 4), round(high, 4)],
         "pairs": pairs,
         "clients": clients,
         "unrelated_servers": {"speedup": round(ceiling, 4), "interval_95": [round(ceiling_low, 4), round(ceiling_high, 4)]},
-        "share_of_unrelated": round(statistics.median(_ratios(seen["many"], seen["apart"])), 4),
+        "share_of_unrelated": round(statistics.median(ratios(seen["many"], seen["apart"])), 4),
         "one_tokens_per_second": round(statistics.median(seen["one"]), 1),
         "tokens_per_second": round(statistics.median(seen["many"]), 1),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,16 @@ class Reference:
         self.sides[client].optimizer = build_optimizer(self.sides[client].parameters, ENDS)
 
 
+def average_trunks(trunks: Sequence[Any], weights: Sequence[int]) -> None:
+    """All trunks become their weighted mean."""
+    held, total = [named_trainables(trunk) for trunk in trunks], sum(weights)
+    with torch.no_grad():
+        for name in held[0]:
+            mean = sum(own[name].double() * (weight / total) for weight, own in zip(weights, held, strict=True)).float()
+            for own in held:
+                own[name].copy_(mean)
+
+
 class Federated(Reference):
     """A trunk for each replica, averaged after every K steps, weighted by the target tokens that each has counted since.
     ``seats(step)``: the clients of each replica in a step.
@@ -101,17 +111,9 @@ class Federated(Reference):
             losses |= dict(zip(seated, super().step(number, seated), strict=True))
             self._weights[replica] += sum(self.counted) - before
         if (number + 1) % self._every == 0:
-            self._meet()
+            average_trunks([central.trunk for central in self._centrals], self._weights)
+            self._weights = [0] * len(self._centrals)
         return [losses[client] for client in clients]
-
-    def _meet(self) -> None:
-        held, total = [named_trainables(central.trunk) for central in self._centrals], sum(self._weights)
-        with torch.no_grad():
-            for name in held[0]:
-                mean = sum(own[name].double() * (weight / total) for weight, own in zip(self._weights, held, strict=True)).float()
-                for own in held:
-                    own[name].copy_(mean)
-        self._weights = [0] * len(self._centrals)
 
 
 def assert_equals(reference: Reference, world: World, weights: dict[int, dict[str, torch.Tensor]]) -> None:

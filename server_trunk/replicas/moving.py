@@ -27,18 +27,17 @@ class MovingSteps(Steps):
         self,
         say: Callable[[State | Stays | Move], None],
         *,
-        rank: int = 0,
-        last: int = 0,
-        first: int = 0,
-        on_loss: str = "drop",
-        deadline: float = 0.0,
+        rank: int,
+        last: int,
+        first: int,
+        on_loss: str,
+        deadline: float,
     ) -> None:
         """``say``: sends a word to rank 0."""
         super().__init__(clients=1, last=last, first=first, on_loss=on_loss, deadline=deadline)
         self._say, self._rank = say, rank
         self._move: Move | None = None  # to be made before the next step opens
-        self._elsewhere: dict[str, int] = {}  # by client that was moved: the replica where it belongs
-        self._newest: dict[str, int] = {}  # by client that was moved: the number of the newest decision about it
+        self._newest: dict[str, Move] = {}  # by client that was moved: the newest that was decided, or agreed to here
         self._sent_on: set[str] = set()  # those of them that have come here since, and went again
         self._leaving: dict[str, str] = {}  # by session that has enrolled here: clients of them that are to go on there
         self._asking: dict[str, str] = {}  # likewise: those that stay here, if the replica where they belong lets go of them
@@ -52,7 +51,7 @@ class MovingSteps(Steps):
         """
         if session in self._leaving or session in self._asking:
             raise RemoteProtocolError("enrolled twice")
-        if client not in self._elsewhere:
+        if self._elsewhere(client) is None:
             super().enrol(session, client, held, moves=moves)
             return
         self._enrolments[session] = Enrolment(client, held, moves)
@@ -68,14 +67,19 @@ class MovingSteps(Steps):
         """
         self._asking[session] = client
         self._arrivals.append(client)
-        self._say(Move(client, self._elsewhere[client], self._rank, self._newest[client]))
+        self._ask(client)
+
+    def _ask(self, client: str) -> None:
+        newest = self._newest[client]
+        self._say(replace(newest, origin=newest.target, target=self._rank))
 
     def pause(self, session: str, client: str = "") -> int | None:
         self._leaving.pop(session, None)
         self._asking.pop(session, None)
         self._forget_coming(client)  # it has come, and takes no part
-        if client in self._elsewhere:  # it was on its way here before it was moved
-            self._say(Stays(client, self._elsewhere[client]))
+        elsewhere = self._elsewhere(client)
+        if elsewhere is not None:  # it was on its way here before it was moved
+            self._say(Stays(client, elsewhere))
         return super().pause(session, client)
 
     def lose(self, session: str, now: float = 0.0) -> None:
@@ -134,17 +138,23 @@ class MovingSteps(Steps):
         if is_origin and not self._forget_lost(client) and not here:
             self._say(Stays(client, move.target))  # it is in no position to go, so it will not come there now
 
+    def _elsewhere(self, client: str) -> int | None:
+        """The other replica where a client belongs."""
+        newest = self._newest.get(client)
+        return None if newest is None or newest.target == self._rank else newest.target
+
     def _hear_of(self, move: Move) -> None:
         """A client has gone from one replica to another by itself, or is asked for."""
-        client, newest = move.client, self._newest.get(move.client, 0)
-        if move.number > newest:
+        client, newest = move.client, self._newest.get(move.client)
+        number = 0 if newest is None else newest.number
+        if move.number > number:
             self._decided(move)
-        elif move.number == newest and client not in self._elsewhere:
+        elif move.number == number and self._elsewhere(client) is None:
             if self._takes_part(client):
                 self._say(Stays(client, move.target))
                 return
             was_held = self._forget_coming(client) | self._forget_lost(client)
-            self._elsewhere[client] = move.target
+            self._newest[client] = move
             self._say(move)
             if not was_held:  # nor is it there, should it have gone again
                 self._say(Stays(client, move.target))
@@ -152,20 +162,18 @@ class MovingSteps(Steps):
     def _decided(self, move: Move) -> None:
         """From now on the client belongs to the target."""
         client = move.client
-        self._newest[client] = move.number
+        self._newest[client] = move
         self._sent_on.discard(client)
         if move.target == self._rank:
             self._take_in(client)
             return
-        self._elsewhere[client] = move.target
         if client in self._asking.values():
-            self._say(replace(move, origin=move.target, target=self._rank))  # the one that was asked no longer has it
+            self._ask(client)  # the one that was asked no longer has it
         else:
             self._forget_coming(client)  # who has asked is gone
 
     def _take_in(self, client: str) -> None:
         """The client belongs here."""
-        self._elsewhere.pop(client, None)
         for session, name in (self._asking | self._leaving).items():
             if name == client:
                 self._asking.pop(session, None)
@@ -182,8 +190,8 @@ class MovingSteps(Steps):
     def _takes_part(self, client: str) -> bool:
         """Whether it is enrolled here, or a part of it is not whole, save one that is held for its arrival."""
         parts = self._ledger.parts.values() if self.is_open else ()
-        held = (part for part in parts if part.client == client and not part.finished)
-        return client in self._enrolled.values() or any(part.lost_at is None or part.session != _coming(client) for part in held)
+        held = (part.session for part in parts if part.client == client and not part.finished)
+        return client in self._enrolled.values() or any(session != _coming(client) for session in held)
 
     # --- for whom a step is held ------------------------------------------------------------------------------------------------
 
@@ -222,10 +230,10 @@ class MovingSteps(Steps):
         awaited = self._awaited.pop(name, None)
         self._awaited_since.pop(name, None)
         part = self._holders.get(name)
-        held = part is not None and part.session == name and part.lost_at is not None  # nobody has taken it over
-        if part is not None and held:
-            self._forget_part(part)
-        return arrives or awaited is not None or held
+        if part is None or part.session != name:  # none was held, or its client has come and taken it over
+            return arrives or awaited is not None
+        self._forget_part(part)
+        return True
 
 
 def _coming(client: str) -> str:

@@ -17,13 +17,13 @@ from client_ends.train import prepare_ends
 from client_ends.train import train as train_ends
 from server_trunk.run_ledger import RunLedger
 from server_trunk.server import load_run_trunk
-from splitfl.adapters import named_trainables
 from splitfl.checkpoint import checkpoint_directory, load_checkpoint
 from splitfl.config import LoraSettings
 from splitfl.packed_state import unpack_state
 from splitfl.parts.loading import load_ends
 from tests.integration.test_equality import TRUNK, Outcome, assert_equal, story_batches, train_central
 from tests.replicas import Replicas, serving
+from tests.rounds_world import average_trunks
 from tests.trainer import ENDS, snapshot, train_all
 from tests.unit.channel_world import wait_until
 
@@ -79,11 +79,7 @@ def federated(replicas: Replicas, batches, seats: list[list[int]], every: int) -
             counted[replica] += sum(count_targets(batch) for batch in mine)
         losses.append([found[client] for client in range(CLIENTS)])
         if (number + 1) % every == 0 or number + 1 == len(batches):
-            held = [named_trainables(trunk) for trunk in trunks]
-            for name in held[0]:
-                mean = sum(weight * own[name].detach() for weight, own in zip(counted, held, strict=True)) / sum(counted)
-                for own in held:
-                    own[name].data.copy_(mean)
+            average_trunks(trunks, counted)
             counted = [0] * len(seats)
     return start, Outcome(losses, snapshot(trunks[0]), [snapshot(parts[client]) for client in range(CLIENTS)])
 

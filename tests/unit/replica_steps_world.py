@@ -39,7 +39,7 @@ class Client:
 
     def _comes_to(self, draw: random.Random) -> int:
         """It dials later, or by itself one of the replicas that it was moved from, unless something is held for it elsewhere."""
-        left = [rank for rank, steps in enumerate(self.world.steps) if self.name in steps._elsewhere]
+        left = [rank for rank, steps in enumerate(self.world.steps) if steps._elsewhere(self.name) is not None]
         held = any(self.name in steps.away(0.0) for steps in self.world.steps) or self.world.rounds.await_client(self.name)
         return self.world.places[self.name] if held or not left or draw.random() < 0.5 else draw.choice(left)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 
 from benchmarks.link import round_trip
@@ -91,8 +89,13 @@ def test_servers_apart_have_as_many_clients_together_as_the_replicas(monkeypatch
         def __init__(self, settings, recording, model_dir, sizes, clients):
             assert clients
             sides.append((settings.get("replicas", 1), clients))
-            self.clients, self.stage = clients, contextlib.nullcontext()
-            self.stage.close = lambda: None
+            self.clients = clients
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
 
         def begin(self, steps):
             pass
